@@ -1,0 +1,90 @@
+"""Consistency LLMs in JAX: decode in parallel, collect trajectories, train for consistency.
+
+>>> import cllm_jax as cllm
+>>> model = cllm.load('embedded')
+>>> result = cllm.decode(model, ['Question: ...'], drafter=cllm.Jacobi(block=16), max_tokens=64)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.generate import stream as _stream
+from cllm_jax.decoding.result import DecodeResult, Trajectory
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.errors import CllmError, ConfigError, DataError
+from cllm_jax.models.config import LlamaConfig
+from cllm_jax.models.llama import forward as _forward
+from cllm_jax.models.load import Model, load
+
+__all__ = [
+    'AutoRegressive',
+    'CllmError',
+    'ConfigError',
+    'DataError',
+    'DecodeResult',
+    'Jacobi',
+    'LlamaConfig',
+    'Model',
+    'Trajectory',
+    'decode',
+    'forward',
+    'load',
+    'stream',
+]
+
+
+def forward(model: Model, tokens_BT: jax.Array) -> jax.Array:
+    """Plain causal forward: float32 logits `[B, T, V]` for int32 token ids `[B, T]`."""
+    return _forward(model.module, model.params, tokens_BT)
+
+
+def decode(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    drafter: Any = None,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    batch: int = 32,
+    trace: bool = False,
+) -> DecodeResult:
+    """Decode prompts (texts or lists of token ids), in the given order, whatever the drafter.
+
+    Args:
+      drafter: how tokens are proposed, `Jacobi(block=16)` by default. It changes the number of
+        forwards, never the answer: greedy and sampled, the tokens are those of `AutoRegressive()`
+        with the same seed (up to float rounding at ties).
+      max_tokens: longest answer.
+      temperature, top_k, top_p: sampling; temperature 0 is greedy.
+      seed: of the sampling noise and the initial guesses. Prompt i has its own noise, whatever
+        the batch.
+      stop: the answer ends before the first of these strings.
+      batch: prompts decoded together.
+      trace: report the Jacobi states of every iteration (`DecodeResult.trajectories`).
+
+    Raises:
+      ConfigError: a setting or a prompt that cannot be decoded.
+    """
+    drafter = Jacobi() if drafter is None else drafter
+    sampling = Sampling(temperature, top_k, top_p)
+    request = Request(drafter, max_tokens, sampling, seed, tuple(stop), batch, trace)
+    return decode_all(model, request, prompts)
+
+
+def stream(model: Model, prompt: str | Sequence[int], drafter: Any = None, **options: Any):
+    """Yield the answer to one prompt in pieces that are never taken back; options as in `decode`."""
+    sampling = Sampling(*(options.pop(k, d) for k, d in _SAMPLING))
+    options['stop'] = tuple(options.get('stop', ()))
+    request = Request(Jacobi() if drafter is None else drafter, sampling=sampling, **options)
+    return _stream(model, request, prompt)
+
+
+_SAMPLING = (('temperature', 0.0), ('top_k', 0), ('top_p', 1.0))

@@ -1,0 +1,117 @@
+"""Collect Jacobi trajectories of a target model, the training data of consistency training.
+
+    python -m cllm_jax.collect --config configs/embedded.yaml
+    python -m cllm_jax.collect --model DIR --data gsm8k:train.jsonl --out runs/mine/trajectories
+
+Can be stopped at any moment; the same command continues and ends with the same bytes.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Literal
+
+from cllm_jax.console import Console, print_plan, size
+from cllm_jax.datasets.sources import open_source
+from cllm_jax.models.config import read_config
+from cllm_jax.models.load import DTYPES, default_dtype, fingerprint, load, resolve
+from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
+from cllm_jax.rundir import open_run
+from cllm_jax.settings import guard, parse, to_json
+from cllm_jax.trajectories.collect import CollectPlan, collect
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+    """Settings of a collection."""
+
+    root: str = 'runs/embedded'
+    """Directory of the recipe's runs."""
+    out: str = ''
+    """Where trajectories go; default ROOT/trajectories."""
+    model: str = ''
+    """The target model; default ROOT/target."""
+    data: str = 'sql+arithmetic'
+    """Dataset whose prompts are answered (see the README)."""
+    prompts: int | None = None
+    """Number of prompts; all of a file if not given."""
+    seed: int = 1
+    """Of generated prompts and of the random initial guesses."""
+    block: int = 16
+    """Tokens per state (n)."""
+    mode: Literal['block', 'sliding'] = 'block'
+    """States of the paper's block schedule, or of the sliding window that decodes fastest."""
+    max_tokens: int = 128
+    """Longest answer; one that does not end by then is counted as truncated."""
+    batch: int = 64
+    """Prompts decoded together."""
+    shard: int = 512
+    """Prompts per file; what an interruption can cost."""
+    quick: bool = False
+    """A tiny version, to see that it works."""
+
+
+def run() -> None:
+    settings, flags = parse(
+        CollectConfig, program='python -m cllm_jax.collect', description=__doc__, stage='collect'
+    )
+    if settings.quick:
+        settings = dataclasses.replace(settings, prompts=32, max_tokens=48, batch=8, shard=16)
+    console = Console()
+    directory = Path(settings.out or f'{settings.root}/trajectories')
+    name = settings.model or f'{settings.root}/target'
+    source = open_source(settings.data, split='train', seed=settings.seed, limit=settings.prompts)
+    if flags.plan:
+        config = read_config(resolve(name))
+        width = DTYPES[default_dtype()].itemsize
+        states = len(source) * settings.max_tokens
+        facts = {
+            'writes to': directory,
+            'prompts': len(source),
+            'shards': -(-len(source) // settings.shard),
+            'weights': size(config.parameters * width),
+            'KV cache per prompt (at most)': size(
+                config.cache_values * width * (config.max_positions)
+            ),
+            'trajectories (at most)': size(states * settings.block * 2),
+        }
+        print_plan(console, to_json(settings), facts)
+        return
+    model = load(name)
+    plan = CollectPlan(
+        block=settings.block,
+        mode=settings.mode,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        batch=settings.batch,
+        shard=settings.shard,
+    )
+    identity = dataclasses.asdict(plan) | {
+        'data': source.name,
+        'prompts': len(source),
+        'model': fingerprint(model),
+        'tokenizer': vocabulary(model.tokenizer),
+    }
+    for reason, count in source.dropped.items():
+        console.note(f'{source.name}: {count} rows left out, {reason}')
+    with open_run(directory, identity), console.progress('collect', len(source)) as bar:
+        begin, done = time.perf_counter(), 0
+
+        def advance(prompts: int, tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            bar(prompts, f'{done / (time.perf_counter() - begin):.0f} tokens/s')
+
+        counts = collect(directory, model, source, plan, identity, advance)
+    console.note(
+        f'{directory}: ' + ', '.join(f'{v} {k}' for k, v in counts.items())
+        + f'; {counts["tokens"] / max(counts["forwards"], 1):.2f} tokens/forward'
+    )
+
+
+def main() -> None:
+    guard(run)
+
+
+if __name__ == '__main__':
+    main()

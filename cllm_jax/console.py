@@ -1,0 +1,108 @@
+"""What commands print: notes, progress, metrics, plans. Nothing below a command imports this."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import yaml
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+class Console:
+    """Messages for a person on stderr; results stay on stdout, so that they can be piped."""
+
+    def __init__(self):
+        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.out = RichConsole(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+    def note(self, text: str) -> None:
+        self.err.print(text, markup=False)
+
+    def result(self, text: object) -> None:
+        self.out.print(text, markup=False)
+
+    @contextmanager
+    def status(self, text: str) -> Iterator[None]:
+        """Say what is going on, and how long it took."""
+        begin = time.perf_counter()
+        with self.err.status(text):
+            yield
+        self.note(f'{text}: {time.perf_counter() - begin:.1f} s')
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """One line of training numbers."""
+        step, *rest = record.items()
+        self.note(f'step {step[1]}  ' + '  '.join(f'{k} {_short(v)}' for k, v in rest))
+
+    @contextmanager
+    def progress(self, text: str, total: int, done: int = 0) -> Iterator[Any]:
+        """A progress bar; yields `advance(items, note)`. One line per call where no terminal is."""
+        if not self.err.is_terminal:
+            yield _plain_progress(self, text, total, done)
+            return
+        columns = (
+            TextColumn(text),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn('{task.fields[note]}'),
+        )
+        with Progress(*columns, console=self.err) as bar:
+            task = bar.add_task('', total=total, completed=done, note='')
+            yield lambda items, note='': bar.update(task, advance=items, note=note)
+
+
+def _plain_progress(console: Console, text: str, total: int, done: int):
+    begin, first, state = time.perf_counter(), done, {'done': done}
+
+    def advance(items: int, note: str = '') -> None:
+        state['done'] += items
+        seconds = time.perf_counter() - begin
+        left = (total - state['done']) * seconds / max(state['done'] - first, 1)
+        console.note(f'{text}: {state["done"]}/{total}  {note}  {left:.0f} s left')
+
+    return advance
+
+
+def _short(value: Any) -> str:
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def table(title: str, columns: list[str], rows: list[list[object]]) -> Table:
+    """A small table; numbers are right-aligned."""
+    result = Table(title=title, title_justify='left', show_edge=False)
+    for i, name in enumerate(columns):
+        result.add_column(name, justify='left' if i == 0 else 'right')
+    for row in rows:
+        result.add_row(*(f'{v:.3g}' if isinstance(v, float) else str(v) for v in row))
+    return result
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ('B', 'KiB', 'MiB', 'GiB'):
+        if count < 1024:
+            return f'{count:.3g} {unit}'
+        count /= 1024
+    return f'{count:.4g} TiB'
+
+
+def print_plan(console: Console, settings: Mapping[str, Any], facts: Mapping[str, object]) -> None:
+    """What --plan shows: the resolved settings, the devices, and what the run needs."""
+    devices = jax.devices()
+    facts = {'devices': f'{len(devices)} x {devices[0].device_kind}', **facts}
+    console.result(yaml.safe_dump(dict(settings), sort_keys=False).rstrip())
+    console.out.print(table('plan', ['', ''], [[k, v] for k, v in facts.items()]))

@@ -1,0 +1,177 @@
+"""JSON objects out of files that may be damaged: bytes to lines to objects to fields.
+
+Files may be plain or gzip; a byte order mark, CRLF line ends and blank lines are accepted. What is
+wrong raises DataError with the file, the line, the rule and the remedy. Lines and files are bounded
+in size, so a file of another kind is refused before it fills the memory.
+"""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cllm_jax.errors import DataError
+
+MAX_LINE = 16 * 2**20  # bytes of one line, unpacked
+MAX_DOCUMENT = 2 * 2**30  # bytes of a file that is one JSON list, unpacked; ShareGPT has 0.7 GB
+
+_GZIP = b'\x1f\x8b'
+_BOM = b'\xef\xbb\xbf'
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        file = path.open('rb')
+    except FileNotFoundError:
+        raise DataError(f'{path}: no such file; check the path') from None
+    except IsADirectoryError:
+        raise DataError(f'{path}: a directory; give the file in it') from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        raise DataError(f'{str(path)!r}: cannot be opened ({error}); check the path') from None
+    with file:
+        start = _read(lambda _: file.peek(2)[:2], 2, str(path))
+        if not start:
+            raise DataError(f'{path}: the file is empty; download or write it again')
+        if start == _GZIP:
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield unpacked
+        elif path.suffix == '.gz':
+            raise DataError(f'{path}: not a gzip file; remove .gz from its name or compress it')
+        else:
+            yield file
+
+
+def _read(method: Callable[[int], bytes], limit: int, where: str) -> bytes:
+    """`method(limit + 1)` of an open file, refusing what is longer than `limit` or damaged."""
+    try:
+        data = method(limit + 1)
+    except EOFError:
+        raise DataError(f'{where}: the gzip file ends too early; download it again') from None
+    except (OSError, zlib.error) as error:
+        raise DataError(f'{where}: cannot be read ({error}); download it again') from None
+    if len(data) > limit:
+        raise DataError(f'{where}: longer than {limit} bytes; split it or check the file format')
+    return data
+
+
+def _home(path: str | Path) -> Path:
+    """`~` resolved; unlike Path.expanduser, an unknown user is left to be a missing file."""
+    return Path(os.path.expanduser(path))
+
+
+def rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """`(file and line for messages, line number, object)` of a file with one object per line."""
+    path, number, any_row = _home(path), 0, False
+    with _opened(path) as file:
+        while True:
+            number += 1
+            where = f'{path} line {number}'
+            line = _read(file.readline, MAX_LINE, where)
+            if not line:
+                break
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if line.strip():
+                row = _json(line, where)
+                expect_object(row, where)
+                any_row = True
+                yield where, number, row
+    if not any_row:
+        raise DataError(f'{path}: only blank lines; every line must be a JSON object')
+
+
+def items(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """`(file and item for messages, item number, object)` of a file that is one JSON list."""
+    path = _home(path)
+    with _opened(path) as file:
+        found = _json(_read(file.read, MAX_DOCUMENT, str(path)).removeprefix(_BOM), str(path))
+    if not isinstance(found, list):
+        raise DataError(f'{path}: the file is {_kind(found)}; it must be a JSON list of objects')
+    for number, item in enumerate(found, 1):
+        where = f'{path} item {number}'
+        expect_object(item, where)
+        yield where, number, item
+
+
+def _json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode('utf-8'))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f'{where}: not UTF-8 text (byte {error.start + 1}); convert the file to UTF-8'
+        ) from None
+    except json.JSONDecodeError as error:
+        if data.startswith(b'version https://git-lfs'):
+            reason = 'a git-lfs pointer, not the data; run git lfs pull'
+        else:
+            place = f'line {error.lineno} column' if error.lineno > 1 else 'column'
+            reason = f'not JSON ({error.msg}, {place} {error.colno}); mend it or remove it'
+        raise DataError(f'{where}: {reason}') from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f'{where}: unreadable JSON ({error}); mend it or remove it') from None
+
+
+def expect_object(value: Any, where: str) -> None:
+    """Raises DataError unless `value` is a JSON object."""
+    if not isinstance(value, dict):
+        raise DataError(f'{where}: {_kind(value)}; it must be a JSON object, {{"field": value}}')
+
+
+def _field(row: Mapping[str, Any], field: str, kind: type, wanted: str, where: str) -> Any:
+    if field not in row:
+        found = ', '.join(short(name) for name in list(row)[:8]) or 'nothing'
+        raise DataError(f'{where}: no {field!r} field (found {found}); it must be {wanted}')
+    if not isinstance(row[field], kind):
+        raise DataError(f'{where}: {field!r} is {_kind(row[field])}; it must be {wanted}')
+    return row[field]
+
+
+def text_field(row: Mapping[str, Any], field: str, where: str) -> str:
+    """The string `row[field]`; DataError if it is absent or anything else."""
+    return expect_sound(_field(row, field, str, 'a string', where), field, where)
+
+
+def list_field(row: Mapping[str, Any], field: str, where: str) -> list[Any]:
+    """The list `row[field]`; DataError if it is absent or anything else."""
+    return _field(row, field, list, 'a list', where)
+
+
+def texts_field(row: Mapping[str, Any], field: str, where: str) -> list[str]:
+    """The list of strings `row[field]`; DataError if it is absent or anything else."""
+    values = _field(row, field, list, 'a list of strings', where)
+    for value in values:
+        if not isinstance(value, str):
+            raise DataError(f'{where}: {field!r} holds {_kind(value)}; it must hold strings only')
+        expect_sound(value, field, where)
+    return values
+
+
+def expect_sound(text: str, field: str, where: str) -> str:
+    """`text`, or DataError if it has half a surrogate pair.
+
+    JSON can spell one, but it is no character: it cannot be encoded, so no tokenizer takes it.
+    """
+    try:
+        text.encode('utf-8')
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f'{where}: {field!r} has a lone surrogate {text[error.start]!r}; '
+            'write the whole character'
+        ) from None
+    return text
+
+
+def _kind(value: Any) -> str:
+    names = {dict: 'an object', list: 'a list', str: 'a string', bool: 'a boolean'}
+    return 'null' if value is None else names.get(type(value), 'a number')
+
+
+def short(value: Any) -> str:
+    """`repr(value)` for a message, cut to 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + '...'

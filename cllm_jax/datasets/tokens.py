@@ -1,0 +1,59 @@
+"""Text to token ids: making a small tokenizer, and encoding examples with any."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cllm_jax.datasets.example import Example
+from cllm_jax.errors import ConfigError
+
+END, PAD = '<|end|>', '<|pad|>'
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer in `transformers` form, with single-digit numbers.
+
+    It has an end and a padding token, no BOS, and covers every byte, so no text is unknown.
+
+    Raises:
+      ConfigError: fewer tokens than the 256 bytes and the two special ones.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast  # slow to import
+
+    if vocab_size < 258:
+        raise ConfigError(f'vocab_size {vocab_size}: at least 258, 256 bytes and 2 special tokens')
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode_examples(
+    tokenizer: Any, examples: Sequence[Example], eos_id: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Prompt and answer ids of each example, int32; the answer ends with `eos_id`.
+
+    They are encoded apart, as decoding sees them: first a prompt, then an answer.
+    """
+    prompts = tokenizer([e.prompt for e in examples])['input_ids']
+    answers = tokenizer([e.answer for e in examples], add_special_tokens=False)['input_ids']
+    return [
+        (np.asarray(p, np.int32), np.asarray([*a, eos_id], np.int32))
+        for p, a in zip(prompts, answers, strict=True)
+    ]

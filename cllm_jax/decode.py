@@ -1,0 +1,204 @@
+"""Decode prompts, with Jacobi iteration and autoregressively side by side.
+
+    python -m cllm_jax.decode                                    a demonstration, no network needed
+    python -m cllm_jax.decode --model DIR --prompts 'Once upon'  your model, your prompt
+    python -m cllm_jax.decode --input prompts.jsonl --output answers.jsonl --compare False
+
+With --compare both decoders run, and the verdict tells whether their tokens are the same.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from rich.markup import escape
+
+from cllm_jax.console import Console, print_plan, size, table
+from cllm_jax.datasets.readers import read_jsonl
+from cllm_jax.datasets.sources import open_source
+from cllm_jax.decoding.generate import Request, decode_all, stream
+from cllm_jax.decoding.result import DecodeResult
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.errors import ConfigError
+from cllm_jax.evaluation.speed import (
+    Way,
+    share_identical,
+    tokens_per_forward,
+    tokens_per_second,
+)
+from cllm_jax.models.config import read_config
+from cllm_jax.models.load import DTYPES, Model, default_dtype, load, resolve
+from cllm_jax.settings import guard, parse, to_json
+
+DEMO_PROMPTS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Settings of decoding."""
+
+    model: str = 'embedded'
+    """embedded, embedded-target, a model or run directory, or a hub id owner/name."""
+    prompts: tuple[str, ...] = ()
+    """Prompts; without any, held-out prompts of the embedded tasks."""
+    input: str = ''
+    """JSONL file (.gz too) with a prompt per line, instead of prompts."""
+    output: str = ''
+    """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds."""
+    drafter: Literal['jacobi', 'ar'] = 'jacobi'
+    """Jacobi iteration, or one token per forward."""
+    block: int = 16
+    """Jacobi window (n)."""
+    mode: Literal['sliding', 'block'] = 'sliding'
+    """Keep the window full, or let each block converge before the next (the paper's schedule)."""
+    max_tokens: int = 128
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 is greedy; above 0 samples, and Jacobi still returns AR's tokens for the same seed."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0 is off."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that make up this probability."""
+    seed: int = 0
+    """Of sampling noise, initial guesses and demonstration prompts."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer."""
+    batch: int = 1
+    """Prompts decoded together."""
+    stream: bool = False
+    """Print the text as it is produced; for one prompt."""
+    compare: bool = True
+    """Decode autoregressively too, and time both."""
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+    """Of weights and cache."""
+
+
+def read_prompts(settings: DecodeConfig) -> list[str]:
+    """The prompts of the command line, of a file, or of the demonstration."""
+    if settings.prompts and settings.input:
+        raise ConfigError('both prompts and input are given; give one of them')
+    if settings.prompts:
+        return list(settings.prompts)
+    if settings.input:
+        return [e.prompt for e in read_jsonl(settings.input)]
+    source = open_source(
+        'sql+arithmetic', split='heldout', seed=settings.seed, limit=DEMO_PROMPTS
+    )
+    return [source[i].prompt for i in range(len(source))]
+
+
+def rows_of(prompts: list[str], result: DecodeResult) -> Iterator[dict]:
+    """What --output holds, per prompt."""
+    columns = zip(
+        prompts,
+        result.texts,
+        result.tokens,
+        result.forwards,
+        result.accepted,
+        result.seconds,
+        strict=True,
+    )
+    names = ('prompt', 'text', 'tokens', 'forwards', 'accepted', 'seconds')
+    return (dict(zip(names, row, strict=True)) for row in columns)
+
+
+def compare(
+    console: Console, model: Model, request: Request, prompts: list[str], result: DecodeResult
+) -> None:
+    """Autoregressive decoding beside the result: identity, tokens/forward, speed-up."""
+    ar = dataclasses.replace(request, drafter=AutoRegressive(), stop=())
+    request = dataclasses.replace(request, stop=())
+    with console.status('AR and Jacobi, timed in turn'):
+        baseline = decode_all(model, ar, prompts)
+        plain = decode_all(model, request, prompts) if request.stop else result
+        ways = {'AR': Way(model, ar), 'Jacobi': Way(model, request)}
+        speed = tokens_per_second(ways, prompts[:DEMO_PROMPTS])
+    rows = [
+        ['AR', 1.0, speed['AR'], 1.0],
+        ['Jacobi', tokens_per_forward(plain), speed['Jacobi'], speed['Jacobi'] / speed['AR']],
+    ]
+    columns = ['', 'tokens/forward', 'tokens/s', 'speed-up']
+    console.out.print(table('', columns, rows))
+    same = share_identical(plain, baseline)
+    verdict = 'IDENTICAL' if same == 1 else 'DIFFERENT'
+    console.result(f'{verdict}: Jacobi and AR agree token for token on {same:.0%} of the prompts')
+
+
+def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
+    """Prompts and answers, each token group that one forward committed in its own shade."""
+    for prompt, text, tokens, forwards in zip(
+        prompts, result.texts, result.tokens, result.forwards, strict=True
+    ):
+        console.out.print(f'[dim]{escape(prompt)}[/dim]{escape(text or "")}')
+        console.out.print(f'[dim]-- {len(tokens)} tokens in {forwards} forwards[/dim]\n')
+
+
+def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
+    """What decoding would need."""
+    config = read_config(resolve(settings.model))
+    dtype = default_dtype() if settings.dtype == 'auto' else settings.dtype
+    width = DTYPES[dtype].itemsize
+    cache = config.cache_values * width
+    facts = {
+        'prompts': len(prompts),
+        'parameters': f'{config.parameters:,}',
+        'weights': size(config.parameters * width),
+        'KV cache per token': size(cache),
+        'KV cache of the answers of a batch': size(cache * settings.max_tokens * settings.batch),
+    }
+    print_plan(console, to_json(settings), facts)
+
+
+def run() -> None:
+    settings, flags = parse(
+        DecodeConfig, program='python -m cllm_jax.decode', description=__doc__, stage='decode'
+    )
+    console = Console()
+    prompts = read_prompts(settings)
+    if flags.plan:
+        plan(settings, console, prompts)
+        return
+    jacobi = Jacobi(settings.block, settings.mode)
+    request = Request(
+        AutoRegressive() if settings.drafter == 'ar' else jacobi,
+        settings.max_tokens,
+        Sampling(settings.temperature, settings.top_k, settings.top_p),
+        settings.seed,
+        settings.stop,
+        settings.batch,
+    )
+    model = load(settings.model, None if settings.dtype == 'auto' else settings.dtype)
+    if settings.stream:
+        if len(prompts) != 1:
+            raise ConfigError(f'stream with {len(prompts)} prompts: give exactly one prompt')
+        for piece in stream(model, request, prompts[0]):
+            print(piece, end='', flush=True)
+        print()
+        return
+    result = decode_all(model, request, prompts)
+    if settings.output:
+        _write(Path(settings.output), rows_of(prompts, result))
+        console.note(f'{settings.output}: {len(prompts)} answers')
+    else:
+        show(console, prompts, result)
+    if settings.compare and settings.drafter == 'jacobi':
+        compare(console, model, request, prompts, result)
+
+
+def _write(path: Path, rows: Iterator[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'w', encoding='utf-8') as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + '\n')
+
+
+def main() -> None:
+    guard(run)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,81 @@
+"""The target's choice of a token, greedy or sampled, as a function of position.
+
+Noise belongs to a position, not to a forward: `y = argmax(logits / T + gumbel(key, position))`.
+By the Gumbel-max trick each choice follows the softmax exactly, and because the noise of a
+position is always the same, sampling has a fixed point like greedy decoding has: every drafter
+returns the tokens that autoregressive decoding returns with the same key (compare
+drafter-invariant speculative decoding, arXiv 2408.07978).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from cllm_jax.errors import ConfigError
+
+COLDEST = 1e-6
+"""Below, logits divided by the temperature could overflow float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; `temperature` 0 is greedy and needs no noise."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens with at least this probability."""
+
+    def __post_init__(self):
+        if self.temperature != 0 and not COLDEST <= self.temperature < float('inf'):
+            raise ConfigError(
+                f'temperature {self.temperature}: must be 0 (greedy) or at least {COLDEST}'
+            )
+        if self.top_k < 0:
+            raise ConfigError(f'top_k {self.top_k}: must be 0 (off) or the number of tokens kept')
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f'top_p {self.top_p}: must be in (0, 1]; 1 keeps every token')
+
+
+def gumbel(keys_B: jax.Array, positions_BT: jax.Array, vocab: int) -> jax.Array:
+    """Gumbel noise `[B, T, V]` that depends only on the row's key and the absolute position."""
+
+    def one(key, position):
+        return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
+
+    return jax.vmap(jax.vmap(one, (None, 0)))(keys_B, positions_BT)
+
+
+def truncate(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Set the logits outside top-k and top-p to -inf. Ties at the border are kept."""
+    vocab = logits_BTV.shape[-1]
+    if 0 < sampling.top_k < vocab:
+        border = jax.lax.top_k(logits_BTV, sampling.top_k)[0][..., -1:]
+        logits_BTV = jnp.where(logits_BTV >= border, logits_BTV, -jnp.inf)
+    if sampling.top_p < 1:
+        sorted_BTV = jnp.sort(logits_BTV, axis=-1, descending=True)
+        p_BTV = jax.nn.softmax(sorted_BTV, axis=-1)
+        before_BTV = jnp.cumsum(p_BTV, axis=-1) - p_BTV
+        count_BT = (before_BTV < sampling.top_p).sum(axis=-1, keepdims=True, dtype=jnp.int32)
+        border = jnp.take_along_axis(sorted_BTV, count_BT - 1, axis=-1)
+        logits_BTV = jnp.where(logits_BTV >= border, logits_BTV, -jnp.inf)
+    return logits_BTV
+
+
+def choose(
+    logits_BTV: jax.Array, keys_B: jax.Array, positions_BT: jax.Array, sampling: Sampling
+) -> jax.Array:
+    """The token for each absolute position, int32 `[B, T]`.
+
+    Args:
+      logits_BTV: float32 scores for the tokens at `positions_BT`.
+      keys_B: one PRNG key per row.
+      positions_BT: index in the sequence of the token being chosen, prompt included.
+      sampling: static rule.
+    """
+    if sampling.temperature > 0:
+        logits_BTV = truncate(logits_BTV / sampling.temperature, sampling)
+        logits_BTV = logits_BTV + gumbel(keys_B, positions_BT, logits_BTV.shape[-1])
+    return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)

@@ -1,0 +1,31 @@
+"""What can go wrong, by exit code. A message is one line: the value, the rule, the remedy."""
+
+
+class CllmError(Exception):
+    """An error the user can act on; commands print its message and exit with its code."""
+
+    exit_code = 1
+
+
+class ConfigError(CllmError):
+    """The request is wrong: an option, a config file, a model that does not fit."""
+
+    exit_code = 2
+
+
+class DataError(CllmError):
+    """A file is wrong: a dataset, a trajectory shard, weights, a checkpoint."""
+
+    exit_code = 3
+
+
+class NumericalError(CllmError):
+    """Training produced NaN or Inf; the last good checkpoint is untouched."""
+
+    exit_code = 4
+
+
+class Interrupted(CllmError):
+    """Stopped by a signal after saving; the same command continues (EX_TEMPFAIL)."""
+
+    exit_code = 75

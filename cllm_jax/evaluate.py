@@ -1,0 +1,188 @@
+"""Evaluate a CLLM beside its target: quality, tokens/forward, speed-up, identity.
+
+    python -m cllm_jax.evaluate --task sql --limit 200 --seed 0 --json result.json
+
+The speed-up is Jacobi with the CLLM over autoregressive decoding of the target, in tokens per
+second at batch 1, both in the same compiled loop and in one run. Quality is measured on the text
+that Jacobi produced.
+"""
+
+import dataclasses
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from cllm_jax.console import Console, print_plan, table
+from cllm_jax.datasets.sources import Source, open_source
+from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
+from cllm_jax.evaluation.speed import Way, share_identical, tokens_per_forward, tokens_per_second
+from cllm_jax.models.load import load, named_or
+from cllm_jax.rundir import write_atomic
+from cllm_jax.settings import guard, parse, to_json
+
+VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax', 'transformers')
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of an evaluation."""
+
+    root: str = 'runs/embedded'
+    """Directory of the recipe's runs; without one there, the embedded models are used."""
+    model: str = ''
+    """The CLLM; default ROOT/export/cllm, else embedded."""
+    target: str = ''
+    """The target; default ROOT/export/target, else embedded-target."""
+    task: str = ''
+    """Dataset (see the README); default is sql and arithmetic, one after the other."""
+    limit: int = 200
+    """Held-out prompts per task."""
+    seed: int = 0
+    """Which held-out prompts are drawn."""
+    block: int = 16
+    """Jacobi window (n)."""
+    mode: Literal['sliding', 'block'] = 'sliding'
+    """Jacobi schedule."""
+    max_tokens: int = 128
+    """Longest answer."""
+    batch: int = 32
+    """Prompts decoded together where only tokens are wanted."""
+    timed: int = 40
+    """Prompts whose decoding is timed, at batch 1."""
+    repeats: int = 3
+    """Times each of them is timed; the median counts."""
+    json: str = ''
+    """Write the results to this file, one object, or a list of them for several tasks."""
+    quick: bool = False
+    """A tiny version, to see that it works."""
+
+
+def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict[str, Any]:
+    """Everything about one task."""
+    cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'))
+    name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
+    target = load(name)
+    ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
+    jacobi = dataclasses.replace(ar, drafter=Jacobi(settings.block, settings.mode))
+    ways = {
+        'target AR': Way(target, ar),
+        'target Jacobi': Way(target, jacobi),
+        'CLLM AR': Way(cllm, ar),
+        'CLLM Jacobi': Way(cllm, jacobi),
+    }
+    prompts = [source[i].prompt for i in range(len(source))]
+    results = {}
+    for way, (key, _) in zip(ways.values(), list(ways.items()), strict=True):
+        with console.status(f'{source.name}: {key}, {len(prompts)} prompts'):
+            results[key] = decode_all(way.model, way.request, prompts)
+    timed = prompts[: settings.timed]
+    with console.progress(f'{source.name}: timing', len(timed)) as bar:
+        speed = tokens_per_second(ways, timed, settings.repeats, bar)
+    quality = {key: share_right(source, r.texts) for key, r in results.items()}
+    forward = {key: tokens_per_forward(r) for key, r in results.items()}
+    return {
+        'task': source.name,
+        'n': len(prompts),
+        'seed': settings.seed,
+        'quality': {'target': quality['target AR'], 'cllm': quality['CLLM Jacobi']},
+        'exact_match': {
+            key: sum((t or '').strip() == source[i].answer.strip() for i, t in enumerate(r.texts))
+            / len(prompts)
+            for key, r in (('target', results['target AR']), ('cllm', results['CLLM Jacobi']))
+        },
+        'tokens_per_forward': {
+            'target': forward['target Jacobi'],
+            'cllm': forward['CLLM Jacobi'],
+        },
+        'speedup': speed['CLLM Jacobi'] / speed['target AR'],
+        'speedup_vanilla_jacobi': speed['target Jacobi'] / speed['target AR'],
+        'tokens_per_second': {
+            'ar': speed['target AR'],
+            'jacobi': speed['CLLM Jacobi'],
+            'target_jacobi': speed['target Jacobi'],
+            'cllm_ar': speed['CLLM AR'],
+        },
+        'identical': share_identical(results['CLLM Jacobi'], results['CLLM AR']),
+        'identical_target': share_identical(results['target Jacobi'], results['target AR']),
+        'agreement_with_target': token_agreement(
+            results['CLLM Jacobi'].tokens, results['target AR'].tokens
+        ),
+        'repetitive': sum(map(is_repetitive, results['CLLM Jacobi'].tokens)) / len(prompts),
+        'mean_tokens': sum(map(len, results['CLLM Jacobi'].tokens)) / len(prompts),
+        'block': settings.block,
+        'mode': settings.mode,
+        'timed': len(timed),
+        'models': {'cllm': cllm.source, 'target': target.source},
+        'dtype': str(cllm.params['norm'].dtype),
+        'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind} ({platform.machine()})',
+        'versions': {name: version(name) for name in VERSIONED},
+    }
+
+
+def report(console: Console, found: dict[str, Any]) -> None:
+    """The numbers of one task as a table."""
+    quality, forward, speed = (
+        found[k] for k in ('quality', 'tokens_per_forward', 'tokens_per_second')
+    )
+    base = speed['ar']
+    rows = [
+        ['target, AR', quality['target'], 1.0, speed['ar'], 1.0],
+        [
+            'target, Jacobi',
+            quality['target'],
+            forward['target'],
+            speed['target_jacobi'],
+            speed['target_jacobi'] / base,
+        ],
+        ['CLLM, AR', quality['cllm'], 1.0, speed['cllm_ar'], speed['cllm_ar'] / base],
+        ['CLLM, Jacobi', quality['cllm'], forward['cllm'], speed['jacobi'], found['speedup']],
+    ]
+    columns = ['', 'quality', 'tokens/forward', 'tokens/s', 'speed-up']
+    title = f'{found["task"]}: {found["n"]} held-out prompts, n = {found["block"]}, batch 1'
+    console.out.print(table(title, columns, rows))
+    console.result(
+        f'Jacobi = AR of the CLLM, token for token: {found["identical"]:.1%} of prompts; '
+        f'agreement with the target: {found["agreement_with_target"]:.1%} of tokens'
+    )
+
+
+def run() -> None:
+    settings, flags = parse(
+        EvaluateConfig, program='python -m cllm_jax.evaluate', description=__doc__, stage='evaluate'
+    )
+    if settings.quick:
+        settings = dataclasses.replace(settings, limit=4, timed=1, repeats=1, max_tokens=48)
+    console = Console()
+    tasks = [settings.task] if settings.task else ['sql', 'arithmetic']
+    sources = [
+        open_source(task, split='heldout', seed=settings.seed, limit=settings.limit)
+        for task in tasks
+    ]
+    if flags.plan:
+        facts = {'tasks': ', '.join(tasks), 'prompts': sum(map(len, sources))}
+        print_plan(console, to_json(settings), facts)
+        return
+    found = []
+    for source in sources:
+        found.append(evaluate(settings, source, console))
+        report(console, found[-1])
+    path = settings.json or (f'{settings.root}/evaluate.json' if Path(settings.root).is_dir() else '')
+    if path:
+        text = json.dumps(found[0] if settings.task else found, indent=2) + '\n'
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(path), text.encode())
+
+
+def main() -> None:
+    guard(run)
+
+
+if __name__ == '__main__':
+    main()

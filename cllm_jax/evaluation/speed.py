@@ -1,0 +1,65 @@
+"""How fast a way of decoding is: tokens per forward, tokens per second, and identity with AR.
+
+Everything compared is decoded in the same run by the same loop, prompt by prompt in turn, so that
+a change of the machine's mood hits all alike. Compilation is kept out by decoding every prompt
+once before anything is timed.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cllm_jax.decoding.generate import Request, decode_batch, encode, row_keys
+from cllm_jax.decoding.result import DecodeResult
+from cllm_jax.models.load import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A model with a way to decode it."""
+
+    model: Model
+    request: Request
+    weights: Any = ()
+
+
+def tokens_per_forward(result: DecodeResult) -> float:
+    """Committed tokens over calls of the model, prefill included, over all prompts."""
+    return sum(map(len, result.tokens)) / max(sum(result.forwards), 1)
+
+
+def share_identical(a: DecodeResult, b: DecodeResult) -> float:
+    """Share of prompts whose tokens are the same in both, 0..1."""
+    same = [x == y for x, y in zip(a.tokens, b.tokens, strict=True)]
+    return sum(same) / max(len(same), 1)
+
+
+def tokens_per_second(
+    ways: Mapping[str, Way],
+    prompts: Sequence[str | Sequence[int]],
+    repeats: int = 3,
+    progress: Callable[[int], None] = lambda prompts: None,
+) -> dict[str, float]:
+    """End-to-end speed of each way at batch 1: tokens over wall-clock, prefill included.
+
+    Each prompt is decoded `repeats` times by every way in turn; its time is the median.
+    """
+    totals = {name: [0, 0.0] for name in ways}
+    for index, prompt in enumerate(prompts):
+        for name, way in ways.items():
+            ids, keys = encode(way.model, prompt), row_keys(way.request.seed, [index])
+            totals[name][0] += len(_once(way, ids, keys).tokens[0])
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeats):
+            for name, way in ways.items():
+                ids, keys = encode(way.model, prompt), row_keys(way.request.seed, [index])
+                seconds[name].append(_once(way, ids, keys).seconds[0])
+        for name in ways:
+            totals[name][1] += statistics.median(seconds[name])
+        progress(1)
+    return {name: tokens / max(time, 1e-9) for name, (tokens, time) in totals.items()}
+
+
+def _once(way: Way, ids: list[int], keys) -> DecodeResult:
+    return decode_batch(way.model, way.request, [ids], keys, way.weights)

@@ -1,0 +1,109 @@
+"""Export the models of a run in Hugging Face format, with a model card.
+
+    python -m cllm_jax.export --root runs/embedded --out my_models
+
+writes my_models/target and my_models/cllm: config.json, model.safetensors, tokenizer files and a
+README.md that states the recipe and its held-out numbers.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cllm_jax.console import Console, print_plan, size
+from cllm_jax.errors import DataError
+from cllm_jax.models.config import read_config
+from cllm_jax.models.hf import write_model
+from cllm_jax.models.load import DTYPES, load, resolve
+from cllm_jax.rundir import read_metrics
+from cllm_jax.settings import guard, parse, to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Settings of an export."""
+
+    root: str = 'runs/embedded'
+    """Directory of the recipe's runs."""
+    runs: tuple[str, ...] = ('target', 'cllm')
+    """Which runs below ROOT to export."""
+    out: str = ''
+    """Where the model directories go; default ROOT/export."""
+    dtype: Literal['bfloat16', 'float32', 'float16'] = 'bfloat16'
+    """Of the exported weights."""
+    quick: bool = False
+    """Accepted for launch/local.sh; an export is quick anyway."""
+
+
+def best_numbers(run: Path) -> dict[str, Any]:
+    """The held-out test that chose the exported weights."""
+    tests = [m for m in read_metrics(run / 'metrics.jsonl') if 'held_out_score' in m]
+    if not tests:
+        raise DataError(f'{run}: no held-out test yet, so no model; let the training reach one')
+    return max(tests, key=lambda m: m['held_out_score'])
+
+
+def card(name: str, run: Path, dtype: str, parameters: int) -> str:
+    """The model card: what it is, how it was made, how it did."""
+    settings = json.loads((run / 'config.json').read_text('utf-8'))
+    settings.pop('root', None)
+    best = best_numbers(run)
+    numbers = ''.join(
+        f'| {k.removeprefix("held_out_").replace("_", " ")} | {v:.4g} |\n'
+        for k, v in best.items()
+        if k.startswith('held_out_')
+    )
+    stage = 'target' if settings['objective'] == 'ar' else 'cllm'
+    return f"""---
+license: apache-2.0
+library_name: cllm_jax
+---
+# {name}
+
+A LLaMA of {parameters / 1e6:.2f}M parameters ({dtype}), trained by `cllm_jax` with the command
+`python -m cllm_jax.train --config RECIPE --stage {stage}` and exported by
+`python -m cllm_jax.export`. The weights are those of step {best['step']}, chosen by the held-out
+test during training:
+
+| held-out test ({settings['held_out']['prompts']} prompts, seed {settings['held_out']['seed']}) | |
+| --- | ---: |
+{numbers}
+The settings, seed included:
+
+```yaml
+{yaml.safe_dump(settings, sort_keys=False).rstrip()}
+```
+"""
+
+
+def run() -> None:
+    settings, flags = parse(
+        ExportConfig, program='python -m cllm_jax.export', description=__doc__, stage='export'
+    )
+    console = Console()
+    out = Path(settings.out or f'{settings.root}/export')
+    if flags.plan:
+        width = DTYPES[settings.dtype].itemsize
+        total = sum(read_config(resolve(f'{settings.root}/{r}')).parameters for r in settings.runs)
+        print_plan(console, to_json(settings), {'writes to': out, 'bytes': size(total * width)})
+        return
+    for name in settings.runs:
+        run_dir = Path(settings.root) / name
+        model = load(str(run_dir), 'float32')
+        text = card(name, run_dir, settings.dtype, model.config.parameters)
+        write_model(
+            out / name, model.config, model.params, model.tokenizer, dtype=settings.dtype
+        )
+        (out / name / 'README.md').write_text(text, 'utf-8')
+        console.note(f'{out / name}: {model.config.parameters / 1e6:.2f}M parameters')
+
+
+def main() -> None:
+    guard(run)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,294 @@
+"""Hugging Face model directories in and out, without torch.
+
+One table says where each parameter lives. Weights are stored in Hugging Face's own order, so
+reading is a reshape and a stack over layers, and writing is the inverse, bit for bit.
+"""
+
+import functools
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.models.config import LlamaConfig, config_json, one_line, parse_config, read_config
+from cllm_jax.models.llama import Llama, init_params
+from cllm_jax.models.weight_files import INDEX, SINGLE, Stored, explain, listed, read_headers
+
+SHARD_BYTES = 4 << 30
+DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
+STORED = ('F64', 'F32', 'F16', 'BF16')
+"""Number formats (as safetensors spells them) that hold plain weights."""
+MODEL_SUFFIXES = ('.json', '.safetensors', '.model', '.jinja', '.txt')
+MODEL_DIRS = ('additional_chat_templates',)
+"""What a model directory that may be overwritten consists of."""
+BLOCK_NAMES = {
+    'attn_norm': 'input_layernorm.weight',
+    'q': 'self_attn.q_proj.weight',
+    'k': 'self_attn.k_proj.weight',
+    'v': 'self_attn.v_proj.weight',
+    'o': 'self_attn.o_proj.weight',
+    'q_bias': 'self_attn.q_proj.bias',
+    'k_bias': 'self_attn.k_proj.bias',
+    'v_bias': 'self_attn.v_proj.bias',
+    'q_norm': 'self_attn.q_norm.weight',
+    'k_norm': 'self_attn.k_norm.weight',
+    'mlp_norm': 'post_attention_layernorm.weight',
+    'gate': 'mlp.gate_proj.weight',
+    'up': 'mlp.up_proj.weight',
+    'down': 'mlp.down_proj.weight',
+}
+TOP_NAMES = {
+    'embed': 'model.embed_tokens.weight',
+    'norm': 'model.norm.weight',
+    'head': 'lm_head.weight',
+}
+
+
+def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Hugging Face keeps every weight as (out, in) and every bias flat."""
+    if name in ('q', 'k', 'v'):
+        return (shape[0] * shape[1], shape[2])
+    if name == 'o':
+        return (shape[0], shape[1] * shape[2])
+    return (shape[0] * shape[1],) if name.endswith('_bias') else shape
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract(config: LlamaConfig, dtype: Any) -> Any:
+    return jax.eval_shape(lambda: init_params(Llama(config, dtype), jax.random.key(0)))
+
+
+def abstract_params(config: LlamaConfig, dtype: jnp.dtype = jnp.float32) -> Any:
+    """Shapes and dtypes of the parameters, without computing any."""
+    return jax.tree.map(lambda leaf: leaf, _abstract(config, dtype))
+
+
+def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint of this architecture, by Hugging Face name."""
+    params = abstract_params(config)
+    shapes = {TOP_NAMES[k]: v.shape for k, v in params.items() if k != 'blocks'}
+    for i in range(config.layers):
+        for name, leaf in params['blocks'].items():
+            shapes[f'model.layers.{i}.{BLOCK_NAMES[name]}'] = _hf_shape(name, leaf.shape[1:])
+    return shapes
+
+
+def _check(directory: Path, config: LlamaConfig, found: dict[str, Stored]) -> None:
+    """Refuse anything but exactly the tensors, shapes and formats of this architecture."""
+    shapes, head = tensor_shapes(config), TOP_NAMES['head']
+    allowed = shapes | ({head: shapes[TOP_NAMES['embed']]} if config.tied else {})
+    if missing := sorted(shapes.keys() - found.keys()):
+        remedy = 'fetch the whole model again'
+        if missing == [head]:
+            remedy = 'set tie_word_embeddings to true in config.json if the head is the embedding'
+        raise DataError(f'{directory}: missing tensors: {listed(missing)}; {remedy}')
+    if extra := sorted(found.keys() - allowed.keys()):
+        raise DataError(
+            f'{directory}: tensors that a {config.family} model of this config.json has not: '
+            f'{listed(extra)}; use the config.json that belongs to these weights'
+        )
+    wrong = sorted(name for name, tensor in found.items() if tensor.shape != allowed[name])
+    if wrong:
+        pairs = [f'{n} is {found[n].shape} and not {allowed[n]}' for n in wrong]
+        raise DataError(
+            f'{directory}: {listed(pairs)}; use the config.json that belongs to these weights'
+        )
+    if formats := sorted(n for n, tensor in found.items() if tensor.dtype not in STORED):
+        raise DataError(
+            f'{directory}: {found[formats[0]].dtype} tensors: {listed(formats)}; '
+            f'weights must be {", ".join(STORED)}, export the model unquantised'
+        )
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
+    """`astype`, but a finite weight must stay finite; only float16 has too short a range."""
+    with np.errstate(over='ignore'):
+        out = tensor.astype(dtype)
+    if dtype == jnp.float16 and not np.array_equal(np.isfinite(tensor), np.isfinite(out)):
+        raise ConfigError(f'{name}: a weight exceeds 65504, the range of float16; use bfloat16')
+    return out
+
+
+def read_model(directory: Path, dtype: jnp.dtype = jnp.float32) -> tuple[LlamaConfig, Any]:
+    """Read a model directory: its config and its parameters, cast to `dtype`.
+
+    Names, shapes and formats are checked before any weight is read or memory taken; besides the
+    result, one tensor is in memory at a time.
+
+    Raises:
+      DataError: a missing or damaged file; pickled weights; missing, extra or ill-shaped tensors.
+      ConfigError: an architecture that is not supported.
+    """
+    config = read_config(directory)
+    found = read_headers(directory)
+    _check(directory, config, found)
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, dtype), abstract_params(config))
+    slots = _slots(params)
+    tied = None
+    for path in dict.fromkeys(stored.file for stored in found.values()):
+        try:
+            with safe_open(path, framework='np') as f:
+                for name in found.keys() & f.keys():
+                    tensor = _cast(name, f.get_tensor(name), dtype)
+                    if name in slots:
+                        slots[name][...] = tensor.reshape(slots[name].shape)
+                    else:
+                        tied = tensor
+        except (SafetensorError, OSError, ValueError) as e:
+            raise explain(path, e) from None
+    if tied is not None and not np.array_equal(tied, params['embed'], equal_nan=True):
+        raise DataError(
+            f'{directory}: lm_head.weight differs from the embedding although config.json ties '
+            'them; set tie_word_embeddings to false'
+        )
+    return config, jax.tree.map(jnp.asarray, params)
+
+
+def _slots(params: Any) -> dict[str, np.ndarray]:
+    """A view of each tensor's place in `params`, by Hugging Face name."""
+    slots = {TOP_NAMES[name]: leaf for name, leaf in params.items() if name != 'blocks'}
+    for name, stacked in params['blocks'].items():
+        for i, leaf in enumerate(stacked):
+            slots[f'model.layers.{i}.{BLOCK_NAMES[name]}'] = leaf
+    return slots
+
+
+def named_tensors(params: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Every parameter under its Hugging Face name, one layer at a time."""
+    for name, leaf in params.items():
+        if name != 'blocks':
+            yield TOP_NAMES[name], np.asarray(leaf)
+    for name, stacked in params['blocks'].items():
+        for i, leaf in enumerate(np.asarray(stacked)):
+            shape = _hf_shape(name, leaf.shape)
+            yield f'model.layers.{i}.{BLOCK_NAMES[name]}', leaf.reshape(shape)
+
+
+def write_model(
+    directory: Path,
+    config: LlamaConfig,
+    params: Any,
+    tokenizer: Any = None,
+    *,
+    dtype: str = 'bfloat16',
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a directory that `read_model` and `transformers` load.
+
+    Files go to a sibling temporary directory first, which then takes the final name: a reader
+    never sees half a model.
+
+    Raises:
+      ConfigError: an unknown `dtype`, a config no supported family has, or parameters of another
+        config.
+      DataError: the directory exists and is not an (old) model directory, or cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {", ".join(DTYPES)}')
+    shapes = jax.tree.map(jnp.shape, params)
+    if shapes != jax.tree.map(jnp.shape, abstract_params(config)):
+        raise ConfigError(f'{directory}: the parameters do not belong to this config; pass its own')
+    directory = directory.resolve()
+    raw = config_json(config, dtype)
+    if parse_config(directory / 'config.json', raw) != config:
+        raise ConfigError(f'{directory}: no {config.family} model is {config}; correct its family')
+    temp = directory.with_name(f'.{directory.name}.tmp-{os.getpid()}')
+    try:
+        _check_replaceable(directory)
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        (temp / 'config.json').write_text(json.dumps(raw, indent=2) + '\n', 'utf-8')
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temp)
+        _write_weights(temp, named_tensors(params), dtype, shard_bytes)
+        _settle(temp)
+        _replace(temp, directory)
+    except (OSError, SafetensorError) as e:
+        raise DataError(
+            f'{directory}: not written ({one_line(e)}); free some space or choose another directory'
+        ) from None
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _check_replaceable(directory: Path) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise DataError(f'{directory}: is a file; choose another directory')
+    present = sorted(directory.iterdir())
+    foreign = [
+        p.name
+        for p in present
+        if (p.name not in MODEL_DIRS if p.is_dir() else p.suffix not in MODEL_SUFFIXES)
+    ]
+    if present and not (directory / 'config.json').is_file():
+        foreign = foreign or [present[0].name]
+    if foreign:
+        raise DataError(
+            f'{directory}: holds {listed(foreign)}, which is no part of a model and would be '
+            'lost; choose another directory'
+        )
+
+
+def _write_weights(
+    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str, shard_bytes: int
+) -> None:
+    """Write shards as they fill, so that one shard at a time is in memory twice."""
+    shard: dict[str, np.ndarray] = {}
+    written: list[list[str]] = []
+    total = size = 0
+
+    def flush():
+        save_file(shard, directory / f'shard-{len(written)}', metadata={'format': 'pt'})
+        written.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        tensor = np.ascontiguousarray(_cast(name, tensor, jnp.dtype(dtype)))
+        if shard and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(written) == 1:
+        (directory / 'shard-0').rename(directory / SINGLE)
+        return
+    weight_map = {}
+    for i, names in enumerate(written):
+        file = f'model-{i + 1:05}-of-{len(written):05}.safetensors'
+        (directory / f'shard-{i}').rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + '\n', 'utf-8')
+
+
+def _settle(directory: Path) -> None:
+    """Flush every file to disk, readable like config.json (safetensors writes mode 0600)."""
+    mode = stat.S_IMODE((directory / 'config.json').stat().st_mode)
+    for path in directory.rglob('*'):
+        if path.is_file():
+            path.chmod(mode)
+            with open(path, 'rb') as f:
+                os.fsync(f.fileno())
+
+
+def _replace(temp: Path, directory: Path) -> None:
+    """Swap directories; the old model survives until the new one is complete."""
+    old = directory.with_name(f'.{directory.name}.old-{os.getpid()}')
+    if directory.exists():
+        directory.rename(old)
+    temp.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,148 @@
+"""Opening a model by name: an embedded one, a directory, a run, or a hub id."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.models.config import LlamaConfig, one_line
+from cllm_jax.models.hf import DTYPES, read_model
+from cllm_jax.models.llama import Llama
+
+SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
+EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
+HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
+# A repository may hold the same weights twice more, in subdirectories or as `consolidated`.
+HUB_FILES = ['*.json', '*.safetensors', 'tokenizer.model', '*.jinja', '*.txt']
+HUB_SKIP = ['*/*', 'consolidated*']
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model ready to run: its config, its weights as a plain pytree, and its tokenizer."""
+
+    config: LlamaConfig
+    params: Any
+    tokenizer: Any
+    """A `transformers` tokenizer, or None if the directory has none."""
+    source: str
+    """What the user called it."""
+
+    @property
+    def module(self) -> Llama:
+        """The Linen module; equal for equal configs, so it shares compilations."""
+        return Llama(self.config, self.params['norm'].dtype)
+
+
+def default_dtype() -> str:
+    """float32 on CPU, where bfloat16 arithmetic is emulated; bfloat16 on accelerators."""
+    return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+
+def resolve(name: str) -> Path:
+    """The local directory behind a model's name.
+
+    `embedded` and `embedded-target` ship with the package. A path never touches the network. A name
+    of the form `owner/name` that is no directory is fetched with `huggingface_hub`.
+
+    Raises:
+      ConfigError: no such directory, and not a hub id; or the hub does not deliver it.
+      DataError: this installation lacks the embedded model.
+    """
+    if name in EMBEDDED:
+        path = SHIPPED / EMBEDDED[name]
+        if not path.is_dir():
+            raise DataError(f'model {name!r}: {path} is missing; install cllm_jax again')
+        return path
+    shown = f'model {one_line(repr(name))}'
+    try:
+        path = Path(name).expanduser()
+        if name and path.is_dir():
+            run = path / 'model'
+            return run if run.is_dir() and not (path / 'config.json').exists() else path
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as e:  # too long, a NUL, an unknown ~user
+        reason = getattr(e, 'strerror', None) or one_line(e)
+        raise ConfigError(f'{shown}: {reason}; name a readable directory') from None
+    if is_file:
+        raise ConfigError(f'{shown}: is a file; name the directory that holds config.json')
+    if not HUB_ID.fullmatch(name):
+        known = ', '.join(EMBEDDED)
+        raise ConfigError(
+            f'{shown}: no such directory; use {known}, a directory, or a hub id owner/name'
+        )
+    from huggingface_hub import snapshot_download  # network code, only for a hub id
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIP))
+    except Exception as e:  # the hub client raises many types: offline, gated, absent
+        raise ConfigError(
+            f'{shown}: no such directory, and the hub did not deliver it '
+            f'({type(e).__name__}: {one_line(e, 160)}); check the name or download it yourself'
+        ) from None
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The `transformers` tokenizer of a model directory, or None if it has no tokenizer files."""
+    names = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json')
+    if not any((directory / n).exists() for n in names):
+        return None
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as e:  # tokenizers raise bare Exceptions on malformed files
+        raise ConfigError(
+            f'{directory}: unreadable tokenizer ({type(e).__name__}: {one_line(e, 160)}); '
+            'copy the tokenizer files of the original model again'
+        ) from None
+
+
+def load(name: str, dtype: str | None = None) -> Model:
+    """Open a model: `embedded`, `embedded-target`, a model or run directory, or a hub id.
+
+    Args:
+      name: see `resolve`; a run directory means its best exported checkpoint.
+      dtype: 'float32', 'bfloat16' or 'float16'; by default what suits the device.
+
+    Raises:
+      ConfigError, DataError: see `resolve`, `read_config` and `read_model`.
+    """
+    dtype = dtype or default_dtype()
+    if dtype not in DTYPES:
+        raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {", ".join(DTYPES)}')
+    directory = resolve(name)
+    config, params = read_model(directory, DTYPES[dtype])
+    return Model(config, params, read_tokenizer(directory), name)
+
+
+def fingerprint(model: Model) -> str:
+    """sha256 over the config and every weight: two models with one fingerprint compute the same."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    leaves = jax.tree_util.tree_flatten_with_path(model.params)[0]
+    for path, leaf in leaves:
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'.encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 of the vocabulary: token ids mean the same under equal fingerprints."""
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()
+
+
+def named_or(name: str, run: str, embedded: str) -> str:
+    """The model the user named, else the one of the run directory, else the embedded one."""
+    if name:
+        return name
+    return run if Path(run).is_dir() else embedded

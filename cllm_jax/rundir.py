@@ -1,0 +1,95 @@
+"""Run directories: who owns one, with which settings, and its log of metrics.
+
+    config.json     the resolved settings; a resumed run must have the same
+    metrics.jsonl   one JSON object per logged step
+    lock            held while a process works here
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cllm_jax.errors import ConfigError, DataError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader or a crash sees the old bytes or the new ones, no mix."""
+    temp = path.with_name(f'.{path.name}.tmp')
+    with open(temp, 'wb') as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    temp.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Own a run directory for the duration of a `with` block.
+
+    Raises:
+      ConfigError: another process works in it, or it was begun with other settings.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = open(directory / 'lock', 'a+')  # noqa: SIM115 (held open on purpose)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or 'another process'
+            raise ConfigError(
+                f'{directory}: {owner} is working here; wait for it or use another directory'
+            ) from None
+        lock.truncate(0)
+        lock.write(f'process {os.getpid()} on {os.uname().nodename}')
+        lock.flush()
+        _claim(directory / 'config.json', dict(settings))
+        yield directory
+    finally:
+        lock.close()
+
+
+def _claim(path: Path, settings: dict[str, Any]) -> None:
+    if not path.exists():
+        write_atomic(path, (json.dumps(settings, indent=2) + '\n').encode())
+        return
+    try:
+        begun = json.loads(path.read_text('utf-8'))
+    except ValueError:
+        raise DataError(f'{path}: not JSON; remove {path.parent} to start over') from None
+    changed = [k for k in settings | begun if settings.get(k) != begun.get(k)]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f'{path.parent}: begun with {key} = {begun.get(key)!r}, now {settings.get(key)!r}; '
+            'use the old settings to continue, or another directory'
+        )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a line cut by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text('utf-8').split('\n')[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def rewind_metrics(path: Path, step: int) -> None:
+    """Drop what was logged after `step`, when a run goes back to a checkpoint."""
+    kept = [m for m in read_metrics(path) if m['step'] <= step]
+    write_atomic(path, ''.join(json.dumps(m) + '\n' for m in kept).encode())
+
+
+def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line."""
+    with open(path, 'a', encoding='utf-8') as f:
+        f.write(json.dumps(record) + '\n')

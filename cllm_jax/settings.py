@@ -1,0 +1,169 @@
+"""What every command shares: where its settings come from and how it ends.
+
+A command has one frozen dataclass in which each field has a type, a default and a docstring (its
+line in --help). `python -m cllm_jax.train --config recipe.yaml --stage target --steps 100` takes
+the defaults, then stage 'target' of the recipe, then what the command line says.
+"""
+
+import dataclasses
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted
+from cllm_jax.recipe import fingerprint, from_mapping, no_such, read_recipe, to_json
+
+__all__ = ['Flags', 'fingerprint', 'from_mapping', 'guard', 'parse', 'read_recipe', 'to_json']
+
+C = TypeVar('C')
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """What every command accepts beside its own settings."""
+
+    config: str | None
+    stage: str
+    plan: bool
+    debug: bool
+
+
+def parse(
+    config_class: type[C],
+    *,
+    program: str,
+    description: str,
+    stage: str,
+    stages: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+) -> tuple[C, Flags]:
+    """Settings of one run of a command: class defaults < recipe stage < command line.
+
+    `program` and `description` head --help, `stage` is what runs when --stage is not given and
+    `stages` are those the command can run. `argv` defaults to the arguments of the process.
+    Raises ConfigError for a bad recipe or value; a malformed command line exits with code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    stages = tuple(stages) or (stage,)
+    chosen = _last_value(argv, '--stage') or stage
+    if chosen not in stages:
+        raise ConfigError(f'--stage {chosen!r}: {program} {no_such("stage", chosen, stages)}')
+    recipe_path = _last_value(argv, '--config')
+    if recipe_path is None:
+        base = config_class()
+    else:
+        base = _from_recipe(config_class, recipe_path, chosen)
+
+    def option(annotation: Any, help_text: str, metavar: str | None = None) -> Any:
+        return Annotated[annotation, tyro.conf.arg(help=help_text, metavar=metavar)]
+
+    flag = tyro.conf.FlagCreatePairsOff[bool]
+    command = dataclasses.make_dataclass(
+        'Command',
+        [
+            ('settings', Annotated[config_class, tyro.conf.arg(name='')]),
+            ('config', option(str | None, 'Recipe: a YAML file of settings by stage.', 'FILE')),
+            ('stage', option(Literal[stages], 'Stage of the recipe to run.')),
+            ('plan', option(flag, 'Print what would be done and what it needs, and stop.')),
+            ('debug', option(flag, 'Show the traceback of an error.')),
+        ],
+    )
+    given: Any = tyro.cli(
+        command,
+        prog=program,
+        description=description,
+        args=argv,
+        default=command(base, None, chosen, False, False),
+    )
+    to_json(given.settings)  # refuses what JSON cannot hold, such as --learning-rate nan
+    return given.settings, Flags(given.config, given.stage, given.plan, given.debug)
+
+
+def guard(main: Callable[[], None]) -> None:
+    """Runs a command; what goes wrong becomes one line on stderr and an exit code.
+
+    CllmError: its own code. Ctrl-C: 130, silently. Reader of our output gone (`| head`): 141,
+    silently. A path that cannot be read or written, a full disk included: 3. All else: 1.
+    The traceback is shown only if --debug is among the arguments of the process.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if '--debug' in sys.argv:
+            traceback.print_exc()
+        code, message = _verdict(error)
+        print(message, file=sys.stderr)
+        sys.exit(code)
+
+
+def _verdict(error: Exception) -> tuple[int, str]:
+    """Exit code and the line to print."""
+    if isinstance(error, CllmError):
+        label = 'interrupted' if isinstance(error, Interrupted) else 'error'
+        return error.exit_code, f'{label}: {_one_line(error)}'
+    for cause in _chain(error):
+        # TensorStore, below Orbax, reports a full disk as a ValueError with the same words.
+        full = isinstance(cause, OSError) and cause.errno in _FULL
+        if full or os.strerror(errno.ENOSPC) in str(cause):
+            place = getattr(cause, 'filename', None)
+            reason = cause.strerror if full else os.strerror(errno.ENOSPC)
+            subject = f'{place}: {reason}' if place else _one_line(cause)
+            return DataError.exit_code, (
+                f'error: {subject}; free space and run the same command again'
+            )
+    if isinstance(error, OSError) and error.filename is not None:
+        return DataError.exit_code, f'error: {error.filename}: {error.strerror}; check that path'
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
+        detail = _one_line(error)[:200] or 'no memory left'
+        return 1, f'error: out of memory ({detail}); use a smaller batch, length or model'
+    return 1, (
+        f'error: unexpected {type(error).__name__}: {_one_line(error)} '
+        '(this is a bug; run with --debug for the traceback)'
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _from_recipe(config_class: type[C], path: str, stage: str) -> C:
+    recipe = read_recipe(path)
+    if stage not in recipe:
+        raise ConfigError(
+            f"{path}: no stage '{stage}' (it has {', '.join(recipe) or 'none'}); "
+            f"add '{stage}: {{}}' to run it with the defaults"
+        )
+    return from_mapping(config_class, recipe[stage], f'{path}: {stage}')
+
+
+def _last_value(argv: Sequence[str], option: str) -> str | None:
+    """The value that the command line gives an option, before it is parsed in earnest."""
+    value = None
+    for here, following in zip(argv, [*argv[1:], '--'], strict=False):
+        if here == option and not following.startswith('--'):
+            value = following
+        elif here.startswith(f'{option}='):
+            value = here.removeprefix(f'{option}=')
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split('\n')).strip()

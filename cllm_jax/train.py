@@ -1,0 +1,258 @@
+"""Train a model: autoregressively on texts, or for consistency on Jacobi trajectories.
+
+    python -m cllm_jax.train --config configs/embedded.yaml --stage target
+    python -m cllm_jax.train --config configs/embedded.yaml --stage cllm
+
+The first trains a target model from scratch (or fine-tunes one), the second turns a target into a
+CLLM. Both can be stopped at any moment; the same command continues.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from cllm_jax.console import Console, print_plan, size
+from cllm_jax.datasets.sources import open_source
+from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
+from cllm_jax.errors import ConfigError
+from cllm_jax.models.config import LlamaConfig, read_config
+from cllm_jax.models.llama import Llama, init_params
+from cllm_jax.models.load import DTYPES, Model, load, resolve, tokenizer_fingerprint
+from cllm_jax.rundir import open_run
+from cllm_jax.settings import guard, parse, to_json
+from cllm_jax.training.batches import Noise, Sample
+from cllm_jax.training.run import HeldOut, RunPlan, samples_of, train
+from cllm_jax.training.step import LossWeights, OptimizerConfig, check_accumulation
+from cllm_jax.trajectories.clean import Cleaning, clean
+from cllm_jax.trajectories.store import read_manifest, read_records
+
+
+@dataclasses.dataclass(frozen=True)
+class NewModel:
+    """The architecture of a model that starts from random weights."""
+
+    vocab_size: int = 1024
+    """Tokens of the BPE vocabulary, trained on the dataset."""
+    dim: int = 192
+    """Width of the residual stream."""
+    layers: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 2
+    """Key and value heads."""
+    mlp_dim: int = 640
+    """Width of the gated MLP."""
+    max_positions: int = 1024
+    """Longest prompt plus answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run."""
+
+    root: str = 'runs/embedded'
+    """Directory of the recipe's runs; this run is ROOT/STAGE."""
+    objective: Literal['ar', 'consistency'] = 'consistency'
+    """Learn texts, or learn to jump from any Jacobi state to its fixed point."""
+    model: str = ''
+    """Model to start from; 'new' for random weights; default ROOT/target for consistency."""
+    new: NewModel = NewModel()
+    """The architecture if model is 'new'."""
+    data: str = ''
+    """Dataset (see the README) for ar; trajectory directory for consistency, default
+    ROOT/trajectories."""
+    examples: int | None = None
+    """Rows of the dataset to use; all of a file if not given."""
+    max_length: int = 512
+    """Longer samples are left out, and counted."""
+    task: str = 'sql+arithmetic'
+    """Held-out prompts come from this dataset."""
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    """Of weights, gradients and optimiser state."""
+    compute: Literal['float32', 'bfloat16'] = 'float32'
+    """Precision of matrix products; bfloat16 is faster on chips with matrix units."""
+    steps: int = 2000
+    """Optimisation steps."""
+    batch: int = 32
+    """Samples per step."""
+    seed: int = 0
+    """Of initialisation, data order and noise."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    loss: LossWeights = LossWeights()
+    """How the losses are added up."""
+    noise: Noise = Noise()
+    """Which trajectory states are trained on."""
+    cleaning: Cleaning = Cleaning()
+    """Which trajectories are left out."""
+    held_out: HeldOut = HeldOut()
+    """The test that chooses the checkpoint."""
+    quick: bool = False
+    """A tiny version of everything, to see that it works."""
+
+
+def quick(settings: TrainConfig) -> TrainConfig:
+    """The same run, tiny."""
+    return dataclasses.replace(
+        settings,
+        examples=400,
+        steps=20,
+        batch=8,
+        save_every=10,
+        log_every=5,
+        new=dataclasses.replace(settings.new, dim=64, layers=2, mlp_dim=128),
+        held_out=dataclasses.replace(settings.held_out, every=10, prompts=4, max_tokens=48),
+    )
+
+
+def new_model(settings: TrainConfig, texts: list[str]) -> Model:
+    """Random weights and a tokenizer trained on the texts."""
+    new, tokenizer = settings.new, train_tokenizer(texts, settings.new.vocab_size)
+    if new.dim % new.heads:
+        raise ConfigError(f'dim {new.dim}: must be a multiple of the {new.heads} heads')
+    config = LlamaConfig(
+        vocab_size=new.vocab_size,
+        dim=new.dim,
+        layers=new.layers,
+        heads=new.heads,
+        kv_heads=new.kv_heads,
+        head_dim=new.dim // new.heads,
+        mlp_dim=new.mlp_dim,
+        tied=True,
+        max_positions=new.max_positions,
+        eos_ids=(tokenizer.eos_token_id,),
+        pad_id=tokenizer.pad_token_id,
+    )
+    dtype = DTYPES[settings.dtype]
+    params = jax.jit(lambda key: init_params(Llama(config, dtype), key))(
+        jax.random.key(settings.seed)
+    )
+    return Model(config, params, tokenizer, 'new')
+
+
+def trajectory_samples(settings: TrainConfig, model: Model, console: Console) -> list[Sample]:
+    """The cleaned trajectories of a collection; refused if made with another tokenizer."""
+    directory = Path(settings.data or f'{settings.root}/trajectories')
+    made_with = read_manifest(directory)['identity']['tokenizer']
+    if made_with != tokenizer_fingerprint(model.tokenizer):
+        raise ConfigError(
+            f'{directory}: collected with another tokenizer than that of {model.source}; '
+            'collect again with this model'
+        )
+    with console.status(f'reading {directory}'):
+        records, counts = clean(read_records(directory), settings.cleaning)
+    samples = [Sample(r.prompt, r.answer, r.states, r.start) for r in records]
+    kept = [s for s in samples if len(s) <= settings.max_length]
+    counts['too long'] = len(samples) - len(kept)
+    console.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
+    return kept
+
+
+def prepare(settings: TrainConfig, console: Console):
+    """The model to start from and its training samples."""
+    if settings.objective == 'consistency':
+        model = load(settings.model or f'{settings.root}/target', settings.dtype)
+        return model, trajectory_samples(settings, model, console)
+    if not settings.data:
+        raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
+    source = open_source(settings.data, split='train', seed=settings.seed, limit=settings.examples)
+    with console.status(f'reading {len(source)} examples of {source.name}'):
+        examples = [source[i] for i in range(len(source))]
+    if settings.model == 'new':
+        step = max(len(examples) // 4000, 1)
+        model = new_model(settings, [e.prompt + e.answer for e in examples[::step]])
+    else:
+        model = load(settings.model or 'embedded-target', settings.dtype)
+    if not model.config.eos_ids:
+        raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
+    with console.status('tokenising'):
+        pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
+    samples = samples_of(pairs, settings.max_length)
+    console.note(f'{len(samples)} samples, {len(pairs) - len(samples)} too long left out')
+    return model, samples
+
+
+def plan(settings: TrainConfig, directory: Path, console: Console) -> None:
+    """What the run would need."""
+    if settings.model == 'new':
+        new = settings.new
+        head = new.dim // new.heads
+        config = LlamaConfig(
+            new.vocab_size, new.dim, new.layers, new.heads, new.kv_heads, head, new.mlp_dim, tied=True
+        )
+    else:
+        config = read_config(resolve(settings.model or f'{settings.root}/target'))
+    width = DTYPES[settings.dtype].itemsize
+    states = settings.noise.windows or 'cover the answer once'
+    print_plan(
+        console,
+        to_json(settings),
+        {
+            'writes to': directory,
+            'parameters': f'{config.parameters:,}',
+            'weights': size(config.parameters * width),
+            'weights, gradients and Adam moments': size(config.parameters * width * 4),
+            'KV cache per token (held-out tests)': size(config.cache_values * width),
+            'states per answer': states if settings.objective == 'consistency' else 'none',
+            'steps': settings.steps,
+            'samples seen': settings.steps * settings.batch,
+            'checkpoints': settings.steps // settings.save_every,
+            'held-out tests': settings.steps // settings.held_out.every,
+        },
+    )
+
+
+def run() -> None:
+    settings, flags = parse(
+        TrainConfig,
+        program='python -m cllm_jax.train',
+        description=__doc__,
+        stage='cllm',
+        stages=('target', 'cllm'),
+    )
+    if settings.quick:
+        settings = quick(settings)
+    check_accumulation(settings.batch, settings.optimizer.accumulate)
+    consistency = settings.objective == 'consistency'
+    directory = Path(settings.root) / flags.stage
+    console = Console()
+    if flags.plan:
+        plan(settings, directory, console)
+        return
+    test = settings.held_out
+    held_out = open_source(settings.task, split='heldout', seed=test.seed, limit=test.prompts)
+    with open_run(directory, to_json(settings)):
+        model, samples = prepare(settings, console)
+        console.note(
+            f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '
+            f'of {settings.batch} on {jax.device_count()} {jax.default_backend()} device(s)'
+        )
+        run_plan = RunPlan(
+            steps=settings.steps,
+            batch=settings.batch,
+            seed=settings.seed,
+            optimizer=settings.optimizer,
+            weights=settings.loss,
+            noise=settings.noise if consistency else None,
+            held_out=test,
+            compute=DTYPES[settings.compute],
+            log_every=settings.log_every,
+            save_every=settings.save_every,
+        )
+        train(directory, model, samples, held_out, run_plan, console.metrics)
+        console.note(f'done; the best model is {directory / "model"}')
+
+
+def main() -> None:
+    guard(run)
+
+
+if __name__ == '__main__':
+    main()

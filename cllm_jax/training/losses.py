@@ -1,0 +1,30 @@
+"""The losses of CLLM training (arXiv 2403.00835, Eq. 4-6), as explicit weighted token means.
+
+Every term is a sum over tokens divided by a given total weight. The caller computes the total over
+the whole batch, so accumulating over micro-batches changes nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(
+    logits_BTV: jax.Array, labels_BT: jax.Array, weight_BT: jax.Array, total: jax.Array
+) -> jax.Array:
+    """Autoregressive loss (Eq. 6): mean negative log-likelihood in nats, float32 scalar."""
+    logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+    logp_BT = jnp.take_along_axis(logp_BTV, labels_BT[:, :, None], axis=-1)[..., 0]
+    return -(logp_BT * weight_BT).sum() / jnp.maximum(total, 1e-9)
+
+
+def divergence(
+    student_BTV: jax.Array, teacher_BTV: jax.Array, weight_BT: jax.Array, total: jax.Array
+) -> jax.Array:
+    """Consistency loss: mean forward KL(teacher || student) in nats (Eq. 4 and 5).
+
+    The teacher is the same model on a better context, without gradient.
+    """
+    teacher_BTV = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_BTV), axis=-1)
+    student_BTV = jax.nn.log_softmax(student_BTV, axis=-1)
+    kl_BT = (jnp.exp(teacher_BTV) * (teacher_BTV - student_BTV)).sum(-1)
+    return (kl_BT * weight_BT).sum() / jnp.maximum(total, 1e-9)

@@ -1,0 +1,211 @@
+"""The training run: the loop around the step, its log, its checkpoints and its held-out tests."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cllm_jax.datasets.sources import Source
+from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.errors import Interrupted, NumericalError
+from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
+from cllm_jax.models.hf import write_model
+from cllm_jax.models.llama import Llama
+from cllm_jax.models.load import Model
+from cllm_jax.rundir import append_metrics, rewind_metrics
+from cllm_jax.training.batches import Noise, Sample, make_batch
+from cllm_jax.training.checkpoint import open_checkpoints, restore, save
+from cllm_jax.training.step import (
+    LossWeights,
+    OptimizerConfig,
+    TrainState,
+    make_optimizer,
+    train_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The test on held-out prompts during training; it chooses the checkpoint that is kept."""
+
+    every: int = 500
+    """Steps between two tests."""
+    prompts: int = 64
+    """Held-out prompts per test."""
+    seed: int = 1000
+    """Which held-out prompts; not those of `evaluate`, whose seeds are small."""
+    max_tokens: int = 128
+    """Longest answer."""
+    block: int = 16
+    """Jacobi window."""
+    quality: Literal['check', 'agreement'] = 'check'
+    """What quality means: right answers, or agreement with the model before training."""
+    tolerance: float = 0.02
+    """Consistency: quality that may be lost against the model before training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """How long and how a run trains."""
+
+    steps: int
+    batch: int
+    seed: int
+    optimizer: OptimizerConfig
+    weights: LossWeights
+    noise: Noise | None
+    held_out: HeldOut
+    compute: Any = None
+    log_every: int = 20
+    save_every: int = 200
+    max_skipped: int = 20
+
+
+def held_out_test(model: Model, source: Source, test: HeldOut, reference: Sequence | None) -> dict:
+    """Decode held-out prompts with Jacobi: tokens/forward, quality, agreement, repetition."""
+    request = Request(Jacobi(test.block), max_tokens=test.max_tokens)
+    prompts = [source[i].prompt for i in range(len(source))]
+    result = decode_all(model, request, prompts)
+    tokens, forwards = sum(map(len, result.tokens)), sum(result.forwards)
+    agreement = token_agreement(result.tokens, reference or result.tokens)
+    checked = share_right(source, result.texts) if source.checkable else agreement
+    return {
+        'tokens': result.tokens,
+        'tokens_per_forward': tokens / forwards,
+        'quality': agreement if test.quality == 'agreement' else checked,
+        'agreement': agreement,
+        'repetitive': sum(map(is_repetitive, result.tokens)) / len(prompts),
+    }
+
+
+def score(found: dict, first_quality: float, weights: LossWeights, test: HeldOut) -> float:
+    """Which checkpoint is best: quality for AR; else tokens/forward where quality holds."""
+    if not weights.global_weight and not weights.local_weight:
+        return found['quality']
+    lost = max(first_quality - test.tolerance - found['quality'], 0.0)
+    return found['tokens_per_forward'] * (1 - lost) ** 20
+
+
+def train(
+    directory: Path,
+    model: Model,
+    samples: Sequence[Sample],
+    source: Source,
+    plan: RunPlan,
+    report: Callable[[dict], None] = lambda record: None,
+) -> None:
+    """Train until `plan.steps`, continuing from the newest checkpoint in `directory`.
+
+    The best model by held-out score is kept in `directory/model`. Every number is a function of
+    the step, so an interrupted run ends with the metrics of an uninterrupted one.
+
+    Raises:
+      NumericalError: too many updates in a row were not finite; no checkpoint is overwritten.
+      Interrupted: SIGTERM or SIGINT came; the state is saved.
+    """
+    optimizer = make_optimizer(plan.optimizer, plan.steps)
+    module = Llama(
+        model.config, model.params['norm'].dtype, plan.compute, unroll=model.config.layers
+    )
+    state = jax.jit(
+        lambda params: TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    )(model.params)
+    log = directory / 'metrics.jsonl'
+    test = partial(held_out_test, source=source, test=plan.held_out)
+    reference = test(model, reference=None)
+    progress = {'first_quality': reference['quality'], 'best': -1.0}
+    with open_checkpoints(directory / 'checkpoints') as checkpoints, _stop_signals() as stopped:
+        if found := restore(checkpoints, state):
+            state, progress = found
+        step = int(state.step)
+        rewind_metrics(log, step)
+        if step == 0:
+            _record(log, report, 0, {k: v for k, v in reference.items() if k != 'tokens'})
+        step_fn = partial(train_step, module, optimizer, plan.weights, plan.optimizer.accumulate)
+        batch_of = partial(make_batch, samples, plan.batch, plan.seed, noise=plan.noise)
+        with ThreadPoolExecutor(1) as pool:
+            following = pool.submit(batch_of, step)
+            begin, tokens = time.perf_counter(), 0
+            while step < plan.steps:
+                batch = following.result()
+                following = pool.submit(batch_of, step + 1)
+                state, metrics = step_fn(state, batch)
+                tokens += int((batch.segment_BT >= 0).sum())
+                step += 1
+                tested = step % plan.held_out.every == 0 or step == plan.steps
+                if step % plan.log_every == 0 or tested:
+                    numbers = {k: round(float(v), 6) for k, v in metrics.items()}
+                    if numbers['skipped'] > plan.max_skipped:
+                        raise NumericalError(
+                            f'step {step}: {int(numbers["skipped"])} updates in a row were NaN or '
+                            'Inf; lower the learning rate and run again from the last checkpoint'
+                        )
+                    seconds = time.perf_counter() - begin
+                    numbers['tokens_per_second'] = round(tokens / seconds)
+                    _record(log, report, step, numbers)
+                    begin, tokens = time.perf_counter(), 0
+                if tested:
+                    _test_and_keep(directory, model, state, test, reference, plan, progress, report)
+                    begin, tokens = time.perf_counter(), 0
+                if step % plan.save_every == 0 or step == plan.steps or stopped:
+                    save(checkpoints, step, state, progress)
+                if stopped:
+                    checkpoints.close()
+                    raise Interrupted(f'saved at step {step}; run the same command to continue')
+            following.cancel()
+
+
+def _test_and_keep(directory, model, state, test, reference, plan, progress, report) -> None:
+    """Test on held-out prompts, and keep the weights if they are the best so far."""
+    step = int(state.step)
+    params = jax.tree.map(jnp.copy, state.params)
+    trained = dataclasses.replace(model, params=params)
+    found = test(trained, reference=reference['tokens'])
+    found['score'] = score(found, progress['first_quality'], plan.weights, plan.held_out)
+    numbers = {k: round(float(v), 6) for k, v in found.items() if k != 'tokens'}
+    _record(directory / 'metrics.jsonl', report, step, {f'held_out_{k}': v for k, v in numbers.items()})
+    if found['score'] > progress['best']:
+        progress['best'] = found['score']
+        write_model(
+            directory / 'model', model.config, params, model.tokenizer, dtype=str(params['norm'].dtype)
+        )
+
+
+def _record(log: Path, report: Callable[[dict], None], step: int, numbers: dict) -> None:
+    record = {'step': step, **numbers}
+    append_metrics(log, record)
+    report(record)
+
+
+class _stop_signals:
+    """Collects SIGTERM and SIGINT while a run is active; truthy once one came."""
+
+    def __enter__(self):
+        self.came = False
+        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, frame):
+        self.came = True
+
+    def __bool__(self):
+        return self.came
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def samples_of(pairs: Sequence[tuple[np.ndarray, np.ndarray]], max_length: int) -> list[Sample]:
+    """Plain training samples; those longer than `max_length` tokens are left out."""
+    return [Sample(p, a) for p, a in pairs if len(p) + len(a) <= max_length]
+

@@ -1,0 +1,184 @@
+"""One optimisation step: packed forward, losses, gradient, AdamW."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from cllm_jax.errors import ConfigError
+from cllm_jax.models.llama import Llama
+from cllm_jax.training.batches import Batch
+from cllm_jax.training.losses import cross_entropy, divergence
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """L = global_weight * GC + local_weight * LC + ar_weight * AR."""
+
+    ar_weight: float = 1.0
+    """Weight of the autoregressive loss on the clean answer."""
+    global_weight: float = 0.0
+    """Weight of global consistency: any state -> the fixed point."""
+    local_weight: float = 0.0
+    """Weight of local consistency: a state -> its successor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 1.0e-3
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises."""
+    final: float = 0.1
+    """Learning rate at the end, as a share of its peak."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    accumulate: int = 1
+    """Micro-batches per step; divides the batch."""
+
+
+@struct.dataclass
+class TrainState:
+    """What a checkpoint holds. `step` counts finished steps."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipped AdamW; an update with NaN or Inf is skipped and counted in the state."""
+    peak, warmup = config.learning_rate, int(config.warmup * steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1), peak * config.final
+    )
+    return optax.apply_if_finite(
+        optax.chain(
+            optax.clip_by_global_norm(config.clip),
+            optax.adamw(
+                schedule,
+                b1=config.beta1,
+                b2=config.beta2,
+                weight_decay=config.weight_decay,
+                mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            ),
+        ),
+        max_consecutive_errors=1 << 30,
+    )
+
+
+def visible(batch: Batch) -> jax.Array:
+    """The attention mask of packed rows, bool `[B, T, T]` (see `batches.py`)."""
+    segment_k, segment_q = batch.segment_BT[:, None, :], batch.segment_BT[:, :, None]
+    position_k, position_q = batch.positions_BT[:, None, :], batch.positions_BT[:, :, None]
+    before = (segment_k == 0) & (position_k < batch.context_BT[:, :, None])
+    return before | ((segment_k == segment_q) & (position_k <= position_q))
+
+
+def losses(
+    model: Llama, weights: LossWeights, params: Any, batch: Batch, totals: dict[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted loss of (a part of) a batch and its metrics, all scaled by the whole's totals."""
+    hidden_BTD, _ = model.apply(
+        {'params': params}, batch.tokens_BT, batch.positions_BT, visible(batch)
+    )
+    hidden_BRD = jnp.take_along_axis(hidden_BTD, batch.rows_BR[:, :, None], axis=1)
+    logits_BRV = model.apply({'params': params}, hidden_BRD, method='logits')
+    answers = batch.ar_weight_BA.shape[1]
+    clean_BAV, student_BWV = logits_BRV[:, :answers], logits_BRV[:, answers:]
+    right_BR = (jnp.argmax(logits_BRV, axis=-1) == batch.labels_BR).astype(jnp.float32)
+
+    ar = cross_entropy(clean_BAV, batch.labels_BR[:, :answers], batch.ar_weight_BA, totals['ar'])
+    metrics = {
+        'ar_loss': ar,
+        'ar_accuracy': (right_BR[:, :answers] * batch.ar_weight_BA).sum() / totals['ar'],
+    }
+    loss = weights.ar_weight * ar
+    if weights.global_weight:
+        teacher_BWV = jnp.take_along_axis(clean_BAV, batch.teacher_BW[:, :, None], axis=1)
+        kl = divergence(student_BWV, teacher_BWV, batch.global_weight_BW, totals['global'])
+        metrics['global_loss'] = kl
+        loss = loss + weights.global_weight * kl
+    if weights.local_weight:
+        teacher_BWV = jnp.take_along_axis(logits_BRV, batch.successor_BW[:, :, None], axis=1)
+        kl = divergence(student_BWV, teacher_BWV, batch.local_weight_BW, totals['local'])
+        metrics['local_loss'] = kl
+        loss = loss + weights.local_weight * kl
+    if weights.global_weight or weights.local_weight:
+        live_BW = (batch.offset_BW >= 0).astype(jnp.float32)
+        metrics['agreement'] = (right_BR[:, answers:] * live_BW).sum() / totals['live']
+        for k in (0, 3, 7):
+            at_BW = (batch.offset_BW == k).astype(jnp.float32)
+            metrics[f'agreement_{k}'] = (right_BR[:, answers:] * at_BW).sum() / totals[f'at_{k}']
+    return loss, metrics | {'loss': loss}
+
+
+def batch_totals(batch: Batch) -> dict[str, jax.Array]:
+    """Total weights of a whole batch, the denominators of `losses`."""
+    sums = {
+        'ar': batch.ar_weight_BA.sum(),
+        'global': batch.global_weight_BW.sum(),
+        'local': batch.local_weight_BW.sum(),
+        'live': (batch.offset_BW >= 0).sum().astype(jnp.float32),
+    }
+    sums |= {f'at_{k}': (batch.offset_BW == k).sum().astype(jnp.float32) for k in (0, 3, 7)}
+    return {k: jnp.maximum(v, 1e-9) for k, v in sums.items()}
+
+
+@partial(
+    jax.jit,
+    static_argnames=('model', 'optimizer', 'weights', 'accumulate'),
+    donate_argnames='state',
+)
+def train_step(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    weights: LossWeights,
+    accumulate: int,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step; `state` is donated. With `accumulate` > 1 the batch is computed in that many parts.
+
+    Returns the new state and float32 scalar metrics: the loss and its terms, `ar_accuracy`,
+    `agreement` (argmax of state tokens against the fixed point, overall and at offsets 0, 3, 7
+    behind the first wrong token), the gradient norm, and `skipped`, how many updates in a row
+    were not finite.
+    """
+    totals = batch_totals(batch)
+    gradient = jax.value_and_grad(partial(losses, model, weights), has_aux=True)
+    if accumulate == 1:
+        (_, metrics), grads = gradient(state.params, batch, totals)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), totals)
+
+        def add(sums, part):
+            (_, metrics), grads = gradient(state.params, part, totals)
+            return jax.tree.map(jnp.add, sums, (metrics, grads)), None
+
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))
+        (metrics, grads), _ = jax.lax.scan(add, zeros, parts)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= {
+        'gradient_norm': optax.global_norm(grads),
+        'skipped': opt_state.notfinite_count.astype(jnp.float32),
+    }
+    return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def check_accumulation(batch: int, accumulate: int) -> None:
+    """Raise ConfigError unless the batch divides into the micro-batches."""
+    if accumulate < 1 or batch % accumulate:
+        raise ConfigError(
+            f'accumulate {accumulate}: must divide the batch of {batch}; try {min(batch, 2)}'
+        )

@@ -1,0 +1,75 @@
+"""What is left out of a collection before training, and what is added; every row is counted.
+
+Consistency training on repetitive or cut answers collapses (users of the original implementation
+report it, and its authors' advice is to clean); the passes here are functions of the records and a
+seed.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from cllm_jax.evaluation.quality import is_repetitive
+from cllm_jax.trajectories.store import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Cleaning:
+    """Which trajectories are trained on."""
+
+    repetitive: bool = True
+    """Leave out answers that repeat a few tokens over and over."""
+    truncated: bool = True
+    """Leave out answers that did not reach a stop token."""
+    wrong: bool = False
+    """Leave out answers that the task's checker calls wrong."""
+    augment: float = 0.0
+    """Add, for this share of the states, a copy in which some wrong guesses are corrected."""
+    seed: int = 0
+    """Of the augmentation."""
+
+
+def clean(records: Iterable[Record], rules: Cleaning) -> tuple[list[Record], Counter]:
+    """The records worth training on, augmented, and the number of records by fate."""
+    kept, counts = [], Counter()
+    for record in records:
+        if rules.truncated and not record.finished:
+            counts['truncated'] += 1
+        elif rules.repetitive and is_repetitive(record.answer.tolist()):
+            counts['repetitive'] += 1
+        elif rules.wrong and record.right == 0:
+            counts['wrong'] += 1
+        elif len(record.states) == 0:
+            counts['no states'] += 1
+        else:
+            counts['kept'] += 1
+            kept.append(augment(record, rules, counts) if rules.augment else record)
+    return kept, counts
+
+
+def augment(record: Record, rules: Cleaning, counts: Counter) -> Record:
+    """Add states like those between two iterations: half of the wrong guesses set right.
+
+    The first wrong guess of a state stays wrong, so that a correct token can follow a wrong one
+    (the aim of the augmentation in arXiv 2403.00835). The copy follows its original.
+    """
+    rng = np.random.default_rng((rules.seed, *record.id.encode()))
+    total, width = len(record.answer), record.states.shape[1]
+    states, start = [], []
+    for state, begin in zip(record.states, record.start, strict=True):
+        states.append(state)
+        start.append(begin)
+        truth = record.answer[np.minimum(begin + np.arange(width), total - 1)]
+        wrong = np.flatnonzero((state != truth) & (begin + np.arange(width) < total))[1:]
+        if len(wrong) and rng.random() < rules.augment:
+            chosen = rng.choice(wrong, (len(wrong) + 1) // 2, replace=False)
+            copy = state.copy()
+            copy[chosen] = truth[chosen]
+            states.append(copy)
+            start.append(begin)
+            counts['augmented states'] += 1
+    return dataclasses.replace(
+        record, states=np.stack(states), start=np.asarray(start, np.int32)
+    )

@@ -1,0 +1,202 @@
+"""Trajectories on disk: array_record shards with a manifest, readable as a TFDS dataset.
+
+    DIR/manifest.json                                     what was collected, and each shard's sha256
+    DIR/trajectories-train.array_record-00000-of-00008    records, complete or absent
+    DIR/dataset_info.json, features.json                  written last: tfds.builder_from_directory
+
+A shard is written under a temporary name and renamed when it is on disk, then the manifest is
+replaced; whatever moment a process is killed at, the next one sees whole shards only.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.rundir import write_atomic
+
+NAME = 'trajectories'
+MANIFEST = 'manifest.json'
+UNKNOWN = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """How the target model answered one prompt.
+
+    `answer` is the fixed point, the stop token included if it was reached (`finished`). Row s of
+    `states` (int32 `[S, n]`) is a state of the Jacobi iteration and holds guesses for the answer
+    offsets `start[s] .. start[s] + n`; its first slots are already right. In block mode the states
+    of a block begin with its random start and end with its fixed point. `right` says whether the
+    answer is correct (1, 0, or -1 where the task cannot tell).
+    """
+
+    id: str
+    prompt: np.ndarray
+    answer: np.ndarray
+    states: np.ndarray
+    start: np.ndarray
+    finished: bool
+    right: int
+    forwards: int
+
+
+def features(block: int) -> Any:
+    """The TFDS schema of a record with states of `block` tokens."""
+    import tensorflow_datasets as tfds  # slow to import
+
+    f = tfds.features
+    return f.FeaturesDict(
+        {
+            'id': f.Text(),
+            'prompt': f.Tensor(shape=(None,), dtype=np.int32),
+            'answer': f.Tensor(shape=(None,), dtype=np.int32),
+            'states': f.Tensor(shape=(None, block), dtype=np.int32),
+            'start': f.Tensor(shape=(None,), dtype=np.int32),
+            'finished': f.Scalar(np.int32),
+            'right': f.Scalar(np.int32),
+            'forwards': f.Scalar(np.int32),
+        }
+    )
+
+
+def shard_name(index: int, count: int) -> str:
+    return f'{NAME}-train.array_record-{index:05}-of-{count:05}'
+
+
+def sha256(path: Path) -> str:
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def open_manifest(directory: Path, identity: dict[str, Any], shards: int) -> dict[str, Any]:
+    """The manifest of a collection, new or begun before; its finished shards are verified.
+
+    A shard whose bytes are not those of the manifest is set aside (`.damaged`) and forgotten, so
+    that it alone is collected again.
+
+    Raises:
+      ConfigError: the directory holds trajectories of another model, dataset or setting.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        return {'identity': identity, 'shards': [None] * shards}
+    manifest = read_manifest(directory)
+    begun = manifest['identity']
+    changed = [k for k in identity | begun if identity.get(k) != begun.get(k)]
+    if changed or len(manifest['shards']) != shards:
+        key = changed[0] if changed else 'shards'
+        raise ConfigError(
+            f'{directory}: collected with {key} = {begun.get(key, len(manifest["shards"]))!r}, now '
+            f'{identity.get(key, shards)!r}; use the old settings or another directory'
+        )
+    for i, entry in enumerate(manifest['shards']):
+        if entry and not _intact(directory, entry):
+            manifest['shards'][i] = None
+    return manifest
+
+
+def _intact(directory: Path, entry: dict[str, Any]) -> bool:
+    path = directory / entry['file']
+    if not path.exists():
+        return False
+    if sha256(path) == entry['sha256']:
+        return True
+    path.rename(path.with_name(path.name + '.damaged'))
+    return False
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Raises DataError if the directory has no readable manifest."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text('utf-8'))
+        manifest['identity'], manifest['shards']
+    except FileNotFoundError:
+        raise DataError(
+            f'{directory}: no {MANIFEST}; collect trajectories first (python -m cllm_jax.collect)'
+        ) from None
+    except (ValueError, KeyError, TypeError, UnicodeError):
+        raise DataError(f'{path}: damaged; remove {directory} and collect again') from None
+    return manifest
+
+
+def write_shard(
+    directory: Path, manifest: dict[str, Any], index: int, records: Sequence[Record], counts: dict
+) -> None:
+    """Add one shard and replace the manifest. The same records give the same bytes."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    schema = features(manifest['identity']['block'])
+    name = shard_name(index, len(manifest['shards']))
+    temp = directory / f'.{name}.tmp'
+    writer = ArrayRecordWriter(str(temp), 'group_size:1')
+    for record in records:
+        row = dataclasses.asdict(record) | {'finished': int(record.finished)}
+        writer.write(schema.serialize_example(schema.encode_example(row)))
+    writer.close()
+    with open(temp, 'rb') as f:
+        os.fsync(f.fileno())
+    entry = {'file': name, 'records': len(records), 'bytes': temp.stat().st_size}
+    manifest['shards'][index] = entry | {'sha256': sha256(temp), 'counts': counts}
+    temp.rename(directory / name)
+    write_atomic(directory / MANIFEST, (json.dumps(manifest, indent=1) + '\n').encode())
+
+
+def finish(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write the TFDS metadata once every shard is there."""
+    import tensorflow_datasets as tfds
+
+    shards = manifest['shards']
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=directory, dataset_name=NAME, split='train', filetype_suffix='array_record'
+    )
+    split = tfds.core.SplitInfo(
+        name='train',
+        shard_lengths=[s['records'] for s in shards],
+        num_bytes=sum(s['bytes'] for s in shards),
+        filename_template=template,
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=features(manifest['identity']['block']),
+        split_infos=[split],
+        filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+    )
+
+
+def read_records(directory: Path) -> list[Record]:
+    """Every record of a finished collection, in order; each shard is verified before use.
+
+    Raises:
+      DataError: no manifest, an unfinished collection, or a damaged shard.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    manifest, records = read_manifest(directory), []
+    schema = features(manifest['identity']['block'])
+    missing = sum(entry is None for entry in manifest['shards'])
+    if missing:
+        raise DataError(
+            f'{directory}: {missing} of {len(manifest["shards"])} shards are not collected yet; '
+            'run collect again to finish'
+        )
+    for entry in manifest['shards']:
+        path = directory / entry['file']
+        if not path.exists() or sha256(path) != entry['sha256']:
+            raise DataError(f'{path}: missing or damaged; run collect again, it redoes this shard')
+        reader = ArrayRecordReader(str(path))
+        for data in reader.read_all():
+            row = schema.deserialize_example_np(data)
+            row['id'] = row['id'].decode()
+            row |= {k: int(row[k]) for k in ('right', 'forwards')}
+            records.append(Record(**row | {'finished': bool(row['finished'])}))
+        reader.close()
+    return records

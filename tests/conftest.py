@@ -1,0 +1,22 @@
+"""What every test runs under; set before anything creates a JAX array.
+
+Eight virtual CPU devices stand in for an accelerator mesh. JAX_PLATFORMS in the environment
+runs the same tests elsewhere.
+"""
+
+import os
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import hypothesis
+import jax
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_default_matmul_precision', 'highest')
+
+# Compilation makes the first example slow, and a failure has to repeat on the next machine.
+hypothesis.settings.register_profile('repeatable', deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile('repeatable')

@@ -1,0 +1,93 @@
+"""Writing a model directory: whole or not at all, and never over anything else."""
+
+import dataclasses
+import stat
+
+import jax
+import numpy as np
+import pytest
+from tiny_model import TINY, params_of, tiny_tokenizer
+
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.models import hf as hf_module
+from cllm_jax.models.hf import read_model, write_model
+from cllm_jax.models.load import read_tokenizer
+
+PARAMS, OTHER = params_of(TINY, 0), params_of(TINY, 1)
+
+
+def same(a, b) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))
+
+
+def test_writing_replaces_a_model_and_nothing_else(tmp_path):
+    target = tmp_path / 'm'
+    write_model(target, TINY, PARAMS, shard_bytes=5_000)
+    write_model(target, TINY, PARAMS)
+    assert sorted(p.name for p in target.iterdir()) == ['config.json', 'model.safetensors']
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in target.iterdir()}
+    (tmp_path / 'plain').touch()
+    assert modes == {stat.S_IMODE((tmp_path / 'plain').stat().st_mode)}
+    for name in ('thesis.tex', 'sub/x.json'):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text('mine')
+        with pytest.raises(DataError, match=f'holds {name.split("/")[0]}.*another directory'):
+            write_model(target, TINY, PARAMS)
+        assert (target / name).read_text() == 'mine'
+        (target / name).unlink()
+    other = tmp_path / 'other'
+    other.mkdir()
+    (other / 'package.json').write_text('mine')
+    for path in (other, other / 'package.json'):
+        with pytest.raises(DataError, match='choose another directory'):
+            write_model(path, TINY, PARAMS)
+    assert (other / 'package.json').read_text() == 'mine'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['m', 'other', 'plain']
+
+
+def test_writing_through_a_link_keeps_the_link(tmp_path):
+    write_model(tmp_path / 'real', TINY, PARAMS)
+    (tmp_path / 'link').symlink_to('real')
+    write_model(tmp_path / 'link', TINY, OTHER, dtype='float32')
+    assert (tmp_path / 'link').is_symlink()
+    assert same(read_model(tmp_path / 'real')[1], OTHER)
+
+
+def test_a_tokenizer_is_written_too_and_may_be_replaced(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {'default': '{{ messages }}', 'tool': 'x'}  # one file each
+    for _ in range(2):
+        write_model(tmp_path / 'm', TINY, PARAMS, tokenizer)
+    assert (tmp_path / 'm' / 'additional_chat_templates' / 'tool.jinja').is_file()
+    back = read_tokenizer(tmp_path / 'm')
+    assert back.chat_template == tokenizer.chat_template
+    assert back.get_vocab() == tokenizer.get_vocab() and back.eos_token_id == 1
+
+
+@pytest.mark.parametrize('step', ['save_file', '_settle', '_replace'])
+def test_a_failed_write_keeps_the_old_model(tmp_path, monkeypatch, step):
+    write_model(tmp_path / 'm', TINY, PARAMS, dtype='float32')
+
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(hf_module, step, full)
+    with pytest.raises(DataError, match=r'not written.*No space left'):
+        write_model(tmp_path / 'm', TINY, OTHER, dtype='float32')
+    assert [p.name for p in tmp_path.iterdir()] == ['m']
+    assert same(read_model(tmp_path / 'm')[1], PARAMS)
+
+
+def test_writing_refuses_what_could_not_be_read_back(tmp_path):
+    for wrong, pattern in [
+        (dataclasses.replace(TINY, layers=3), 'do not belong'),
+        (dataclasses.replace(TINY, bos_id=-1), 'correct its family'),
+    ]:
+        with pytest.raises(ConfigError, match=pattern):
+            write_model(tmp_path / 'm', wrong, PARAMS)
+    biased = dataclasses.replace(TINY, qkv_bias=True)
+    with pytest.raises(ConfigError, match='correct its family'):
+        write_model(tmp_path / 'm', biased, params_of(biased))
+    with pytest.raises(ConfigError, match=r'int8.*bfloat16'):
+        write_model(tmp_path / 'm', TINY, PARAMS, dtype='int8')
+    assert not list(tmp_path.iterdir())

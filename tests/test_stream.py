@@ -1,0 +1,165 @@
+"""Streamed text is the batch's text in pieces; stop strings cut both at the same token."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from cllm_jax.decoding import generate
+from cllm_jax.decoding.generate import Request, decode_all, encode, stream
+from cllm_jax.decoding.loop import advance, prefill
+from cllm_jax.decoding.text import cut, find_stop, settled, text_of
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.errors import ConfigError
+from cllm_jax.models.load import Model
+from tests.tiny import byte_tokenizer, copy_model, random_model, text_config
+
+REQUEST = Request(Jacobi(8), max_tokens=40, batch=1)
+PHRASES = ('the 😀, 你好\n', 'aababaac', '🙂🙃x')
+BANG = byte_tokenizer()('!')['input_ids'][0]
+CONFIG = text_config(eos_ids=(1, BANG))
+REPLACEMENT = '\ufffd'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compilation():
+    """Unoptimised programs compile twice as fast, and what is proved here does not depend on it."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
+def echo(phrase: str) -> Model:
+    """A model that answers the phrase with the phrase, again and again."""
+    tokenizer = byte_tokenizer()
+    return copy_model(len(tokenizer(phrase)['input_ids']), CONFIG, tokenizer)
+
+
+def joined(model, request, prompt) -> str:
+    pieces = list(stream(model, request, prompt))
+    assert all(pieces)
+    return ''.join(pieces)
+
+
+@pytest.mark.parametrize('phrase', PHRASES)
+def test_characters_of_several_tokens_are_never_shown_in_part(phrase):
+    model = echo(phrase)
+    ids = encode(model, phrase)
+    assert len(ids) > len(phrase) or phrase.isascii()
+    result = decode_all(model, REQUEST, [phrase])
+    assert result.tokens == [(ids * 40)[:40]]
+    pieces = list(stream(model, REQUEST, phrase))
+    assert ''.join(pieces) == result.texts[0] and len(pieces) > 1
+    assert not any(REPLACEMENT in piece for piece in pieces[:-1])
+    assert result.texts[0].startswith(phrase * (40 // len(ids)))
+    cut_off = dataclasses.replace(REQUEST, max_tokens=len(ids) + 7)
+    assert joined(model, cut_off, phrase) == decode_all(model, cut_off, [phrase]).texts[0]
+
+
+def test_an_incomplete_last_character_is_reported_at_the_end():
+    model = echo('你')
+    request = dataclasses.replace(REQUEST, max_tokens=4)
+    assert joined(model, request, '你') == decode_all(model, request, ['你']).texts[0]
+    assert joined(model, request, '你') == '你' + REPLACEMENT
+
+
+@pytest.mark.parametrize('iterations', [1, 3, 50])
+@pytest.mark.parametrize('phrase', PHRASES)
+def test_stop_strings_cut_at_the_completing_token(phrase, iterations, monkeypatch):
+    """However often the text is looked at; the stop may lie across pieces and tokens."""
+    monkeypatch.setattr(generate, 'STREAM_ITERATIONS', iterations)
+    model = echo(phrase)
+    whole = decode_all(model, REQUEST, [phrase])
+    text, tokens, accepted = whole.texts[0], whole.tokens[0], whole.accepted[0]
+    stops = [(text[i : i + n],) for i, n in ((0, 1), (1, 3), (3, 2), (5, 4), (2, 7), (4, 1))]
+    for stop in (*stops, (text[4:6], text[1:6]), ('never',)):
+        request = dataclasses.replace(REQUEST, stop=stop)
+        result = decode_all(model, request, [phrase])
+        prefixes = (text_of(model, tokens[:n]) for n in range(len(tokens) + 1))
+        size, before = next(
+            ((n, c) for n, t in enumerate(prefixes) if (c := cut(t, stop)) is not None),
+            (len(tokens), text),
+        )
+        assert result.texts == [before] and result.tokens == [tokens[:size]]
+        assert joined(model, request, phrase) == before
+        counts, ends = result.accepted[0], np.cumsum(accepted)
+        assert sum(counts) == size and counts[:-1] == accepted[: len(counts) - 1]
+        assert len(counts) == 1 + np.searchsorted(ends, size)
+
+
+def test_pieces_of_random_bytes_join_to_the_text():
+    """Random tokens are mostly invalid UTF-8, special tokens among them; nothing is recompiled."""
+    compiled, invalid = None, 0
+    for seed in range(12):
+        model = random_model(seed, CONFIG, byte_tokenizer())
+        text = decode_all(model, REQUEST, [[5, seed]]).texts[0]
+        invalid += REPLACEMENT in text
+        assert joined(model, REQUEST, [5, seed]) == text
+        words = [word for word in text.split(REPLACEMENT) if len(word) > 1]
+        if words:
+            request = dataclasses.replace(REQUEST, stop=(words[-1][-2:], words[0][-2:]))
+            result = decode_all(model, request, [[5, seed]])
+            assert joined(model, request, [5, seed]) == result.texts[0] != text
+        compiled = compiled or (prefill._cache_size(), advance._cache_size())
+    assert invalid > 6
+    assert (prefill._cache_size(), advance._cache_size()) == compiled
+
+
+def test_the_stop_token_is_no_text_and_other_special_tokens_are():
+    model = echo('x')
+    ids = encode(model, 'the')
+    assert text_of(model, [*ids, 1]) == text_of(model, ids) == 'the'
+    assert text_of(model, [0, *ids, 2]) == '<s>the<pad>'
+    assert text_of(model, []) == text_of(model, [1]) == ''
+    assert find_stop(model, [*ids, 2, *ids, 1], ('<pad>',)) == ('the', 2)
+
+
+def test_the_stop_completed_first_decides_even_if_a_longer_one_began_earlier():
+    """Otherwise the text would depend on how far decoding had run ahead."""
+    model = echo('x')
+    ids = encode(model, 'xabc')
+    assert find_stop(model, ids, ('abc', 'b')) == ('xa', 3)
+    assert find_stop(model, ids[:2], ('abc', 'b')) is None
+    assert find_stop(model, ids, ()) is None
+
+
+@pytest.mark.parametrize(
+    ('text', 'stop', 'shown'),
+    [
+        ('abc', (), 'abc'),
+        ('abc', ('cd',), 'ab'),
+        ('abab', ('abac',), 'ab'),
+        ('aab', ('abx', 'bx'), 'a'),
+        ('ab' + REPLACEMENT, ('b你',), 'a'),
+        ('a' + REPLACEMENT + 'b' + REPLACEMENT * 2, (), 'a' + REPLACEMENT + 'b'),
+        ('', ('x',), ''),
+    ],
+)
+def test_what_could_still_change_is_held(text, stop, shown):
+    assert settled(text, stop) == shown
+
+
+def test_a_stop_token_ends_the_stream_inside_a_window():
+    model = echo('aababaa!')
+    result = decode_all(model, REQUEST, ['aababaa!'])
+    assert joined(model, REQUEST, 'aababaa!') == result.texts[0] == 'aababaa'
+    assert result.tokens[0][-1] == BANG and result.accepted[0][-1] > 1
+
+
+def test_prompts_and_tokenizers_that_do_not_fit_are_refused():
+    tokenizer = byte_tokenizer()
+    model = echo('x')
+    assert encode(model, '') == [0], 'an empty prompt is the BOS token'
+    no_bos = dataclasses.replace(model, config=dataclasses.replace(CONFIG, bos_id=None))
+    with pytest.raises(ConfigError, match='empty prompt'):
+        encode(no_bos, '')
+    small = dataclasses.replace(model, config=dataclasses.replace(CONFIG, vocab_size=200))
+    with pytest.raises(ConfigError, match=r'outside the vocabulary 0\.\.199'):
+        encode(small, 'the')
+    bare = dataclasses.replace(model, tokenizer=None)
+    with pytest.raises(ConfigError, match='no tokenizer'):
+        next(stream(bare, REQUEST, [3]))
+    with pytest.raises(ConfigError, match='exceed'):
+        next(stream(model, dataclasses.replace(REQUEST, max_tokens=250), 'the prompt'))
+    assert tokenizer.decode(encode(model, 'the 你')) == 'the 你'

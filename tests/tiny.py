@@ -1,0 +1,86 @@
+"""Tiny models and a tokenizer for tests; all weights are made here, nothing is read."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cllm_jax.models.config import LlamaConfig
+from cllm_jax.models.llama import Llama, init_params
+from cllm_jax.models.load import Model
+
+
+def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:
+    """Two layers, two query heads on one kv head, biases on q, k, v; `width` is a head's."""
+    sizes = {'dim': 2 * width, 'layers': 2, 'heads': 2, 'kv_heads': 1, 'head_dim': width}
+    other = {'mlp_dim': 24, 'qkv_bias': True, 'max_positions': 256, 'family': 'qwen2'}
+    return LlamaConfig(vocab, **(sizes | other | changes))
+
+
+@functools.cache
+def _init(config: LlamaConfig, seed: int) -> dict:
+    return jax.jit(init_params, static_argnums=0)(Llama(config), jax.random.key(seed))
+
+
+def random_model(seed: int = 0, config: LlamaConfig | None = None, tokenizer=None) -> Model:
+    """Weights large enough for the argmax to follow the context; logits have a spread near 2."""
+    config = config or tiny_config()
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, _init(config, seed))
+    params |= {name: params[name] * 25 for name in ('embed', 'head') if name in params}
+    return Model(config, params, tokenizer, 'random')
+
+
+def copy_model(period: int, config: LlamaConfig | None = None, tokenizer=None) -> Model:
+    """Repeats the last `period` tokens for ever, as a trained model repeats a learnt pattern.
+
+    One head of the first layer looks `period - 1` tokens back: its queries and keys are constant
+    vectors whose rotary phases agree at that distance. It copies the token's embedding from the
+    lower half of the residual stream to the upper half, which the output projection reads.
+    """
+    config = config or tiny_config()
+    half, width = config.dim // 2, config.head_dim
+    assert half == width
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), _init(config, 0))
+    codes = np.random.default_rng(0).normal(size=(config.vocab_size, half)).astype(np.float32)
+    codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+    params['embed'][:, :half] = codes
+    params['head'][:, half:] = 20 * codes
+    params['norm'][:] = 1
+    block = params['blocks']
+    block['attn_norm'][:], block['mlp_norm'][:] = 1, 1
+    turn = (period - 1) * config.rope_theta ** (-np.arange(width // 2) * 2 / width)
+    block['q_bias'][0, 0] = 40 * np.concatenate([np.cos(turn), -np.sin(turn)])
+    block['k_bias'][0, 0, : width // 2] = 40
+    block['v'][0, 0, :, :half] = np.eye(half)
+    block['o'][0, half:, 0] = np.eye(half)
+    return Model(config, jax.tree.map(jnp.asarray, params), tokenizer, 'copy')
+
+
+@functools.cache
+def byte_tokenizer():
+    """Ids 0 <s>, 1 </s>, 2 <pad>, then one token per byte and the merges 'th' and 'the': 261."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ['<s>', '</s>', '<pad>', *sorted(pre_tokenizers.ByteLevel.alphabet()), 'th', 'the']
+    vocab = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[('t', 'h'), ('th', 'e')]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token='<s>', eos_token='</s>', pad_token='<pad>'
+    )
+
+
+def text_config(**changes) -> LlamaConfig:
+    """The sizes that go with `byte_tokenizer`."""
+    ids = {'bos_id': 0, 'eos_ids': (1,), 'pad_id': 2}
+    return tiny_config(len(byte_tokenizer()), 64, **(ids | changes))
+
+
+def ragged_prompts(seed: int, lengths: Sequence[int], vocab: int = 29) -> list[list[int]]:
+    """Random prompts of the given lengths."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, n).tolist() for n in lengths]
