@@ -21,7 +21,9 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.llama import Llama, forward
-from tests.tiny import copy_model, ragged_prompts, random_model, tiny_config
+from tests.tiny import copy_model, quick_compilation, ragged_prompts, random_model, tiny_config  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 ROWS, WIDTH, STEPS, SLOTS, VOCAB, STOPS = 8, 16, 48, 128, 29, 3
 PERIOD = 12
@@ -39,14 +41,6 @@ SAMPLED_RUNS = [
 RUNS = [(AR, GREEDY), *GREEDY_RUNS, *SAMPLED_RUNS]
 BLOCK_RUNS = [r for r in RUNS if isinstance(r[0], Jacobi) and r[0].mode == 'block']
 choose_jit = jax.jit(choose, static_argnums=3)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-    """Unoptimised programs compile twice as fast, and what is proved here does not depend on it."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
 
 
 def name(value) -> str:
@@ -393,10 +387,7 @@ def test_batching_changes_neither_answers_nor_forwards_nor_states():
         assert (a.states == b.states).all() and (a.start == b.start).all()
         assert (b.states[:, 0] == np.array(answer)[b.start]).all()
     again = dataclasses.replace(request, seed=4)
-    assert decode_all(model, again, prompts).tokens != together.tokens
-    short = decode_all(model, dataclasses.replace(request, max_tokens=1), prompts)
-    assert short.tokens == [answer[:1] for answer in together.tokens]
-    assert short.accepted == [[1]] * 5 and all(len(t.states) == 0 for t in short.trajectories)
+    assert decode_all(model, again, prompts[:2]).tokens != together.tokens[:2]
     assert decode_all(model, request, []).tokens == []
 
 

@@ -46,8 +46,9 @@ def no_network(monkeypatch):
 
 def test_a_path_never_touches_the_network(tmp_path, no_network, monkeypatch):
     import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', None)
     tokenizer = tiny_tokenizer()
     write_model(tmp_path / 'owner' / 'name', TINY, params_of(TINY), tokenizer)

@@ -6,10 +6,19 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.load import Model
+
+
+@pytest.fixture(scope='module')
+def quick_compilation():
+    """Unoptimised programs compile twice as fast, and no test here depends on the last bit."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
 
 
 def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:
@@ -19,16 +28,21 @@ def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:
     return LlamaConfig(vocab, **(sizes | other | changes))
 
 
-@functools.cache
-def _init(config: LlamaConfig, seed: int) -> dict:
-    return jax.jit(init_params, static_argnums=0)(Llama(config), jax.random.key(seed))
+def shapes(config: LlamaConfig) -> dict:
+    """The parameter tree of `Llama(config)` without its values."""
+    return jax.eval_shape(functools.partial(init_params, Llama(config)), jax.random.key(0))
 
 
 def random_model(seed: int = 0, config: LlamaConfig | None = None, tokenizer=None) -> Model:
     """Weights large enough for the argmax to follow the context; logits have a spread near 2."""
-    config = config or tiny_config()
-    params = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, _init(config, seed))
-    params |= {name: params[name] * 25 for name in ('embed', 'head') if name in params}
+    config, rng = config or tiny_config(), np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        spread = 0.0 if 'norm' in name else 0.5 if name in ('embed', 'head') else 0.16
+        return jnp.asarray(rng.normal('norm' in name, spread, leaf.shape), jnp.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes(config))
     return Model(config, params, tokenizer, 'random')
 
 
@@ -42,7 +56,7 @@ def copy_model(period: int, config: LlamaConfig | None = None, tokenizer=None) -
     config = config or tiny_config()
     half, width = config.dim // 2, config.head_dim
     assert half == width
-    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), _init(config, 0))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes(config))
     codes = np.random.default_rng(0).normal(size=(config.vocab_size, half)).astype(np.float32)
     codes /= np.linalg.norm(codes, axis=1, keepdims=True)
     params['embed'][:, :half] = codes

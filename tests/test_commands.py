@@ -1,0 +1,108 @@
+"""The commands, run as a user runs them: the whole pipeline tiny, plans, and polite refusals."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from cllm_jax import collect, decode, evaluate, export, train
+from cllm_jax.errors import ConfigError
+from cllm_jax.settings import guard
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+RECIPE = str(CONFIGS / 'embedded.yaml')
+
+
+def call(monkeypatch, module, *arguments: str) -> None:
+    monkeypatch.setattr(sys, 'argv', [module.__name__, *map(str, arguments)])
+    module.run()
+
+
+@pytest.mark.slow
+def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, capsys):
+    common = ('--config', RECIPE, '--root', tmp_path, '--quick')
+    call(monkeypatch, train, *common, '--stage', 'target')
+    call(monkeypatch, collect, *common)
+    call(monkeypatch, train, *common, '--cleaning.truncated', 'False', '--cleaning.repetitive', 'False')
+    call(monkeypatch, export, *common)
+    call(monkeypatch, evaluate, *common, '--task', 'sql', '--json', tmp_path / 'result.json')
+    found = json.loads((tmp_path / 'result.json').read_text())
+    wanted = {
+        'task', 'n', 'quality', 'tokens_per_forward', 'speedup', 'tokens_per_second', 'identical',
+        'block', 'device', 'versions',
+    }  # fmt: skip
+    assert wanted <= found.keys()
+    assert found['task'] == 'sql' and found['n'] == 4 and found['identical'] == 1
+    assert {'target', 'cllm'} == found['quality'].keys() == found['tokens_per_forward'].keys()
+    assert {'ar', 'jacobi'} <= found['tokens_per_second'].keys()
+    for name in ('target', 'cllm'):
+        assert 'held-out test' in (tmp_path / 'export' / name / 'README.md').read_text()
+
+    answers = tmp_path / 'answers.jsonl'
+    model = tmp_path / 'export' / 'cllm'
+    call(
+        monkeypatch, decode, '--model', model, '--prompts', 'a question', 'another', '--output',
+        answers, '--max-tokens', '12',
+    )  # fmt: skip
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [r['prompt'] for r in rows] == ['a question', 'another']
+    for row in rows:
+        assert sum(row['accepted']) == len(row['tokens']) and len(row['accepted']) == row['forwards']
+        assert row['seconds'] > 0 and isinstance(row['text'], str)
+    assert 'IDENTICAL' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('config', sorted(p.name for p in CONFIGS.glob('*.yaml')))
+def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
+    from cllm_jax.collect import CollectConfig
+    from cllm_jax.evaluate import EvaluateConfig
+    from cllm_jax.export import ExportConfig
+    from cllm_jax.settings import parse
+    from cllm_jax.train import TrainConfig
+
+    classes = {
+        'target': TrainConfig, 'collect': CollectConfig, 'cllm': TrainConfig,
+        'export': ExportConfig, 'evaluate': EvaluateConfig,
+    }  # fmt: skip
+    for stage, kind in classes.items():
+        argv = ['--config', str(CONFIGS / config), '--stage', stage]
+        parse(kind, program='x', description='x', stage=stage, stages=(stage,), argv=argv)
+
+
+def test_plans_start_nothing(tmp_path, monkeypatch, capsys):
+    call(monkeypatch, train, '--config', RECIPE, '--stage', 'target', '--root', tmp_path, '--plan')
+    out = capsys.readouterr().out
+    assert '2,115,' in out and 'steps' in out and 'learning_rate' in out
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ('module', 'arguments', 'code', 'words'),
+    [
+        (decode, ['--model', '/no/such/model'], 2, 'no such directory'),
+        (decode, ['--prompts', 'a', '--input', 'b.jsonl'], 2, 'give one of them'),
+        (decode, ['--block', '0', '--prompts', 'a'], 2, 'block 0'),
+        (decode, ['--input', '/no/such.jsonl'], 3, '/no/such.jsonl'),
+        (evaluate, ['--task', 'sqll'], 2, "did you mean 'sql'"),
+        (collect, ['--data', 'gsm8k:/no/file.jsonl'], 3, '/no/file.jsonl'),
+        (train, ['--objective', 'ar', '--root', 'ROOT'], 2, 'without data'),
+        (train, ['--optimizer.accumulate', '3', '--root', 'ROOT'], 2, 'accumulate 3'),
+        (export, ['--root', '/no/run'], 2, 'no such directory'),
+    ],
+)
+def test_bad_requests_end_with_one_line_and_a_code(
+    module, arguments, code, words, monkeypatch, capsys, tmp_path
+):
+    arguments = [str(tmp_path) if a == 'ROOT' else a for a in arguments]
+    monkeypatch.setattr(sys, 'argv', ['x', *arguments])
+    with pytest.raises(SystemExit) as e:
+        guard(module.run)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error')]
+    assert e.value.code == code
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_stream_takes_one_prompt(monkeypatch):
+    with pytest.raises((ConfigError, SystemExit)):
+        call(monkeypatch, decode, '--prompts', 'a', 'b', '--stream', 'True')

@@ -1,0 +1,310 @@
+"""Packed batches, losses, the step, and runs that continue where they stopped."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import byte_tokenizer, text_config
+
+from cllm_jax.datasets.example import Example
+from cllm_jax.datasets.sources import Source
+from cllm_jax.errors import ConfigError, Interrupted, NumericalError
+from cllm_jax.models.linear import linear
+from cllm_jax.models.llama import Llama, forward, init_params
+from cllm_jax.models.load import Model, load
+from cllm_jax.rundir import open_run, read_metrics
+from cllm_jax.training import run as training_run
+from cllm_jax.training.batches import Noise, Sample, make_batch, samples_of_step
+from cllm_jax.training.losses import divergence
+from cllm_jax.training.run import HeldOut, RunPlan, train
+from cllm_jax.training.step import (
+    LossWeights,
+    OptimizerConfig,
+    TrainState,
+    batch_totals,
+    check_accumulation,
+    losses,
+    make_optimizer,
+    train_step,
+    visible,
+)
+
+CONFIG = text_config(layers=2)
+BLOCK = 8
+
+
+def params_of(seed: int = 0):
+    params = init_params(Llama(CONFIG), jax.random.key(seed))
+    return jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
+
+
+def samples(count: int = 12, seed: int = 0, block: int = BLOCK) -> list[Sample]:
+    """Random prompts and answers with states: random guesses, partly right, and the fixed point."""
+    rng, made = np.random.default_rng(seed), []
+    for _ in range(count):
+        prompt = rng.integers(3, 90, rng.integers(2, 9)).astype(np.int32)
+        answer = rng.integers(3, 90, rng.integers(5, 30)).astype(np.int32)
+        padded = np.concatenate([answer, np.zeros(block, np.int32)])
+        states, start = [], []
+        for begin in range(0, len(answer), block):
+            truth = padded[begin : begin + block]
+            for right in range(1, block + 1, 3):
+                state = rng.integers(3, 90, block).astype(np.int32)
+                state[:right] = truth[:right]
+                states.append(state)
+                start.append(begin)
+            states.append(truth)
+            start.append(begin)
+        made.append(Sample(prompt, answer, np.stack(states), np.asarray(start, np.int32)))
+    return made
+
+
+def logits_of(params, batch):
+    model = Llama(CONFIG)
+    hidden, _ = model.apply(
+        {'params': params}, batch.tokens_BT, batch.positions_BT, visible(batch)
+    )
+    rows = jnp.take_along_axis(hidden, jnp.asarray(batch.rows_BR)[:, :, None], axis=1)
+    return model.apply({'params': params}, rows, method='logits')
+
+
+def test_packed_rows_are_plain_causal_forwards():
+    """Every state sees exactly prompt + clean answer before it + itself; the clean part is clean."""
+    data, params = samples(), params_of()
+    batch = make_batch(data, 4, 0, 0, Noise(windows=3))
+    logits = np.asarray(logits_of(params, batch))
+    answers = batch.ar_weight_BA.shape[1]
+    length = batch.tokens_BT.shape[1] - 3 * BLOCK
+    for row, (_, sample) in enumerate(samples_of_step(data, 4, 0, 0)):
+        text = np.concatenate([sample.prompt, sample.answer])
+        plain = np.asarray(forward(Llama(CONFIG), params, jnp.asarray(text[None])))[0]
+        first, size = len(sample.prompt) - 1, len(sample.answer)
+        assert np.allclose(logits[row, :size], plain[first : first + size], atol=2e-5)
+        for w in range(3):
+            at = length + w * BLOCK
+            begin = batch.context_BT[row, at] - len(sample.prompt)
+            state = batch.tokens_BT[row, at : at + BLOCK][: size - begin]
+            whole = np.concatenate([sample.prompt, sample.answer[:begin], state])
+            plain = np.asarray(forward(Llama(CONFIG), params, jnp.asarray(whole[None])))[0]
+            got = logits[row, answers + w * BLOCK :][: len(state)]
+            assert np.allclose(got, plain[len(sample.prompt) + begin :], atol=2e-5)
+
+
+def test_weights_start_at_the_first_wrong_guess_and_end_before_padding():
+    data = samples(8)
+    batch = make_batch(data, 8, 3, 5, Noise(windows=4))
+    length = batch.tokens_BT.shape[1] - 4 * BLOCK
+    answers = batch.ar_weight_BA.shape[1]
+    for row, (_, sample) in enumerate(samples_of_step(data, 8, 3, 5)):
+        assert batch.ar_weight_BA[row].sum() == len(sample.answer)
+        for w in range(4):
+            here = slice(w * BLOCK, (w + 1) * BLOCK)
+            state = batch.tokens_BT[row, length:][here]
+            begin = int(batch.context_BT[row, length:][here][0]) - len(sample.prompt)
+            weight = batch.global_weight_BW[row, here]
+            wrong = False
+            for i in range(BLOCK):
+                inside = begin + i < len(sample.answer)
+                wrong |= inside and state[i] != sample.answer[begin + i]
+                useful = wrong and begin + i + 1 < len(sample.answer)
+                assert weight[i] == useful
+                if useful:
+                    assert batch.teacher_BW[row, here][i] == begin + i + 1
+                    label = batch.labels_BR[row, answers:][here][i]
+                    assert label == sample.answer[begin + i + 1]
+
+
+def test_converged_states_have_no_gradient():
+    data = [
+        dataclasses.replace(s, states=s.states[-1:], start=s.start[-1:]) for s in samples(4)
+    ]
+    batch = make_batch(data, 4, 0, 0, Noise(windows=2))
+    weights = LossWeights(ar_weight=0.0, global_weight=1.0)
+    loss = partial(losses, Llama(CONFIG), weights)
+    grads = jax.grad(lambda p: loss(p, batch, batch_totals(batch))[0])(params_of())
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) == 0
+
+
+def test_teacher_gets_no_gradient_and_divergence_is_zero_for_equals():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 7))
+    other = jax.random.normal(jax.random.key(1), (2, 3, 7))
+    ones, total = jnp.ones((2, 3)), jnp.float32(6)
+    assert float(divergence(logits, logits, ones, total)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(logits, other, ones, total)) > 0
+    to_teacher = jax.grad(lambda t: divergence(logits, t, ones, total))(other)
+    assert float(jnp.abs(to_teacher).max()) == 0
+    p = jax.nn.softmax(other[0, 0])
+    expected = float((p * (jnp.log(p) - jax.nn.log_softmax(logits[0, 0]))).sum())
+    one = jnp.zeros((2, 3)).at[0, 0].set(1)
+    assert float(divergence(logits, other, one, jnp.float32(1))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_local_consistency_points_to_the_successor():
+    data = samples(6)
+    batch = make_batch(data, 6, 1, 2, Noise(windows=2, pairs=True))
+    answers, length = batch.ar_weight_BA.shape[1], batch.tokens_BT.shape[1] - 2 * BLOCK
+    assert not batch.local_weight_BW[:, BLOCK:].any()
+    assert batch.local_weight_BW.any()
+    position = batch.positions_BT
+    for row in range(6):
+        for i in np.flatnonzero(batch.local_weight_BW[row]):
+            teacher = batch.successor_BW[row, i]
+            own = position[row, length + i]
+            if teacher >= answers:
+                assert position[row, length + teacher - answers] == own
+                assert teacher - answers >= BLOCK
+            else:
+                assert batch.rows_BR[row, teacher] == own
+
+
+def test_decay_and_fresh_states():
+    data = samples(6)
+    flat = make_batch(data, 6, 0, 0, Noise(windows=3))
+    decayed = make_batch(data, 6, 0, 0, Noise(windows=3, decay=4.0))
+    ahead = decayed.offset_BW
+    expected = np.where(ahead >= 0, np.exp(-np.maximum(ahead, 0) / 4.0), 0)
+    assert np.allclose(decayed.global_weight_BW, expected)
+    assert (flat.tokens_BT == decayed.tokens_BT).all()
+    fresh = make_batch(data, 6, 0, 0, Noise(windows=3, fresh=1.0))
+    length = fresh.tokens_BT.shape[1] - 3 * BLOCK
+    for row, (_, sample) in enumerate(samples_of_step(data, 6, 0, 0)):
+        windows = fresh.tokens_BT[row, length:].reshape(3, BLOCK)
+        assert np.isin(windows[:, 1:], sample.prompt).all()
+
+
+def test_batches_are_a_function_of_the_step():
+    data = samples(40)
+    first = [make_batch(data, 4, 7, s, Noise(windows=2)) for s in range(20)]
+    again = make_batch(data, 4, 7, 13, Noise(windows=2))
+    assert all(
+        (a == b).all()
+        for a, b in zip(jax.tree.leaves(first[13]), jax.tree.leaves(again), strict=True)
+    )
+    seen = [n for s in range(32) for n, _ in samples_of_step(data, 4, 7, s)]
+    assert sorted(seen) == list(range(128))
+
+
+def test_accumulation_changes_nothing():
+    data, weights = samples(), LossWeights(ar_weight=1.0, global_weight=1.0)
+    optimizer = make_optimizer(OptimizerConfig(warmup=0.0), 10)
+    batch = make_batch(data, 4, 0, 0, Noise(windows=2))
+    results = []
+    for accumulate in (1, 2, 4):
+        params = params_of()
+        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        state, metrics = train_step(Llama(CONFIG), optimizer, weights, accumulate, state, batch)
+        results.append((state.params, metrics))
+    for params, metrics in results[1:]:
+        assert float(metrics['loss']) == pytest.approx(float(results[0][1]['loss']), rel=1e-5)
+        norm = float(results[0][1]['gradient_norm'])
+        assert float(metrics['gradient_norm']) == pytest.approx(norm, rel=1e-4)
+    with pytest.raises(ConfigError, match='accumulate 3'):
+        check_accumulation(4, 3)
+
+
+def test_mixed_precision_gradient_is_close():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    w = jax.random.normal(jax.random.key(1), (7, 16))
+
+    def value(compute):
+        return lambda x, w: (linear(x, w, compute) ** 2).mean()
+
+    exact = jax.grad(value(None), (0, 1))(x, w)
+    mixed = jax.grad(value(jnp.dtype('bfloat16')), (0, 1))(x, w)
+    for a, b in zip(exact, mixed, strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        assert 0 < float(jnp.abs(a - b).max()) < 0.03 * float(jnp.abs(a).max())
+
+
+def tiny_run(steps: int = 6, **changes):
+    """A model, samples, held-out prompts and a plan small enough for a test."""
+    model = Model(CONFIG, params_of(), byte_tokenizer(), 'tiny')
+    rows = [Example(str(i), 'abc'[i % 3] * 3, 'x') for i in range(3)]
+    source = Source('held', rows, lambda example, text: text.startswith('x'))
+    plan = RunPlan(
+        steps=steps,
+        batch=4,
+        seed=0,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        weights=LossWeights(ar_weight=1.0, global_weight=1.0),
+        noise=Noise(windows=2),
+        held_out=HeldOut(every=3, prompts=3, max_tokens=8, block=4),
+        log_every=1,
+        save_every=2,
+    )
+    return model, samples(), source, dataclasses.replace(plan, **changes)
+
+
+def without_speed(directory):
+    drop = ('tokens_per_second',)
+    lines = read_metrics(directory / 'metrics.jsonl')
+    return [{k: v for k, v in line.items() if k not in drop} for line in lines]
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
+    model, data, source, plan = tiny_run()
+    train(tmp_path / 'whole', model, data, source, plan)
+
+    calls = {'n': 0}
+    record = training_run._record
+
+    def crash(log, report, step, numbers):
+        calls['n'] += 1
+        if calls['n'] in (5, 9):
+            raise KeyboardInterrupt
+        record(log, report, step, numbers)
+
+    monkeypatch.setattr(training_run, '_record', crash)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / 'parts', model, data, source, plan)
+    train(tmp_path / 'parts', model, data, source, plan)
+    assert without_speed(tmp_path / 'parts') == without_speed(tmp_path / 'whole')
+    weights = 'model/model.safetensors'
+    assert (tmp_path / 'parts' / weights).read_bytes() == (tmp_path / 'whole' / weights).read_bytes()
+    loaded = load(str(tmp_path / 'whole'))
+    assert loaded.config == CONFIG
+
+
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
+    model, data, source, plan = tiny_run()
+    enter = training_run._stop_signals.__enter__
+
+    def stopped(self):
+        enter(self).came = True
+        return self
+
+    monkeypatch.setattr(training_run._stop_signals, '__enter__', stopped)
+    with pytest.raises(Interrupted, match='saved at step 1') as e:
+        train(tmp_path, model, data, source, plan)
+    assert e.value.exit_code == 75
+    monkeypatch.undo()
+    train(tmp_path, model, data, source, plan)
+    steps = [m['step'] for m in without_speed(tmp_path) if 'loss' in m]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    model, data, source, plan = tiny_run(steps=40, max_skipped=2)
+    params = dict(model.params) | {'norm': model.params['norm'] * jnp.nan}
+    broken = dataclasses.replace(model, params=params)
+    with pytest.raises(NumericalError, match='NaN or Inf'):
+        train(tmp_path, broken, data, source, plan)
+
+
+def test_a_run_directory_has_one_owner_and_one_set_of_settings(tmp_path):
+    with (
+        open_run(tmp_path, {'a': 1}),
+        pytest.raises(ConfigError, match='working here'),
+        open_run(tmp_path, {'a': 1}),
+    ):
+        pass
+    with open_run(tmp_path, {'a': 1}):
+        pass
+    with pytest.raises(ConfigError, match='begun with a = 1, now 2'), open_run(tmp_path, {'a': 2}):
+        pass
+    assert json.loads((tmp_path / 'config.json').read_text()) == {'a': 1}

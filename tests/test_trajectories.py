@@ -1,0 +1,168 @@
+"""Collected trajectories: true, complete, byte for byte the same after an interruption."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tiny import byte_tokenizer, random_model, text_config
+
+from cllm_jax.datasets.example import Example
+from cllm_jax.datasets.sources import Source
+from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.trajectories import collect as collecting
+from cllm_jax.trajectories.clean import Cleaning, clean
+from cllm_jax.trajectories.collect import CollectPlan, collect
+from cllm_jax.trajectories.store import read_records
+
+MODEL = random_model(0, text_config(eos_ids=tuple(range(1, 261, 23))), byte_tokenizer())
+PLAN = CollectPlan(block=8, mode='block', max_tokens=30, seed=3, batch=8, shard=8)
+
+
+def source(count: int = 20) -> Source:
+    rows = [Example(f'row-{i}', 'some words to draw from'[: 3 + i], 'an answer') for i in range(count)]
+    return Source('rows', rows, lambda example, text: 'e' in text)
+
+
+def identity(plan: CollectPlan = PLAN) -> dict:
+    return dataclasses.asdict(plan) | {'model': 'tiny'}
+
+
+@pytest.fixture(scope='module')
+def collected(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('collected')
+    counts = collect(directory, MODEL, source(), PLAN, identity())
+    return directory, counts
+
+
+def test_answers_are_those_of_ar(collected):
+    records = read_records(collected[0])
+    prompts = [source()[i].prompt for i in range(20)]
+    ar = decode_all(MODEL, Request(AutoRegressive(), max_tokens=30), prompts)
+    assert [r.answer.tolist() for r in records] == ar.tokens
+    assert [r.id for r in records] == [f'row-{i}' for i in range(20)]
+    assert len({len(r.answer) for r in records}) > 3
+    assert [r.finished for r in records] == [t[-1] in MODEL.config.eos_ids for t in ar.tokens]
+    assert collected[1]['tokens'] == sum(map(len, ar.tokens))
+
+
+def test_block_states_go_from_random_to_the_fixed_point(collected):
+    n = PLAN.block
+    for record in read_records(collected[0]):
+        answer, prompt = record.answer, set(record.prompt.tolist())
+        for begin in sorted(set(record.start.tolist())):
+            states = record.states[record.start == begin]
+            truth = answer[begin : begin + n]
+            assert begin % n == 0
+            assert states[0, 0] == truth[0]
+            assert set(states[0, 1:].tolist()) <= prompt
+            assert (states[-1, : len(truth)] == truth).all()
+            right = [
+                int(np.cumprod(s[: len(truth)] == truth).sum()) for s in states[:-1]
+            ]
+            assert all(a < b for a, b in zip(right, right[1:], strict=False))
+        assert 1 + sum(record.start[1:] == record.start[:-1]) == record.forwards or not len(
+            record.start
+        )
+
+
+def test_sliding_states_begin_at_the_pending_token(tmp_path):
+    plan = dataclasses.replace(PLAN, mode='sliding')
+    collect(tmp_path, MODEL, source(8), plan, identity(plan))
+    for record in read_records(tmp_path):
+        assert (record.states[:, 0] == record.answer[record.start]).all()
+        assert (np.diff(record.start) >= 1).all()
+        assert len(record.states) == record.forwards - 1
+
+
+def test_an_interrupted_collection_ends_with_the_same_bytes(collected, tmp_path, monkeypatch):
+    decode, calls = collecting._decode, {'n': 0}
+
+    def crash(*args):
+        calls['n'] += 1
+        if calls['n'] in (2, 4):
+            raise KeyboardInterrupt
+        return decode(*args)
+
+    monkeypatch.setattr(collecting, '_decode', crash)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            collect(tmp_path, MODEL, source(), PLAN, identity())
+    collect(tmp_path, MODEL, source(), PLAN, identity())
+    files = sorted(p.name for p in collected[0].iterdir())
+    assert files == sorted(p.name for p in tmp_path.iterdir())
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (collected[0] / name).read_bytes(), name
+
+
+def test_a_flipped_bit_is_found_and_only_that_shard_collected_again(collected, tmp_path, monkeypatch):
+    collect(tmp_path, MODEL, source(), PLAN, identity())
+    shard = sorted(tmp_path.glob('*array_record*'))[1]
+    good = shard.read_bytes()
+    shard.write_bytes(good[:100] + bytes([good[100] ^ 4]) + good[101:])
+    with pytest.raises(DataError, match=r'00001-of-00003.*damaged'):
+        read_records(tmp_path)
+    decode, calls = collecting._decode, []
+    monkeypatch.setattr(collecting, '_decode', lambda *a: calls.append(1) or decode(*a))
+    collect(tmp_path, MODEL, source(), PLAN, identity())
+    assert len(calls) == 1
+    assert shard.read_bytes() == good
+    assert (tmp_path / (shard.name + '.damaged')).exists()
+
+
+def test_other_settings_are_refused(collected):
+    other = dataclasses.replace(PLAN, seed=4)
+    with pytest.raises(ConfigError, match='seed = 3, now 4'):
+        collect(collected[0], MODEL, source(), other, identity(other))
+    with pytest.raises(DataError, match='collect trajectories first'):
+        read_records(collected[0] / 'nowhere')
+
+
+def test_a_collection_is_a_tfds_dataset(collected):
+    import tensorflow_datasets as tfds
+
+    rows = tfds.builder_from_directory(str(collected[0])).as_data_source('train')
+    records = read_records(collected[0])
+    assert len(rows) == len(records) == 20
+    assert (rows[11]['states'] == records[11].states).all()
+    assert rows[11]['id'].decode() == records[11].id
+
+
+def test_cleaning_counts_every_record(collected):
+    records = read_records(collected[0])
+    loop = np.asarray([5, 6] * 12, np.int32)
+    records.append(dataclasses.replace(records[0], answer=loop, finished=True))
+    kept, counts = clean(records, Cleaning())
+    fates = ('kept', 'truncated', 'repetitive', 'wrong', 'no states')
+    assert sum(counts[f] for f in fates) == len(records)
+    assert counts['repetitive'] >= 1
+    assert counts['kept'] == len(kept)
+    strict, strict_counts = clean(records, Cleaning(wrong=True))
+    assert all(r.right != 0 for r in strict)
+    assert strict_counts['wrong'] > 0
+
+
+def test_augmented_states_correct_some_wrong_guesses_but_not_the_first(collected):
+    records = read_records(collected[0])
+    plain, _ = clean(records, Cleaning(truncated=False, repetitive=False))
+    rules = Cleaning(truncated=False, repetitive=False, augment=1.0)
+    more, counts = clean(records, rules)
+    again, _ = clean(records, rules)
+    assert counts['augmented states'] > 0
+    assert sum(len(r.states) for r in more) == counts['augmented states'] + sum(
+        len(r.states) for r in plain
+    )
+    assert all((a.states == b.states).all() for a, b in zip(more, again, strict=True))
+    for a, b in zip(plain, more, strict=True):
+        at = 0
+        for state, begin in zip(a.states, a.start, strict=True):
+            assert (b.states[at] == state).all()
+            at += 1
+            if at < len(b.states) and b.start[at] == begin and at - len(a.states) < 0:
+                copy = b.states[at]
+                truth = a.answer[np.minimum(begin + np.arange(8), len(a.answer) - 1)]
+                changed = np.flatnonzero(copy != state)
+                if len(changed) and (copy[changed] == truth[changed]).all():
+                    assert changed[0] > np.flatnonzero(state != truth)[0]
+                    at += 1
