@@ -104,7 +104,8 @@ def run() -> None:
 
         counts = collect(directory, model, source, plan, identity, advance)
     console.note(
-        f'{directory}: ' + ', '.join(f'{v} {k}' for k, v in counts.items())
+        f'{directory}: '
+        + ', '.join(f'{v} {k}' for k, v in counts.items())
         + f'; {counts["tokens"] / max(counts["forwards"], 1):.2f} tokens/forward'
     )
 

@@ -85,9 +85,7 @@ def read_prompts(settings: DecodeConfig) -> list[str]:
         return list(settings.prompts)
     if settings.input:
         return [e.prompt for e in read_jsonl(settings.input)]
-    source = open_source(
-        'sql+arithmetic', split='heldout', seed=settings.seed, limit=DEMO_PROMPTS
-    )
+    source = open_source('sql+arithmetic', split='heldout', seed=settings.seed, limit=DEMO_PROMPTS)
     return [source[i].prompt for i in range(len(source))]
 
 
@@ -110,26 +108,24 @@ def compare(
     console: Console, model: Model, request: Request, prompts: list[str], result: DecodeResult
 ) -> None:
     """Autoregressive decoding beside the result: identity, tokens/forward, speed-up."""
-    ar = dataclasses.replace(request, drafter=AutoRegressive(), stop=())
-    request = dataclasses.replace(request, stop=())
+    ar = dataclasses.replace(request, drafter=AutoRegressive())
     with console.status('AR and Jacobi, timed in turn'):
         baseline = decode_all(model, ar, prompts)
-        plain = decode_all(model, request, prompts) if request.stop else result
         ways = {'AR': Way(model, ar), 'Jacobi': Way(model, request)}
         speed = tokens_per_second(ways, prompts[:DEMO_PROMPTS])
     rows = [
         ['AR', 1.0, speed['AR'], 1.0],
-        ['Jacobi', tokens_per_forward(plain), speed['Jacobi'], speed['Jacobi'] / speed['AR']],
+        ['Jacobi', tokens_per_forward(result), speed['Jacobi'], speed['Jacobi'] / speed['AR']],
     ]
     columns = ['', 'tokens/forward', 'tokens/s', 'speed-up']
     console.out.print(table('', columns, rows))
-    same = share_identical(plain, baseline)
+    same = share_identical(result, baseline)
     verdict = 'IDENTICAL' if same == 1 else 'DIFFERENT'
     console.result(f'{verdict}: Jacobi and AR agree token for token on {same:.0%} of the prompts')
 
 
 def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
-    """Prompts and answers, each token group that one forward committed in its own shade."""
+    """Prompts and answers, and what each answer took."""
     for prompt, text, tokens, forwards in zip(
         prompts, result.texts, result.tokens, result.forwards, strict=True
     ):

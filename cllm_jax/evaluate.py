@@ -79,7 +79,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     }
     prompts = [source[i].prompt for i in range(len(source))]
     results = {}
-    for way, (key, _) in zip(ways.values(), list(ways.items()), strict=True):
+    for key, way in ways.items():
         with console.status(f'{source.name}: {key}, {len(prompts)} prompts'):
             results[key] = decode_all(way.model, way.request, prompts)
     timed = prompts[: settings.timed]
@@ -173,7 +173,9 @@ def run() -> None:
     for source in sources:
         found.append(evaluate(settings, source, console))
         report(console, found[-1])
-    path = settings.json or (f'{settings.root}/evaluate.json' if Path(settings.root).is_dir() else '')
+    path = settings.json or (
+        f'{settings.root}/evaluate.json' if Path(settings.root).is_dir() else ''
+    )
     if path:
         text = json.dumps(found[0] if settings.task else found, indent=2) + '\n'
         Path(path).parent.mkdir(parents=True, exist_ok=True)

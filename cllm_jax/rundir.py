@@ -1,8 +1,8 @@
 """Run directories: who owns one, with which settings, and its log of metrics.
 
-    config.json     the resolved settings; a resumed run must have the same
-    metrics.jsonl   one JSON object per logged step
-    lock            held while a process works here
+config.json     the resolved settings; a resumed run must have the same
+metrics.jsonl   one JSON object per logged step
+lock            held while a process works here
 """
 
 import fcntl

@@ -185,7 +185,14 @@ def plan(settings: TrainConfig, directory: Path, console: Console) -> None:
         new = settings.new
         head = new.dim // new.heads
         config = LlamaConfig(
-            new.vocab_size, new.dim, new.layers, new.heads, new.kv_heads, head, new.mlp_dim, tied=True
+            new.vocab_size,
+            new.dim,
+            new.layers,
+            new.heads,
+            new.kv_heads,
+            head,
+            new.mlp_dim,
+            tied=True,
         )
     else:
         config = read_config(resolve(settings.model or f'{settings.root}/target'))

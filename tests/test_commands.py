@@ -24,7 +24,15 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
     common = ('--config', RECIPE, '--root', tmp_path, '--quick')
     call(monkeypatch, train, *common, '--stage', 'target')
     call(monkeypatch, collect, *common)
-    call(monkeypatch, train, *common, '--cleaning.truncated', 'False', '--cleaning.repetitive', 'False')
+    call(
+        monkeypatch,
+        train,
+        *common,
+        '--cleaning.truncated',
+        'False',
+        '--cleaning.repetitive',
+        'False',
+    )
     call(monkeypatch, export, *common)
     call(monkeypatch, evaluate, *common, '--task', 'sql', '--json', tmp_path / 'result.json')
     found = json.loads((tmp_path / 'result.json').read_text())
@@ -48,7 +56,9 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [r['prompt'] for r in rows] == ['a question', 'another']
     for row in rows:
-        assert sum(row['accepted']) == len(row['tokens']) and len(row['accepted']) == row['forwards']
+        assert (
+            sum(row['accepted']) == len(row['tokens']) and len(row['accepted']) == row['forwards']
+        )
         assert row['seconds'] > 0 and isinstance(row['text'], str)
     assert 'IDENTICAL' in capsys.readouterr().out
 

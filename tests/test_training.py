@@ -65,9 +65,7 @@ def samples(count: int = 12, seed: int = 0, block: int = BLOCK) -> list[Sample]:
 
 def logits_of(params, batch):
     model = Llama(CONFIG)
-    hidden, _ = model.apply(
-        {'params': params}, batch.tokens_BT, batch.positions_BT, visible(batch)
-    )
+    hidden, _ = model.apply({'params': params}, batch.tokens_BT, batch.positions_BT, visible(batch))
     rows = jnp.take_along_axis(hidden, jnp.asarray(batch.rows_BR)[:, :, None], axis=1)
     return model.apply({'params': params}, rows, method='logits')
 
@@ -119,9 +117,7 @@ def test_weights_start_at_the_first_wrong_guess_and_end_before_padding():
 
 
 def test_converged_states_have_no_gradient():
-    data = [
-        dataclasses.replace(s, states=s.states[-1:], start=s.start[-1:]) for s in samples(4)
-    ]
+    data = [dataclasses.replace(s, states=s.states[-1:], start=s.start[-1:]) for s in samples(4)]
     batch = make_batch(data, 4, 0, 0, Noise(windows=2))
     weights = LossWeights(ar_weight=0.0, global_weight=1.0)
     loss = partial(losses, Llama(CONFIG), weights)
@@ -140,7 +136,9 @@ def test_teacher_gets_no_gradient_and_divergence_is_zero_for_equals():
     p = jax.nn.softmax(other[0, 0])
     expected = float((p * (jnp.log(p) - jax.nn.log_softmax(logits[0, 0]))).sum())
     one = jnp.zeros((2, 3)).at[0, 0].set(1)
-    assert float(divergence(logits, other, one, jnp.float32(1))) == pytest.approx(expected, rel=1e-5)
+    assert float(divergence(logits, other, one, jnp.float32(1))) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_local_consistency_points_to_the_successor():
@@ -265,7 +263,9 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch
     train(tmp_path / 'parts', model, data, source, plan)
     assert without_speed(tmp_path / 'parts') == without_speed(tmp_path / 'whole')
     weights = 'model/model.safetensors'
-    assert (tmp_path / 'parts' / weights).read_bytes() == (tmp_path / 'whole' / weights).read_bytes()
+    assert (tmp_path / 'parts' / weights).read_bytes() == (
+        tmp_path / 'whole' / weights
+    ).read_bytes()
     loaded = load(str(tmp_path / 'whole'))
     assert loaded.config == CONFIG
 

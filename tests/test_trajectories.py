@@ -1,6 +1,7 @@
 """Collected trajectories: true, complete, byte for byte the same after an interruption."""
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ PLAN = CollectPlan(block=8, mode='block', max_tokens=30, seed=3, batch=8, shard=
 
 
 def source(count: int = 20) -> Source:
-    rows = [Example(f'row-{i}', 'some words to draw from'[: 3 + i], 'an answer') for i in range(count)]
+    rows = [
+        Example(f'row-{i}', 'some words to draw from'[: 3 + i], 'an answer') for i in range(count)
+    ]
     return Source('rows', rows, lambda example, text: 'e' in text)
 
 
@@ -58,10 +61,8 @@ def test_block_states_go_from_random_to_the_fixed_point(collected):
             assert states[0, 0] == truth[0]
             assert set(states[0, 1:].tolist()) <= prompt
             assert (states[-1, : len(truth)] == truth).all()
-            right = [
-                int(np.cumprod(s[: len(truth)] == truth).sum()) for s in states[:-1]
-            ]
-            assert all(a < b for a, b in zip(right, right[1:], strict=False))
+            right = [int(np.cumprod(s[: len(truth)] == truth).sum()) for s in states[:-1]]
+            assert all(a < b for a, b in pairwise(right))
         assert 1 + sum(record.start[1:] == record.start[:-1]) == record.forwards or not len(
             record.start
         )
@@ -96,7 +97,9 @@ def test_an_interrupted_collection_ends_with_the_same_bytes(collected, tmp_path,
         assert (tmp_path / name).read_bytes() == (collected[0] / name).read_bytes(), name
 
 
-def test_a_flipped_bit_is_found_and_only_that_shard_collected_again(collected, tmp_path, monkeypatch):
+def test_a_flipped_bit_is_found_and_only_that_shard_collected_again(
+    collected, tmp_path, monkeypatch
+):
     collect(tmp_path, MODEL, source(), PLAN, identity())
     shard = sorted(tmp_path.glob('*array_record*'))[1]
     good = shard.read_bytes()

@@ -67,7 +67,9 @@ class Block(nn.Module):
                 bias = self._vector(f'{name}_bias', zeros, (axis, 'head'), heads, c.head_dim)
                 y = y + bias[None, None]
             if c.qk_norm and name != 'v':
-                y = rms_norm(y, self._vector(f'{name}_norm', ones, ('head',), c.head_dim), c.norm_eps)
+                y = rms_norm(
+                    y, self._vector(f'{name}_norm', ones, ('head',), c.head_dim), c.norm_eps
+                )
             out[name] = y
         return rotate(out['q'], sin, cos), rotate(out['k'], sin, cos), out['v']
 

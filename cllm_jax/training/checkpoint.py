@@ -43,7 +43,9 @@ def restore(checkpoints: ocp.training.Checkpointer, state: Any) -> tuple[Any, di
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     try:
-        loaded = checkpoints.load_checkpointables(latest.step, {'state': abstract, 'progress': None})
+        loaded = checkpoints.load_checkpointables(
+            latest.step, {'state': abstract, 'progress': None}
+        )
     except Exception as e:  # orbax and tensorstore raise many types for damaged files
         reason = ' '.join(str(e).split())[:160]
         raise DataError(

@@ -116,9 +116,8 @@ def train(
     module = Llama(
         model.config, model.params['norm'].dtype, plan.compute, unroll=model.config.layers
     )
-    state = jax.jit(
-        lambda params: TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-    )(model.params)
+    params = jax.tree.map(jnp.copy, model.params)  # the step donates its state
+    state = TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
     log = directory / 'metrics.jsonl'
     test = partial(held_out_test, source=source, test=plan.held_out)
     reference = test(model, reference=None)
@@ -130,6 +129,8 @@ def train(
         rewind_metrics(log, step)
         if step == 0:
             _record(log, report, 0, {k: v for k, v in reference.items() if k != 'tokens'})
+        if plan.steps == 0:  # the model as it is, in the form of a run
+            _test_and_keep(directory, model, state, test, reference, plan, progress, report)
         step_fn = partial(train_step, module, optimizer, plan.weights, plan.optimizer.accumulate)
         batch_of = partial(make_batch, samples, plan.batch, plan.seed, noise=plan.noise)
         with ThreadPoolExecutor(1) as pool:
@@ -172,11 +173,17 @@ def _test_and_keep(directory, model, state, test, reference, plan, progress, rep
     found = test(trained, reference=reference['tokens'])
     found['score'] = score(found, progress['first_quality'], plan.weights, plan.held_out)
     numbers = {k: round(float(v), 6) for k, v in found.items() if k != 'tokens'}
-    _record(directory / 'metrics.jsonl', report, step, {f'held_out_{k}': v for k, v in numbers.items()})
+    _record(
+        directory / 'metrics.jsonl', report, step, {f'held_out_{k}': v for k, v in numbers.items()}
+    )
     if found['score'] > progress['best']:
         progress['best'] = found['score']
         write_model(
-            directory / 'model', model.config, params, model.tokenizer, dtype=str(params['norm'].dtype)
+            directory / 'model',
+            model.config,
+            params,
+            model.tokenizer,
+            dtype=str(params['norm'].dtype),
         )
 
 
@@ -208,4 +215,3 @@ class _stop_signals:
 def samples_of(pairs: Sequence[tuple[np.ndarray, np.ndarray]], max_length: int) -> list[Sample]:
     """Plain training samples; those longer than `max_length` tokens are left out."""
     return [Sample(p, a) for p, a in pairs if len(p) + len(a) <= max_length]
-

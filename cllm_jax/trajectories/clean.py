@@ -70,6 +70,4 @@ def augment(record: Record, rules: Cleaning, counts: Counter) -> Record:
             states.append(copy)
             start.append(begin)
             counts['augmented states'] += 1
-    return dataclasses.replace(
-        record, states=np.stack(states), start=np.asarray(start, np.int32)
-    )
+    return dataclasses.replace(record, states=np.stack(states), start=np.asarray(start, np.int32))

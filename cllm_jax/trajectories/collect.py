@@ -103,7 +103,11 @@ def prompt_key(seed: int, name: str) -> jax.Array:
 
 
 def _states(
-    window_IN: np.ndarray, position_I: np.ndarray, answer: np.ndarray, prompt: int, plan: CollectPlan
+    window_IN: np.ndarray,
+    position_I: np.ndarray,
+    answer: np.ndarray,
+    prompt: int,
+    plan: CollectPlan,
 ) -> tuple[np.ndarray, np.ndarray]:
     """States `[S, n]` and their offsets from the drafts that were verified.
 
@@ -131,7 +135,11 @@ def _states(
 
 
 def _decode(
-    model: Model, plan: CollectPlan, mesh: Mesh, rows: Sequence[tuple[Example, np.ndarray]], width: int
+    model: Model,
+    plan: CollectPlan,
+    mesh: Mesh,
+    rows: Sequence[tuple[Example, np.ndarray]],
+    width: int,
 ) -> list[tuple[np.ndarray, int, np.ndarray, np.ndarray]]:
     """Answer, forwards, states and offsets of one batch of prompts."""
     steps = bucket(plan.max_tokens)
