@@ -86,7 +86,7 @@ def visible(batch: Batch) -> jax.Array:
 def losses(
     model: Llama, weights: LossWeights, params: Any, batch: Batch, totals: dict[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted loss of (a part of) a batch and its metrics, all scaled by the whole's totals."""
+    """Weighted loss and metrics of a batch, or of a part of it scaled by the totals of the whole."""
     hidden_BTD, _ = model.apply(
         {'params': params}, batch.tokens_BT, batch.positions_BT, visible(batch)
     )

@@ -1,8 +1,8 @@
 """Trajectories on disk: array_record shards with a manifest, readable as a TFDS dataset.
 
-    DIR/manifest.json                                     what was collected, and each shard's sha256
-    DIR/trajectories-train.array_record-00000-of-00008    records, complete or absent
-    DIR/dataset_info.json, features.json                  written last: tfds.builder_from_directory
+    manifest.json                                     what was collected; the sha256 of each shard
+    trajectories-train.array_record-00000-of-00008    records, complete or absent
+    dataset_info.json, features.json                  written last, for tfds.builder_from_directory
 
 A shard is written under a temporary name and renamed when it is on disk, then the manifest is
 replaced; whatever moment a process is killed at, the next one sees whole shards only.
