@@ -80,7 +80,7 @@ def decode(
 
 
 def stream(model: Model, prompt: str | Sequence[int], drafter: Any = None, **options: Any):
-    """Yield the answer to one prompt in pieces that are never taken back; options as in `decode`."""
+    """Yield the answer to one prompt in pieces that are never taken back; see `decode`."""
     sampling = Sampling(*(options.pop(k, d) for k, d in _SAMPLING))
     options['stop'] = tuple(options.get('stop', ()))
     request = Request(Jacobi() if drafter is None else drafter, sampling=sampling, **options)

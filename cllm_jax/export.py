@@ -48,7 +48,7 @@ def best_numbers(run: Path) -> dict[str, Any]:
 
 def card(name: str, run: Path, dtype: str, parameters: int) -> str:
     """The model card: what it is, how it was made, how it did."""
-    settings = json.loads((run / 'config.json').read_text('utf-8'))
+    settings = json.loads((run / 'settings.json').read_text('utf-8'))
     settings.pop('root', None)
     best = best_numbers(run)
     numbers = ''.join(

@@ -1,6 +1,6 @@
 """Run directories: who owns one, with which settings, and its log of metrics.
 
-config.json     the resolved settings; a resumed run must have the same
+settings.json   the resolved settings; a resumed run must have the same
 metrics.jsonl   one JSON object per logged step
 lock            held while a process works here
 """
@@ -52,7 +52,7 @@ def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(f'process {os.getpid()} on {os.uname().nodename}')
         lock.flush()
-        _claim(directory / 'config.json', dict(settings))
+        _claim(directory / 'settings.json', dict(settings))
         yield directory
     finally:
         lock.close()

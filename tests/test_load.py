@@ -49,7 +49,8 @@ def test_a_path_never_touches_the_network(tmp_path, no_network, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', None)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **_: asked.append(a))
     tokenizer = tiny_tokenizer()
     write_model(tmp_path / 'owner' / 'name', TINY, params_of(TINY), tokenizer)
     monkeypatch.chdir(tmp_path)
@@ -60,6 +61,7 @@ def test_a_path_never_touches_the_network(tmp_path, no_network, monkeypatch):
         assert model.tokenizer.eos_token_id == 1
     for name in ('./no/such', 'no', '/no/such', 'a/b/c', 'owner/name/x', '~nobody-here/x', '-', ''):
         refusal(load, name, of=ConfigError)
+    assert not asked
 
 
 @pytest.mark.parametrize('name', ['nowhere', 'a/b/c', './x/y', 'a\0b', 'x' * 5000, 'x/' * 3000])

@@ -309,4 +309,4 @@ def test_a_run_directory_has_one_owner_and_one_set_of_settings(tmp_path):
         pass
     with pytest.raises(ConfigError, match='begun with a = 1, now 2'), open_run(tmp_path, {'a': 2}):
         pass
-    assert json.loads((tmp_path / 'config.json').read_text()) == {'a': 1}
+    assert json.loads((tmp_path / 'settings.json').read_text()) == {'a': 1}

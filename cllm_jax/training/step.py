@@ -86,7 +86,7 @@ def visible(batch: Batch) -> jax.Array:
 def losses(
     model: Llama, weights: LossWeights, params: Any, batch: Batch, totals: dict[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted loss and metrics of a batch, or of a part of it scaled by the totals of the whole."""
+    """Weighted loss and metrics of a batch, or of a part scaled by the totals of the whole."""
     hidden_BTD, _ = model.apply(
         {'params': params}, batch.tokens_BT, batch.positions_BT, visible(batch)
     )
