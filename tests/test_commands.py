@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from cllm_jax import collect, decode, evaluate, export, train
@@ -12,6 +13,13 @@ from cllm_jax.settings import guard
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 RECIPE = str(CONFIGS / 'embedded.yaml')
+
+
+@pytest.fixture(autouse=True)
+def mixed_dtypes():
+    """optax itself relies on implicit promotion, which the tests otherwise forbid."""
+    with jax.numpy_dtype_promotion('standard'):
+        yield
 
 
 def call(monkeypatch, module, *arguments: str) -> None:

@@ -1,4 +1,7 @@
-"""Streamed text is the batch's text in pieces; stop strings cut both at the same token."""
+"""Streamed text is the batch's text in pieces; stop strings cut both at the same token.
+
+Also what is refused: prompts, stop strings and requests that cannot be decoded.
+"""
 
 import dataclasses
 
@@ -6,7 +9,7 @@ import numpy as np
 import pytest
 
 from cllm_jax.decoding import generate
-from cllm_jax.decoding.generate import Request, decode_all, encode, stream
+from cllm_jax.decoding.generate import Request, bucket, decode_all, encode, stream
 from cllm_jax.decoding.loop import advance, prefill
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.drafters.jacobi import Jacobi
@@ -155,3 +158,44 @@ def test_prompts_and_tokenizers_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match='exceed'):
         next(stream(model, dataclasses.replace(REQUEST, max_tokens=250), 'the prompt'))
     assert tokenizer.decode(encode(model, 'the 你')) == 'the 你'
+
+
+@pytest.mark.parametrize(
+    ('prompts', 'changes', 'message'),
+    [
+        ([[1], []], {}, 'empty prompt'),
+        ([[1], [29]], {}, r'token id 29: outside the vocabulary 0\.\.28'),
+        ([[-1]], {}, 'token id -1'),
+        (['text'], {}, 'no tokenizer'),
+        ([[1]], {'stop': ('x',)}, 'no tokenizer; stop'),
+        ([[1], [2] * 217], {'max_tokens': 40}, 'prompt 1: 217 tokens .* 40 exceed .* 256'),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused_before_any_work(prompts, changes, message):
+    compiled = prefill._cache_size()
+    with pytest.raises(ConfigError, match=message):
+        decode_all(random_model(), Request(Jacobi(8), **changes), prompts)
+    assert prefill._cache_size() == compiled
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: Request(Jacobi(8), max_tokens=0),
+        lambda: Request(Jacobi(8), batch=0),
+        lambda: Request(Jacobi(8), stop=('a', '')),
+        lambda: Request(Jacobi(8), stop='a'),
+        lambda: Jacobi(0),
+        lambda: Jacobi(1025),
+        lambda: Jacobi(4, 'blocks'),
+    ],
+)
+def test_requests_out_of_range_are_refused(make):
+    with pytest.raises(ConfigError):
+        make()
+
+
+def test_buckets_are_few_and_waste_at_most_a_third():
+    sizes = [bucket(n) for n in range(1, 5000)]
+    assert sizes == sorted(sizes) and len(set(sizes)) < 20
+    assert all(n <= size < max(17, 1.5 * n) for n, size in enumerate(sizes, 1))

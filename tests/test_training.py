@@ -37,6 +37,13 @@ CONFIG = text_config(layers=2)
 BLOCK = 8
 
 
+@pytest.fixture
+def mixed_dtypes():
+    """optax itself relies on implicit promotion, which the tests otherwise forbid."""
+    with jax.numpy_dtype_promotion('standard'):
+        yield
+
+
 def params_of(seed: int = 0):
     params = init_params(Llama(CONFIG), jax.random.key(seed))
     return jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
@@ -186,7 +193,7 @@ def test_batches_are_a_function_of_the_step():
     assert sorted(seen) == list(range(128))
 
 
-def test_accumulation_changes_nothing():
+def test_accumulation_changes_nothing(mixed_dtypes):
     data, weights = samples(), LossWeights(ar_weight=1.0, global_weight=1.0)
     optimizer = make_optimizer(OptimizerConfig(warmup=0.0), 10)
     batch = make_batch(data, 4, 0, 0, Noise(windows=2))
@@ -245,7 +252,7 @@ def without_speed(directory):
     return [{k: v for k, v in line.items() if k not in drop} for line in lines]
 
 
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(mixed_dtypes, tmp_path, monkeypatch):
     model, data, source, plan = tiny_run()
     train(tmp_path / 'whole', model, data, source, plan)
 
@@ -272,7 +279,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch
     assert loaded.config == CONFIG
 
 
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
+def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, monkeypatch):
     model, data, source, plan = tiny_run()
     enter = training_run._stop_signals.__enter__
 
@@ -290,7 +297,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_path):
     model, data, source, plan = tiny_run(steps=40, max_skipped=2)
     params = dict(model.params) | {'norm': model.params['norm'] * jnp.nan}
     broken = dataclasses.replace(model, params=params)
