@@ -2,7 +2,7 @@
 
     python -m cllm_jax.decode                                    a demonstration, no network needed
     python -m cllm_jax.decode --model DIR --prompts 'Once upon'  your model, your prompt
-    python -m cllm_jax.decode --input prompts.jsonl --output answers.jsonl --compare False
+    python -m cllm_jax.decode --input prompts.jsonl --output answers.jsonl --no-compare
 
 With --compare both decoders run, and the verdict tells whether their tokens are the same.
 """

@@ -36,10 +36,8 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
         monkeypatch,
         train,
         *common,
-        '--cleaning.truncated',
-        'False',
-        '--cleaning.repetitive',
-        'False',
+        '--cleaning.no-truncated',
+        '--cleaning.no-repetitive',
     )
     call(monkeypatch, export, *common)
     call(monkeypatch, evaluate, *common, '--task', 'sql', '--json', tmp_path / 'result.json')
@@ -123,4 +121,4 @@ def test_bad_requests_end_with_one_line_and_a_code(
 
 def test_stream_takes_one_prompt(monkeypatch):
     with pytest.raises((ConfigError, SystemExit)):
-        call(monkeypatch, decode, '--prompts', 'a', 'b', '--stream', 'True')
+        call(monkeypatch, decode, '--prompts', 'a', 'b', '--stream')
