@@ -8,6 +8,7 @@ CLLM. Both can be stopped at any moment; the same command continues.
 """
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import Literal
 
@@ -29,11 +30,15 @@ from cllm_jax.trajectories.clean import Cleaning, clean
 from cllm_jax.trajectories.store import read_manifest, read_records
 
 
+TOKENIZER_ROWS = 8000
+"""Rows of the dataset that a new tokenizer is trained on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class NewModel:
     """The architecture of a model that starts from random weights."""
 
-    vocab_size: int = 1024
+    vocab_size: int = 1536
     """Tokens of the BPE vocabulary, trained on the dataset."""
     dim: int = 192
     """Width of the residual stream."""
@@ -41,7 +46,7 @@ class NewModel:
     """Transformer blocks."""
     heads: int = 4
     """Query heads."""
-    kv_heads: int = 2
+    kv_heads: int = 4
     """Key and value heads."""
     mlp_dim: int = 640
     """Width of the gated MLP."""
@@ -166,8 +171,9 @@ def prepare(settings: TrainConfig, console: Console):
     with console.status(f'reading {len(source)} examples of {source.name}'):
         examples = [source[i] for i in range(len(source))]
     if settings.model == 'new':
-        step = max(len(examples) // 4000, 1)
-        model = new_model(settings, [e.prompt + e.answer for e in examples[::step]])
+        # A random choice: a regular one could miss a task of a mixture altogether.
+        chosen = random.Random(settings.seed).sample(examples, min(len(examples), TOKENIZER_ROWS))
+        model = new_model(settings, [e.prompt + e.answer for e in chosen])
     else:
         model = load(settings.model or 'embedded-target', settings.dtype)
     if not model.config.eos_ids:

@@ -1,0 +1,40 @@
+"""The tokenizer that the package trains, and how examples become ids."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cllm_jax.datasets.sources import open_source
+from cllm_jax.datasets.tokens import END, encode_examples, train_tokenizer
+from cllm_jax.errors import ConfigError
+
+ROWS = open_source('sql+arithmetic', seed=5, limit=600)
+TOKENIZER = train_tokenizer((r.prompt + r.answer for r in ROWS), 1024)
+
+
+@settings(max_examples=60)
+@given(st.text(max_size=40))
+def test_any_text_comes_back(text):
+    ids = TOKENIZER(text)['input_ids']
+    assert TOKENIZER.decode(ids) == text or END in text or '<|pad|>' in text
+
+
+def test_numbers_are_single_digits_and_words_are_not_letters():
+    pieces = TOKENIZER.convert_ids_to_tokens(TOKENIZER('has 1234')['input_ids'])
+    assert pieces[-4:] == ['1', '2', '3', '4']
+    for row in ROWS:
+        text = row.prompt + row.answer
+        assert len(TOKENIZER(text)['input_ids']) < len(text) / 1.8, row.meta['task']
+
+
+def test_examples_end_with_the_stop_token():
+    rows = [ROWS[i] for i in range(10)]
+    for row, (prompt, answer) in zip(rows, encode_examples(TOKENIZER, rows, 7), strict=True):
+        assert answer[-1] == 7
+        assert TOKENIZER.decode(prompt) == row.prompt
+        assert TOKENIZER.decode(answer[:-1]) == row.answer
+
+
+def test_too_small_a_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match='vocab_size 100'):
+        train_tokenizer(['a'], 100)
