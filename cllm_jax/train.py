@@ -29,7 +29,6 @@ from cllm_jax.training.step import LossWeights, OptimizerConfig, check_accumulat
 from cllm_jax.trajectories.clean import Cleaning, clean
 from cllm_jax.trajectories.store import read_manifest, read_records
 
-
 TOKENIZER_ROWS = 8000
 """Rows of the dataset that a new tokenizer is trained on."""
 

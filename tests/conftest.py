@@ -16,6 +16,8 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
+# Unoptimised programs compile twice as fast, and no test depends on the last bit.
+jax.config.update('jax_disable_most_optimizations', True)
 
 # Compilation makes the first example slow, and a failure has to repeat on the next machine.
 hypothesis.settings.register_profile('repeatable', deadline=None, derandomize=True, database=None)

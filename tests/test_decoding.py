@@ -20,9 +20,7 @@ from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
 from cllm_jax.models.llama import Llama, forward
-from tests.tiny import copy_model, quick_compilation, ragged_prompts, random_model, tiny_config  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+from tests.tiny import copy_model, ragged_prompts, random_model, tiny_config
 
 ROWS, WIDTH, STEPS, SLOTS, VOCAB, STOPS = 8, 16, 48, 128, 29, 3
 PERIOD = 12

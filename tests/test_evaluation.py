@@ -1,7 +1,6 @@
 """What quality and speed mean."""
 
 import pytest
-from tiny import random_model
 
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
@@ -16,6 +15,7 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
+from tests.tiny import random_model
 
 
 def result(tokens, accepted):

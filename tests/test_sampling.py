@@ -11,9 +11,6 @@ from scipy.stats import chisquare
 from cllm_jax.decoding.generate import row_keys
 from cllm_jax.decoding.sampling import Sampling, choose, gumbel, truncate
 from cllm_jax.errors import ConfigError
-from tests.tiny import quick_compilation  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 ROWS, POSITIONS, VOCAB = 40, 500, 8
 LOGITS_V = np.array([1.2, -0.5, 0.3, 2.0, -1.5, 0.0, 0.9, -0.9], np.float32)

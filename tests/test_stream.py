@@ -15,9 +15,7 @@ from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.load import Model
-from tests.tiny import byte_tokenizer, copy_model, quick_compilation, random_model, text_config  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+from tests.tiny import byte_tokenizer, copy_model, random_model, text_config
 
 REQUEST = Request(Jacobi(8), max_tokens=40, batch=1)
 PHRASES = ('the 😀, 你好\n', 'aababaac', '🙂🙃x')

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import byte_tokenizer, text_config
 
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
@@ -32,6 +31,7 @@ from cllm_jax.training.step import (
     train_step,
     visible,
 )
+from tests.tiny import byte_tokenizer, text_config
 
 CONFIG = text_config(layers=2)
 BLOCK = 8

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tiny import byte_tokenizer, random_model, text_config
 
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
@@ -16,6 +15,7 @@ from cllm_jax.trajectories import collect as collecting
 from cllm_jax.trajectories.clean import Cleaning, clean
 from cllm_jax.trajectories.collect import CollectPlan, collect
 from cllm_jax.trajectories.store import read_records
+from tests.tiny import byte_tokenizer, random_model, text_config
 
 MODEL = random_model(0, text_config(eos_ids=tuple(range(1, 261, 23))), byte_tokenizer())
 PLAN = CollectPlan(block=8, mode='block', max_tokens=30, seed=3, batch=8, shard=8)

@@ -6,19 +6,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.load import Model
-
-
-@pytest.fixture(scope='module')
-def quick_compilation():
-    """Unoptimised programs compile twice as fast, and no test here depends on the last bit."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
 
 
 def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:
