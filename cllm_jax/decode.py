@@ -155,6 +155,8 @@ def run() -> None:
     )
     console = Console()
     prompts = read_prompts(settings)
+    if settings.stream and len(prompts) != 1:
+        raise ConfigError(f'stream with {len(prompts)} prompts: give exactly one prompt')
     if flags.plan:
         plan(settings, console, prompts)
         return
@@ -169,8 +171,6 @@ def run() -> None:
     )
     model = load(settings.model, None if settings.dtype == 'auto' else settings.dtype)
     if settings.stream:
-        if len(prompts) != 1:
-            raise ConfigError(f'stream with {len(prompts)} prompts: give exactly one prompt')
         for piece in stream(model, request, prompts[0]):
             print(piece, end='', flush=True)
         print()

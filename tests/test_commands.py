@@ -127,5 +127,5 @@ def test_bad_requests_end_with_one_line_and_a_code(
 
 
 def test_stream_takes_one_prompt(monkeypatch):
-    with pytest.raises((ConfigError, SystemExit)):
+    with pytest.raises(ConfigError, match='exactly one prompt'):
         call(monkeypatch, decode, '--prompts', 'a', 'b', '--stream')

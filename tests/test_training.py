@@ -77,6 +77,18 @@ def logits_of(params, batch):
     return model.apply({'params': params}, rows, method='logits')
 
 
+@partial(jax.jit, static_argnames='model')
+def jitted_forward(model, params, tokens_BT):
+    return forward(model, params, tokens_BT)
+
+
+def plain_logits(params, tokens) -> np.ndarray:
+    """Logits of a text by itself; what is padded on the right changes nothing before it."""
+    padded = np.zeros((1, 64), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(jitted_forward(Llama(CONFIG), params, padded))[0, : len(tokens)]
+
+
 def test_packed_rows_are_plain_causal_forwards():
     """A state sees exactly prompt + clean answer before it + itself; the clean part is clean."""
     data, params = samples(), params_of()
@@ -86,7 +98,7 @@ def test_packed_rows_are_plain_causal_forwards():
     length = batch.tokens_BT.shape[1] - 3 * BLOCK
     for row, (_, sample) in enumerate(samples_of_step(data, 4, 0, 0)):
         text = np.concatenate([sample.prompt, sample.answer])
-        plain = np.asarray(forward(Llama(CONFIG), params, jnp.asarray(text[None])))[0]
+        plain = plain_logits(params, text)
         first, size = len(sample.prompt) - 1, len(sample.answer)
         assert np.allclose(logits[row, :size], plain[first : first + size], atol=2e-5)
         for w in range(3):
@@ -94,7 +106,7 @@ def test_packed_rows_are_plain_causal_forwards():
             begin = batch.context_BT[row, at] - len(sample.prompt)
             state = batch.tokens_BT[row, at : at + BLOCK][: size - begin]
             whole = np.concatenate([sample.prompt, sample.answer[:begin], state])
-            plain = np.asarray(forward(Llama(CONFIG), params, jnp.asarray(whole[None])))[0]
+            plain = plain_logits(params, whole)
             got = logits[row, answers + w * BLOCK :][: len(state)]
             assert np.allclose(got, plain[len(sample.prompt) + begin :], atol=2e-5)
 
@@ -198,7 +210,7 @@ def test_accumulation_changes_nothing(mixed_dtypes):
     optimizer = make_optimizer(OptimizerConfig(warmup=0.0), 10)
     batch = make_batch(data, 4, 0, 0, Noise(windows=2))
     results = []
-    for accumulate in (1, 2, 4):
+    for accumulate in (1, 2):
         params = params_of()
         state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
         state, metrics = train_step(Llama(CONFIG), optimizer, weights, accumulate, state, batch)
