@@ -182,8 +182,9 @@ def write_model(
     *,
     dtype: str = 'bfloat16',
     shard_bytes: int = SHARD_BYTES,
+    card: str = '',
 ) -> None:
-    """Write a directory that `read_model` and `transformers` load.
+    """Write a directory that `read_model` and `transformers` load, with `card` as its README.md.
 
     Files go to a sibling temporary directory first, which then takes the final name: a reader
     never sees half a model.
@@ -204,12 +205,14 @@ def write_model(
         raise ConfigError(f'{directory}: no {config.family} model is {config}; correct its family')
     temp = directory.with_name(f'.{directory.name}.tmp-{os.getpid()}')
     try:
-        _check_replaceable(directory)
+        _check_replaceable(directory, {'README.md'} if card else set())
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
         (temp / 'config.json').write_text(json.dumps(raw, indent=2) + '\n', 'utf-8')
         if tokenizer is not None:
             tokenizer.save_pretrained(temp)
+        if card:
+            (temp / 'README.md').write_text(card, 'utf-8')
         _write_weights(temp, named_tensors(params), dtype, shard_bytes)
         _settle(temp)
         _replace(temp, directory)
@@ -221,12 +224,12 @@ def write_model(
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def _check_replaceable(directory: Path) -> None:
+def _check_replaceable(directory: Path, rewritten: set[str]) -> None:
     if not directory.exists():
         return
     if not directory.is_dir():
         raise DataError(f'{directory}: is a file; choose another directory')
-    present = sorted(directory.iterdir())
+    present = sorted(p for p in directory.iterdir() if p.name not in rewritten)
     foreign = [
         p.name
         for p in present
