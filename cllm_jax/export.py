@@ -94,8 +94,14 @@ def run() -> None:
         run_dir = Path(settings.root) / name
         model = load(str(run_dir), 'float32')
         text = card(name, run_dir, settings.dtype, model.config.parameters)
-        write_model(out / name, model.config, model.params, model.tokenizer, dtype=settings.dtype)
-        (out / name / 'README.md').write_text(text, 'utf-8')
+        write_model(
+            out / name,
+            model.config,
+            model.params,
+            model.tokenizer,
+            dtype=settings.dtype,
+            card=text,
+        )
         console.note(f'{out / name}: {model.config.parameters / 1e6:.2f}M parameters')
 
 

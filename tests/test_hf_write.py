@@ -91,3 +91,12 @@ def test_writing_refuses_what_could_not_be_read_back(tmp_path):
     with pytest.raises(ConfigError, match=r'int8.*bfloat16'):
         write_model(tmp_path / 'm', TINY, PARAMS, dtype='int8')
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_card_is_written_again_with_its_model(tmp_path):
+    for card in ('# first', '# second'):
+        write_model(tmp_path, TINY, PARAMS, card=card)
+        assert (tmp_path / 'README.md').read_text() == card
+    with pytest.raises(DataError, match=r'holds README\.md'):
+        write_model(tmp_path, TINY, PARAMS)
+    assert (tmp_path / 'README.md').read_text() == '# second'
