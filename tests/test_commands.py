@@ -35,7 +35,8 @@ def call(monkeypatch, module, *arguments: str) -> None:
 
 @pytest.mark.slow
 def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, capsys):
-    common = ('--config', RECIPE, '--root', tmp_path, '--quick')
+    monkeypatch.chdir(tmp_path)
+    common = ('--config', RECIPE, '--root', '.', '--quick')  # relative, as in the README
     call(monkeypatch, train, *common, '--stage', 'target')
     call(monkeypatch, collect, *common)
     call(

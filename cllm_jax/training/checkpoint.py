@@ -15,6 +15,7 @@ KEEP = 2
 
 def open_checkpoints(directory: Path) -> ocp.training.Checkpointer:
     """The checkpoints of a run. Leftovers of a save that was killed are removed."""
+    directory = directory.resolve()  # Orbax refuses relative paths
     for stale in directory.glob('*.orbax-checkpoint-tmp*'):
         shutil.rmtree(stale, ignore_errors=True)
     policies = ocp.training.preservation_policies
