@@ -1,0 +1,47 @@
+"""The models that ship with the package are there, small, and decode exactly."""
+
+import jax.numpy as jnp
+import pytest
+
+import cllm_jax as cllm
+from cllm_jax.datasets.sources import open_source
+from cllm_jax.models.load import SHIPPED, tokenizer_fingerprint
+
+
+@pytest.fixture(scope='module')
+def model():
+    return cllm.load('embedded')
+
+
+def test_jacobi_is_autoregressive_decoding_of_the_shipped_model(model):
+    source = open_source('sql+arithmetic', split='heldout', seed=3, limit=4)
+    prompts = [source[i].prompt for i in range(4)]
+    slow = cllm.decode(model, prompts, cllm.AutoRegressive(), max_tokens=40)
+    fast = cllm.decode(model, prompts, cllm.Jacobi(block=16), max_tokens=40)
+    assert fast.tokens == slow.tokens and fast.texts == slow.texts
+    assert sum(fast.forwards) < sum(slow.forwards)
+    sampled = [
+        cllm.decode(model, prompts, drafter, max_tokens=40, temperature=0.8, seed=1).tokens
+        for drafter in (cllm.AutoRegressive(), cllm.Jacobi(block=16))
+    ]
+    assert sampled[0] == sampled[1] != slow.tokens
+
+
+def test_target_and_cllm_share_a_tokenizer_and_fit_the_package(model):
+    target = cllm.load('embedded-target')
+    assert tokenizer_fingerprint(target.tokenizer) == tokenizer_fingerprint(model.tokenizer)
+    assert target.config == model.config
+    size = sum(p.stat().st_size for p in SHIPPED.rglob('*.safetensors'))
+    assert size <= 16_000_000
+
+
+def test_forward_gives_logits(model):
+    logits = cllm.forward(model, jnp.asarray([[1, 2, 3]], jnp.int32))
+    assert logits.shape == (1, 3, model.config.vocab_size) and logits.dtype == jnp.float32
+
+
+def test_streamed_text_is_the_decoded_text(model):
+    prompt = 'Question: Kate has 4 pears. She buys 3 more. How many pears has she?\nAnswer:'
+    pieces = list(cllm.stream(model, prompt, max_tokens=24))
+    assert ''.join(pieces) == cllm.decode(model, [prompt], max_tokens=24).texts[0]
+    assert len(pieces) > 1
