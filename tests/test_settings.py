@@ -326,9 +326,9 @@ BUG = '(this is a bug; run with --debug for the traceback)'
             'free space and run the same command again',
         ),
         (
-            raises(PermissionError(errno.EACCES, 'Permission denied', '/root/x')),
+            raises(PermissionError(errno.EACCES, 'Permission denied', '/some/x')),
             3,
-            'error: /root/x: Permission denied; check that path',
+            'error: /some/x: Permission denied; check that path',
         ),
         (raises(OSError('odd')), 1, f'error: unexpected OSError: odd {BUG}'),
         (
