@@ -125,10 +125,11 @@ def train(
     with open_checkpoints(directory / 'checkpoints') as checkpoints, _stop_signals() as stopped:
         if found := restore(checkpoints, state):
             state, progress = found
-        step = int(state.step)
-        rewind_metrics(log, step)
-        if step == 0:
+            rewind_metrics(log, int(state.step))
+        else:
+            rewind_metrics(log, -1)
             _record(log, report, 0, {k: v for k, v in reference.items() if k != 'tokens'})
+        step = int(state.step)
         if plan.steps == 0:  # the model as it is, in the form of a run
             _test_and_keep(directory, model, state, test, reference, plan, progress, report)
         step_fn = partial(train_step, module, optimizer, plan.weights, plan.optimizer.accumulate)

@@ -170,7 +170,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= {
-        'gradient_norm': optax.global_norm(grads),
+        'gradient_norm': optax.tree.norm(grads),
         'skipped': opt_state.notfinite_count.astype(jnp.float32),
     }
     return TrainState(params, opt_state, state.step + 1), metrics
