@@ -14,7 +14,7 @@ from typing import Literal
 from cllm_jax.console import Console, print_plan, size
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.models.config import read_config
-from cllm_jax.models.load import DTYPES, default_dtype, fingerprint, load, resolve
+from cllm_jax.models.load import DTYPES, default_dtype, fingerprint, load, named_or, resolve
 from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
 from cllm_jax.rundir import open_run
 from cllm_jax.settings import guard, parse, to_json
@@ -30,7 +30,7 @@ class CollectConfig:
     out: str = ''
     """Where trajectories go; default ROOT/trajectories."""
     model: str = ''
-    """The target model; default ROOT/target."""
+    """The target model; default ROOT/target, else embedded-target."""
     data: str = 'sql+arithmetic'
     """Dataset whose prompts are answered (see the README)."""
     prompts: int | None = None
@@ -59,7 +59,7 @@ def run() -> None:
         settings = dataclasses.replace(settings, prompts=32, max_tokens=48, batch=8, shard=16)
     console = Console()
     directory = Path(settings.out or f'{settings.root}/trajectories')
-    name = settings.model or f'{settings.root}/target'
+    name = named_or(settings.model, f'{settings.root}/target', 'embedded-target')
     source = open_source(settings.data, split='train', seed=settings.seed, limit=settings.prompts)
     if flags.plan:
         config = read_config(resolve(name))

@@ -20,7 +20,7 @@ from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.config import LlamaConfig, read_config
 from cllm_jax.models.llama import Llama, init_params
-from cllm_jax.models.load import DTYPES, Model, load, resolve, tokenizer_fingerprint
+from cllm_jax.models.load import DTYPES, Model, load, named_or, resolve, tokenizer_fingerprint
 from cllm_jax.rundir import open_run
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.training.batches import Noise, Sample
@@ -62,7 +62,8 @@ class TrainConfig:
     objective: Literal['ar', 'consistency'] = 'consistency'
     """Learn texts, or learn to jump from any Jacobi state to its fixed point."""
     model: str = ''
-    """Model to start from; 'new' for random weights; default ROOT/target for consistency."""
+    """Model to start from; 'new' for random weights. Default: embedded-target, or for consistency
+    ROOT/target where there is one."""
     new: NewModel = NewModel()
     """The architecture if model is 'new'."""
     data: str = ''
@@ -159,10 +160,17 @@ def trajectory_samples(settings: TrainConfig, model: Model, console: Console) ->
     return kept
 
 
+def start_of(settings: TrainConfig) -> str:
+    """The name of the model that training starts from."""
+    if settings.objective == 'ar':
+        return settings.model or 'embedded-target'
+    return named_or(settings.model, f'{settings.root}/target', 'embedded-target')
+
+
 def prepare(settings: TrainConfig, console: Console):
     """The model to start from and its training samples."""
     if settings.objective == 'consistency':
-        model = load(settings.model or f'{settings.root}/target', settings.dtype)
+        model = load(start_of(settings), settings.dtype)
         return model, trajectory_samples(settings, model, console)
     if not settings.data:
         raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
@@ -174,7 +182,7 @@ def prepare(settings: TrainConfig, console: Console):
         chosen = random.Random(settings.seed).sample(examples, min(len(examples), TOKENIZER_ROWS))
         model = new_model(settings, [e.prompt + e.answer for e in chosen])
     else:
-        model = load(settings.model or 'embedded-target', settings.dtype)
+        model = load(start_of(settings), settings.dtype)
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
     with console.status('tokenising'):
@@ -200,7 +208,7 @@ def plan(settings: TrainConfig, directory: Path, console: Console) -> None:
             tied=True,
         )
     else:
-        config = read_config(resolve(settings.model or f'{settings.root}/target'))
+        config = read_config(resolve(start_of(settings)))
     width = DTYPES[settings.dtype].itemsize
     states = settings.noise.windows or 'cover the answer once'
     print_plan(
