@@ -208,7 +208,7 @@ def test_cache_holds_what_a_fresh_prefill_computes(drafter, sampling):
             steps=STEPS,
             trace=False,
         )
-        kept, new = (np.stack([c.k_BLSKH, c.v_BLSKH]) for c in (state.cache, fresh.cache))
+        kept, new = (np.stack(c.k_BKSH + c.v_BKSH) for c in (state.cache, fresh.cache))
         for row in range(ROWS):
             error = np.abs(kept[:, row, :, : length[row]] - new[:, row, :, : length[row]])
             assert error.max() < 1e-5 * max(1, np.abs(kept).max())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from functools import partial
 
 import jax
@@ -225,9 +226,29 @@ def test_accumulation_changes_nothing(mixed_dtypes):
         check_accumulation(4, 3)
 
 
+def test_muon_orthogonalises_matrices_and_nothing_else(mixed_dtypes):
+    """A matrix's update has equal singular values, of AdamW's size, whatever its axes."""
+    config = OptimizerConfig(kind='muon', learning_rate=1.0, warmup=0.0, clip=1e9)
+    optimizer, params = make_optimizer(config, 10), params_of()
+    keys = iter(jax.random.split(jax.random.key(3), 99))
+    grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    inputs = {'q': 1, 'k': 1, 'v': 1, 'o': 2, 'gate': 1, 'up': 1, 'down': 1}
+    for layer in (updates['layers_0'], updates['layers_1']):
+        for name, update in layer.items():
+            if name in inputs:
+                matrix = update.reshape(math.prod(update.shape[: inputs[name]]), -1)
+                size = 0.2 * max(matrix.shape) ** 0.5
+                singular = np.linalg.svd(matrix, compute_uv=False)
+                assert 0.5 * size < singular.min() <= singular.max() < 1.3 * size
+            else:
+                assert np.ptp(np.abs(update)) < 1e-3  # the first step of Adam is a sign
+    assert np.ptp(np.abs(updates['embed'])) < 1e-3
+
+
 def test_mixed_precision_gradient_is_close():
     x = jax.random.normal(jax.random.key(0), (2, 5, 16))
-    w = jax.random.normal(jax.random.key(1), (7, 16))
+    w = jax.random.normal(jax.random.key(1), (16, 7))
 
     def value(compute):
         return lambda x, w: (linear(x, w, compute) ** 2).mean()

@@ -53,13 +53,14 @@ def copy_model(period: int, config: LlamaConfig | None = None, tokenizer=None) -
     params['embed'][:, :half] = codes
     params['head'][:, half:] = 20 * codes
     params['norm'][:] = 1
-    block = params['blocks']
-    block['attn_norm'][:], block['mlp_norm'][:] = 1, 1
+    for layer in (params[f'layers_{i}'] for i in range(config.layers)):
+        layer['attn_norm'][:], layer['mlp_norm'][:] = 1, 1
+    first = params['layers_0']
     turn = (period - 1) * config.rope_theta ** (-np.arange(width // 2) * 2 / width)
-    block['q_bias'][0, 0] = 40 * np.concatenate([np.cos(turn), -np.sin(turn)])
-    block['k_bias'][0, 0, : width // 2] = 40
-    block['v'][0, 0, :, :half] = np.eye(half)
-    block['o'][0, half:, 0] = np.eye(half)
+    first['q_bias'][0] = 40 * np.concatenate([np.cos(turn), -np.sin(turn)])
+    first['k_bias'][0, : width // 2] = 40
+    first['v'][:half, 0] = np.eye(half)
+    first['o'][0, :, half:] = np.eye(half)
     return Model(config, jax.tree.map(jnp.asarray, params), tokenizer, 'copy')
 
 

@@ -10,23 +10,22 @@ NEVER = -1e30
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
     """Grouped-query attention; query t of a row sees exactly the keys its mask row allows.
 
     Scores and softmax are float32 whatever the inputs. A query with no visible key (padding)
-    averages all values; its result is never used. Heads are moved in front of tokens before the
-    products: XLA's CPU backend multiplies contiguous batches 1.3x to 2x faster than strided ones.
+    averages all values; its result is never used. Heads stand in front of tokens in the products:
+    XLA's CPU backend multiplies contiguous batches 1.3x to 2x faster than strided ones.
     """
-    (batch, queries, heads, width), (slots, groups) = q_BTNH.shape, k_BSKH.shape[1:3]
+    (batch, queries, heads, width), (groups, slots) = q_BTNH.shape, k_BKSH.shape[1:3]
     shape = (batch, groups, heads // groups * queries, width)
     q_BTKGH = (q_BTNH * width**-0.5).reshape(batch, queries, groups, -1, width)
     q_BKXH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(shape)  # X = query heads of a group x T
-    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     scores = jnp.einsum('BKXH,BKSH->BKXS', q_BKXH, k_BKSH, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, groups, -1, queries, slots)
     scores = jnp.where(mask_BTS[:, None, None], scores, NEVER)
-    p_BKXS = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype).reshape(*shape[:3], slots)
+    p_BKXS = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(*shape[:3], slots)
     o_BKXH = jnp.einsum('BKXS,BKSH->BKXH', p_BKXS, v_BKSH)
     o_BTKGH = o_BKXH.reshape(batch, groups, -1, queries, width).transpose(0, 3, 1, 2, 4)
     return o_BTKGH.reshape(q_BTNH.shape)

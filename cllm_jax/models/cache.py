@@ -1,4 +1,4 @@
-"""The KV cache: two plain arrays that travel through `while_loop`, `shard_map` and donation.
+"""The KV cache: plain arrays that travel through `while_loop`, `shard_map` and donation.
 
 Which slots count is not stored here. Whoever decodes keeps the length and builds the mask; slots
 beyond the length hold rejected guesses and are simply overwritten.
@@ -13,29 +13,32 @@ from cllm_jax.models.config import LlamaConfig
 
 @struct.dataclass
 class Cache:
-    """Keys and values of every layer; this axis order needs no collectives for per-row writes."""
+    """Keys and values, one `[B, K, S, H]` array per layer, as attention multiplies them.
 
-    k_BLSKH: jax.Array
-    v_BLSKH: jax.Array
+    One array for all layers would be sliced, which means copied, in every layer of every forward.
+    """
+
+    k_BKSH: tuple[jax.Array, ...]
+    v_BKSH: tuple[jax.Array, ...]
 
     @property
     def slots(self) -> int:
-        return self.k_BLSKH.shape[2]
+        return self.k_BKSH[0].shape[2]
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache. Two separate buffers, since one buffer cannot be donated twice."""
-    shape = (batch, config.layers, slots, config.kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    """An empty cache. Separate buffers throughout, since one buffer cannot be donated twice."""
+    shape = (batch, config.kv_heads, slots, config.head_dim)
+    return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in 'kv'))
 
 
-def write(cache_BLSKH: jax.Array, new_BTKH: jax.Array, layer: jax.Array, start_B: jax.Array):
+def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
     """Put the T new rows of one layer at slots `start .. start + T` of each sequence.
 
     `dynamic_update_slice` clamps: the caller guarantees `start + T <= S`.
     """
 
-    def row(cache_LSKH, new_TKH, start):
-        return jax.lax.dynamic_update_slice(cache_LSKH, new_TKH[None], (layer, start, 0, 0))
+    def row(cache_KSH, new_KTH, start):
+        return jax.lax.dynamic_update_slice(cache_KSH, new_KTH, (0, start, 0))
 
-    return jax.vmap(row)(cache_BLSKH, new_BTKH, start_B)
+    return jax.vmap(row)(cache_BKSH, new_BKTH, start_B)

@@ -1,7 +1,7 @@
 """Hugging Face model directories in and out, without torch.
 
-One table says where each parameter lives. Weights are stored in Hugging Face's own order, so
-reading is a reshape and a stack over layers, and writing is the inverse, bit for bit.
+One table says where each parameter lives. Hugging Face keeps matrices as (outputs, inputs): reading
+fills a transposed view of ours, and writing is the inverse, bit for bit.
 """
 
 import functools
@@ -54,13 +54,18 @@ TOP_NAMES = {
 }
 
 
-def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Hugging Face keeps every weight as (out, in) and every bias flat."""
+def _matrix(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a layer's parameter with its input and its output axes merged."""
     if name in ('q', 'k', 'v'):
-        return (shape[0] * shape[1], shape[2])
-    if name == 'o':
         return (shape[0], shape[1] * shape[2])
+    if name == 'o':
+        return (shape[0] * shape[1], shape[2])
     return (shape[0] * shape[1],) if name.endswith('_bias') else shape
+
+
+def _hf_view(name: str, leaf: np.ndarray) -> np.ndarray:
+    """A layer's parameter as Hugging Face has it: matrices as (outputs, inputs), biases flat."""
+    return leaf.reshape(_matrix(name, leaf.shape)).T
 
 
 @functools.lru_cache(maxsize=16)
@@ -76,11 +81,20 @@ def abstract_params(config: LlamaConfig, dtype: jnp.dtype = jnp.float32) -> Any:
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of a checkpoint of this architecture, by Hugging Face name."""
     params = abstract_params(config)
-    shapes = {TOP_NAMES[k]: v.shape for k, v in params.items() if k != 'blocks'}
-    for i in range(config.layers):
-        for name, leaf in params['blocks'].items():
-            shapes[f'model.layers.{i}.{BLOCK_NAMES[name]}'] = _hf_shape(name, leaf.shape[1:])
-    return shapes
+    return {
+        hf_name: leaf.shape if name in TOP_NAMES else _matrix(name, leaf.shape)[::-1]
+        for hf_name, name, leaf in _named(params)
+    }
+
+
+def _named(params: Any) -> Iterator[tuple[str, str, Any]]:
+    """Every parameter with its Hugging Face name and its own, one layer at a time."""
+    for name, leaf in params.items():
+        if name in TOP_NAMES:
+            yield TOP_NAMES[name], name, leaf
+    for i in range(len(params.keys() - TOP_NAMES.keys())):
+        for name, leaf in params[f'layers_{i}'].items():
+            yield f'model.layers.{i}.{BLOCK_NAMES[name]}', name, leaf
 
 
 def _check(directory: Path, config: LlamaConfig, found: dict[str, Stored]) -> None:
@@ -133,7 +147,10 @@ def read_model(directory: Path, dtype: jnp.dtype = jnp.float32) -> tuple[LlamaCo
     found = read_headers(directory)
     _check(directory, config, found)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, dtype), abstract_params(config))
-    slots = _slots(params)
+    slots = {
+        hf_name: leaf if name in TOP_NAMES else _hf_view(name, leaf)
+        for hf_name, name, leaf in _named(params)
+    }
     tied = None
     for path in dict.fromkeys(stored.file for stored in found.values()):
         try:
@@ -141,7 +158,7 @@ def read_model(directory: Path, dtype: jnp.dtype = jnp.float32) -> tuple[LlamaCo
                 for name in found.keys() & f.keys():
                     tensor = _cast(name, f.get_tensor(name), dtype)
                     if name in slots:
-                        slots[name][...] = tensor.reshape(slots[name].shape)
+                        slots[name][...] = tensor
                     else:
                         tied = tensor
         except (SafetensorError, OSError, ValueError) as e:
@@ -154,24 +171,12 @@ def read_model(directory: Path, dtype: jnp.dtype = jnp.float32) -> tuple[LlamaCo
     return config, jax.tree.map(jnp.asarray, params)
 
 
-def _slots(params: Any) -> dict[str, np.ndarray]:
-    """A view of each tensor's place in `params`, by Hugging Face name."""
-    slots = {TOP_NAMES[name]: leaf for name, leaf in params.items() if name != 'blocks'}
-    for name, stacked in params['blocks'].items():
-        for i, leaf in enumerate(stacked):
-            slots[f'model.layers.{i}.{BLOCK_NAMES[name]}'] = leaf
-    return slots
-
-
 def named_tensors(params: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Every parameter under its Hugging Face name, one layer at a time."""
-    for name, leaf in params.items():
-        if name != 'blocks':
-            yield TOP_NAMES[name], np.asarray(leaf)
-    for name, stacked in params['blocks'].items():
-        for i, leaf in enumerate(np.asarray(stacked)):
-            shape = _hf_shape(name, leaf.shape)
-            yield f'model.layers.{i}.{BLOCK_NAMES[name]}', leaf.reshape(shape)
+    for hf_name, name, leaf in _named(params):
+        array = np.asarray(leaf)
+        # safetensors writes the memory of an array whatever its strides.
+        yield hf_name, np.ascontiguousarray(array if name in TOP_NAMES else _hf_view(name, array))
 
 
 def write_model(
@@ -258,7 +263,7 @@ def _write_weights(
         shard.clear()
 
     for name, tensor in tensors:
-        tensor = np.ascontiguousarray(_cast(name, tensor, jnp.dtype(dtype)))
+        tensor = _cast(name, tensor, jnp.dtype(dtype))
         if shard and size + tensor.nbytes > shard_bytes:
             flush()
             size = 0

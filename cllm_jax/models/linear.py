@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 
-def linear(x: jax.Array, weight_OI: jax.Array, compute: jnp.dtype | None = None) -> jax.Array:
-    """`x @ weight.T` over the last axis of x, summed in float32; result `[..., O]` in x's dtype.
+def linear(x: jax.Array, weight_IO: jax.Array, compute: jnp.dtype | None = None) -> jax.Array:
+    """`x @ weight` over the last axis of x, summed in float32; result `[..., O]` in x's dtype.
 
     With `compute` (mixed precision, for training) the operands are rounded to that dtype, in the
     backward pass too, while weights, activations and gradients keep theirs. Chips with bfloat16
@@ -15,30 +15,30 @@ def linear(x: jax.Array, weight_OI: jax.Array, compute: jnp.dtype | None = None)
     model is 1.4x to 2x faster there.
     """
     if compute is None or compute == x.dtype:
-        y = jnp.einsum('...I,OI->...O', x, weight_OI, preferred_element_type=jnp.float32)
+        y = jnp.einsum('...I,IO->...O', x, weight_IO, preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
-    return _mixed(compute, x, weight_OI)
+    return _mixed(compute, x, weight_IO)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed(compute, x, weight_OI):
-    return _mixed_forward(compute, x, weight_OI)[0]
+def _mixed(compute, x, weight_IO):
+    return _mixed_forward(compute, x, weight_IO)[0]
 
 
-def _mixed_forward(compute, x, weight_OI):
+def _mixed_forward(compute, x, weight_IO):
     # JAX's own rule would multiply the float32 cotangent with the rounded operand: a float32
     # product, which is what this avoids.
-    low_x, low_w = x.astype(compute), weight_OI.astype(compute)
-    y = jnp.einsum('...I,OI->...O', low_x, low_w, preferred_element_type=jnp.float32)
-    like = jnp.zeros((), weight_OI.dtype)
+    low_x, low_w = x.astype(compute), weight_IO.astype(compute)
+    y = jnp.einsum('...I,IO->...O', low_x, low_w, preferred_element_type=jnp.float32)
+    like = jnp.zeros((), weight_IO.dtype)
     return y.astype(x.dtype), (low_x, low_w, like)
 
 
 def _mixed_backward(compute, saved, dy):
     low_x, low_w, like = saved
     low_dy = dy.astype(compute)
-    dx = jnp.einsum('...O,OI->...I', low_dy, low_w, preferred_element_type=jnp.float32)
-    dw = jnp.einsum('...O,...I->OI', low_dy, low_x, preferred_element_type=jnp.float32)
+    dx = jnp.einsum('...O,IO->...I', low_dy, low_w, preferred_element_type=jnp.float32)
+    dw = jnp.einsum('...I,...O->IO', low_x, low_dy, preferred_element_type=jnp.float32)
     return dx.astype(dy.dtype), dw.astype(like.dtype)
 
 

@@ -5,12 +5,11 @@ Legend of the shape suffixes used in the whole package:
   N query heads      K kv heads          H head width      F mlp width   V vocabulary
 In decoding also: n block size, N nodes of a draft tree (where no heads are near), I iterations.
 
-Weights are stored as (outputs..., inputs), Hugging Face's own memory order, so import and export
-are reshapes. Nothing is hidden in mutable collections: the same call serves training (no cache),
-prefill, and the verification of a draft.
+Weights are stored as (inputs..., outputs), each layer's on their own: XLA's CPU backend multiplies
+a few tokens with them up to 1.4x faster than with Hugging Face's (outputs, inputs), and copies what
+is sliced out of a stack in every forward. Nothing is hidden in mutable collections: the same call
+serves training (no cache), prefill, and the verification of a draft.
 """
-
-import math
 
 import flax.linen as nn
 import jax
@@ -36,16 +35,9 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
     compute: jnp.dtype | None = None
 
-    def _linear(self, x: jax.Array, weight: jax.Array, out: int) -> jax.Array:
-        """`[B, T, inputs] -> [B, T, outputs]`; the first `out` axes of the weight are outputs."""
-        shape = weight.shape[:out]
-        return linear(x, weight.reshape(math.prod(shape), -1), self.compute).reshape(
-            *x.shape[:2], *shape
-        )
-
     def _weight(self, name: str, axes: tuple[str, ...], *shape: int) -> jax.Array:
         scale = self.config.dim**-0.5
-        if axes[0] == 'embed':  # writes to the residual stream, which 2 L such products add up in
+        if axes[-1] == 'embed':  # writes to the residual stream, which 2 L such products add up in
             scale *= (2 * self.config.layers) ** -0.5
         init = nn.with_logical_partitioning(nn.initializers.normal(scale), axes)
         return self.param(name, init, shape, self.dtype)
@@ -61,8 +53,9 @@ class Block(nn.Module):
             ('k', c.kv_heads, 'kv_heads'),
             ('v', c.kv_heads, 'kv_heads'),
         ):
-            w = self._weight(name, (axis, 'head', 'embed'), heads, c.head_dim, c.dim)
-            y = self._linear(x_BTD, w, 2)
+            w = self._weight(name, ('embed', axis, 'head'), c.dim, heads, c.head_dim)
+            y = linear(x_BTD, w.reshape(c.dim, -1), self.compute)
+            y = y.reshape(*y.shape[:2], heads, c.head_dim)
             if c.qkv_bias:
                 bias = self._vector(f'{name}_bias', zeros, (axis, 'head'), heads, c.head_dim)
                 y = y + bias[None, None]
@@ -74,31 +67,26 @@ class Block(nn.Module):
         return rotate(out['q'], sin, cos), rotate(out['k'], sin, cos), out['v']
 
     @nn.compact
-    def __call__(self, carry, layer, sin, cos, mask_BTS, start_B):
-        c = self.config
-        x_BTD, cache = carry
-        ones = nn.initializers.ones
+    def __call__(self, x_BTD, sin, cos, mask_BTS, kv_BKSH=None, start_B=None):
+        c, ones = self.config, nn.initializers.ones
         h_BTD = rms_norm(x_BTD, self._vector('attn_norm', ones, ('embed',), c.dim), c.norm_eps)
-        q_BTNH, k_BTKH, v_BTKH = self._qkv(h_BTD, sin, cos)
-        if cache is None:
-            k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        q_BTNH, *kv_BTKH = self._qkv(h_BTD, sin, cos)
+        new_BKTH = [x.transpose(0, 2, 1, 3) for x in kv_BTKH]
+        if kv_BKSH is None:
+            kv_BKSH = new_BKTH
         else:
-            cache = Cache(
-                write(cache.k_BLSKH, k_BTKH, layer, start_B),
-                write(cache.v_BLSKH, v_BTKH, layer, start_B),
-            )
-            k_BSKH = jax.lax.dynamic_index_in_dim(cache.k_BLSKH, layer, 1, keepdims=False)
-            v_BSKH = jax.lax.dynamic_index_in_dim(cache.v_BLSKH, layer, 1, keepdims=False)
-        o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
-        o = self._weight('o', ('embed', 'heads', 'head'), c.dim, c.heads, c.head_dim)
-        x_BTD = x_BTD + self._linear(o_BTNH.reshape(*x_BTD.shape[:2], -1), o, 1)
+            kv_BKSH = [write(*pair, start_B) for pair in zip(kv_BKSH, new_BKTH, strict=True)]
+        o_BTNH = attend(q_BTNH, *kv_BKSH, mask_BTS)
+        o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
+        o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
+        x_BTD = x_BTD + linear(o_BTA, o.reshape(-1, c.dim), self.compute)
 
         h_BTD = rms_norm(x_BTD, self._vector('mlp_norm', ones, ('embed',), c.dim), c.norm_eps)
-        gate = self._weight('gate', ('mlp', 'embed'), c.mlp_dim, c.dim)
-        up = self._weight('up', ('mlp', 'embed'), c.mlp_dim, c.dim)
-        down = self._weight('down', ('embed', 'mlp'), c.dim, c.mlp_dim)
-        h_BTF = nn.silu(self._linear(h_BTD, gate, 1)) * self._linear(h_BTD, up, 1)
-        return (x_BTD + self._linear(h_BTF, down, 1), cache), None
+        gate = self._weight('gate', ('embed', 'mlp'), c.dim, c.mlp_dim)
+        up = self._weight('up', ('embed', 'mlp'), c.dim, c.mlp_dim)
+        down = self._weight('down', ('mlp', 'embed'), c.mlp_dim, c.dim)
+        h_BTF = nn.silu(linear(h_BTD, gate, self.compute)) * linear(h_BTD, up, self.compute)
+        return x_BTD + linear(h_BTF, down, self.compute), kv_BKSH
 
 
 class Llama(nn.Module):
@@ -113,23 +101,13 @@ class Llama(nn.Module):
     """Round the operands of matrix products to this dtype (mixed precision)."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    unroll: int = 1
-    """Layers per iteration of the layer loop; `config.layers` removes the loop."""
 
     def setup(self):
         c, normal = self.config, nn.initializers.normal(0.02)
         table = nn.with_logical_partitioning(normal, ('vocab', 'embed'))
         self.embed = self.param('embed', table, (c.vocab_size, c.dim), self.dtype)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        self.blocks = nn.scan(
-            block,
-            variable_axes={'params': 0},
-            split_rngs={'params': True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.layers,
-            unroll=self.unroll,
-            metadata_params={nn.PARTITION_NAME: 'layers'},
-        )(c, self.dtype, self.compute)
+        block = nn.remat(Block) if self.remat else Block
+        self.layers = [block(c, self.dtype, self.compute) for _ in range(c.layers)]
         ones = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
         self.norm = self.param('norm', ones, (c.dim,), self.dtype)
         if not c.tied:
@@ -162,8 +140,13 @@ class Llama(nn.Module):
             )
         sin, cos = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling)
         x_BTD = self.embed[tokens_BT]
-        layers = jnp.arange(c.layers)
-        (x_BTD, cache), _ = self.blocks((x_BTD, cache), layers, sin, cos, mask_BTS, start_B)
+        kv_L = []
+        for i, layer in enumerate(self.layers):
+            old = None if cache is None else (cache.k_BKSH[i], cache.v_BKSH[i])
+            x_BTD, kv = layer(x_BTD, sin, cos, mask_BTS, old, start_B)
+            kv_L.append(kv)
+        if cache is not None:
+            cache = Cache(*(tuple(column) for column in zip(*kv_L, strict=True)))
         return rms_norm(x_BTD, self.norm, c.norm_eps), cache
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -171,7 +154,7 @@ class Llama(nn.Module):
         table_VD = self.embed if self.config.tied else self.head
         hidden_BTD = hidden_BTD.astype(jnp.float32)
         compute = self.dtype if self.compute is None else self.compute
-        return linear(hidden_BTD, table_VD, compute)
+        return linear(hidden_BTD, table_VD.T, compute)
 
 
 def init_params(model: Llama, key: jax.Array) -> dict:

@@ -113,9 +113,7 @@ def train(
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     optimizer = make_optimizer(plan.optimizer, plan.steps)
-    module = Llama(
-        model.config, model.params['norm'].dtype, plan.compute, unroll=model.config.layers
-    )
+    module = Llama(model.config, model.params['norm'].dtype, plan.compute)
     params = jax.tree.map(jnp.copy, model.params)  # the step donates its state
     state = TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
     log = directory / 'metrics.jsonl'

@@ -2,12 +2,13 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from optax.contrib import MuonDimensionNumbers, muon
 
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.llama import Llama
@@ -29,8 +30,10 @@ class LossWeights:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW or Muon, with linear warm-up and cosine decay."""
 
+    kind: Literal['adamw', 'muon'] = 'adamw'
+    """Muon orthogonalises the updates of matrices; norms and embeddings stay with AdamW."""
     learning_rate: float = 1.0e-3
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises."""
@@ -54,23 +57,46 @@ class TrainState:
     step: jax.Array
 
 
+def matrices(params: Any) -> Any:
+    """Which axes of each parameter are a matrix's inputs and outputs; None for what is none."""
+    axes = {name: MuonDimensionNumbers(0, (1, 2)) for name in 'qkv'}
+    axes |= {name: MuonDimensionNumbers(0, 1) for name in ('gate', 'up', 'down')}
+    axes['o'] = MuonDimensionNumbers((0, 1), 2)
+    return jax.tree_util.tree_map_with_path(lambda path, _: axes.get(path[-1].key), params)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipped AdamW; an update with NaN or Inf is skipped and counted in the state."""
+    """Clipped AdamW or Muon; an update with NaN or Inf is skipped and counted in the state.
+
+    Muon (arXiv 2502.16982) is scaled to AdamW's update size, so one learning rate serves both the
+    matrices and the rest.
+    """
     peak, warmup = config.learning_rate, int(config.warmup * steps)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1), peak * config.final
     )
+    if config.kind == 'muon':
+        rule = muon(
+            schedule,
+            ns_steps=4,
+            preconditioning='aol',
+            consistent_rms=0.2,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=0.0,
+            muon_weight_dimension_numbers=matrices,
+        )
+    else:
+        rule = optax.adamw(
+            schedule,
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        )
     return optax.apply_if_finite(
-        optax.chain(
-            optax.clip_by_global_norm(config.clip),
-            optax.adamw(
-                schedule,
-                b1=config.beta1,
-                b2=config.beta2,
-                weight_decay=config.weight_decay,
-                mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-            ),
-        ),
+        optax.chain(optax.clip_by_global_norm(config.clip), rule),
         max_consecutive_errors=1 << 30,
     )
 
