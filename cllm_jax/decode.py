@@ -31,7 +31,7 @@ from cllm_jax.evaluation.speed import (
     tokens_per_second,
 )
 from cllm_jax.models.config import read_config
-from cllm_jax.models.load import DTYPES, Model, default_dtype, load, resolve
+from cllm_jax.models.load import Model, default_dtype, load, resolve, storage
 from cllm_jax.settings import guard, parse, to_json
 
 DEMO_PROMPTS = 6
@@ -73,8 +73,8 @@ class DecodeConfig:
     """Print the text as it is produced; for one prompt."""
     compare: bool = True
     """Decode autoregressively too, and time both."""
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
-    """Of weights and cache."""
+    dtype: Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16'] = 'auto'
+    """Of weights and cache; mixed has bfloat16 matrices and float32 everything else."""
 
 
 def read_prompts(settings: DecodeConfig) -> list[str]:
@@ -137,7 +137,7 @@ def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
     """What decoding would need."""
     config = read_config(resolve(settings.model))
     dtype = default_dtype() if settings.dtype == 'auto' else settings.dtype
-    width = DTYPES[dtype].itemsize
+    width = storage(dtype).itemsize
     cache = config.cache_values * width
     facts = {
         'prompts': len(prompts),

@@ -23,7 +23,7 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.evaluation.speed import Way, share_identical, tokens_per_forward, tokens_per_second
-from cllm_jax.models.load import load, named_or
+from cllm_jax.models.load import default_dtype, load, named_or
 from cllm_jax.rundir import write_atomic
 from cllm_jax.settings import guard, parse, to_json
 
@@ -58,6 +58,8 @@ class EvaluateConfig:
     """Prompts whose decoding is timed, at batch 1."""
     repeats: int = 3
     """Times each of them is timed; the median counts."""
+    dtype: Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16'] = 'auto'
+    """Of weights and cache; mixed has bfloat16 matrices and float32 everything else."""
     json: str = ''
     """Write the results to this file, one object, or a list of them for several tasks."""
     quick: bool = False
@@ -66,9 +68,10 @@ class EvaluateConfig:
 
 def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict[str, Any]:
     """Everything about one task."""
-    cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'))
+    dtype = default_dtype() if settings.dtype == 'auto' else settings.dtype
+    cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'), dtype)
     name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
-    target = load(name)
+    target = load(name, dtype)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
     jacobi = dataclasses.replace(ar, drafter=Jacobi(settings.block, settings.mode))
     ways = {
@@ -120,7 +123,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'mode': settings.mode,
         'timed': len(timed),
         'models': {'cllm': cllm.source, 'target': target.source},
-        'dtype': str(cllm.params['norm'].dtype),
+        'dtype': dtype,
         'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind} ({platform.machine()})',
         'versions': {name: version(name) for name in VERSIONED},
     }

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import TINY, params_of, refusal, tiny_tokenizer, write_sharded, write_single
@@ -13,6 +14,7 @@ from tiny_model import TINY, params_of, refusal, tiny_tokenizer, write_sharded, 
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models import load as load_module
 from cllm_jax.models.hf import write_model
+from cllm_jax.models.llama import Llama, forward
 from cllm_jax.models.load import fingerprint, load, resolve
 from cllm_jax.models.weight_files import SINGLE
 
@@ -136,6 +138,20 @@ def test_dtypes(single):
         assert {str(x.dtype) for x in jax.tree.leaves(model.params)} == {dtype}
         assert model.module.dtype == dtype
     assert "'int8'" in refusal(load, str(single), 'int8', of=ConfigError)
+
+
+def test_mixed_lowers_matrices_and_nothing_else(single):
+    full, model = load(str(single), 'float32'), load(str(single), 'mixed')
+    assert model.module == Llama(TINY, jnp.dtype('float32'), jnp.dtype('bfloat16'))
+    lowered = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (leaf.dtype == jnp.bfloat16, path[-1].key), model.params
+    )
+    for low, name in jax.tree.leaves(lowered, is_leaf=lambda x: isinstance(x, tuple)):
+        assert low == (not name.endswith(('norm', 'bias')))
+    tokens_BT = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % TINY.vocab_size
+    exact, low = (forward(m.module, m.params, tokens_BT) for m in (full, model))
+    assert low.dtype == jnp.float32
+    assert 0 < jnp.abs(exact - low).max() < 0.03 * jnp.abs(exact).max()
 
 
 def test_a_fingerprint_sees_every_bit(single, sharded):

@@ -2,10 +2,10 @@
 
 Questions are composed: a query has a source (one table, a join of two, a join of three), a
 selection (columns, aggregates, groups), filters (comparisons, a comparison with an average, a
-membership in another table), an order and a limit; each part has a few phrasings. Aliases,
+membership in another table), an order and a limit; each part has a few phrasings. Tables,
 clauses and columns follow one rule, so question and schema determine the query:
 
-- a join lists its tables in the order of the schema, as T1, T2 and T3;
+- a join lists its tables in the order of the schema, and names the table of every column;
 - selected columns and filters stand in the order of the question, a group's column first.
 
 The text is made by the program, without any data set. Its style follows the cross-domain
@@ -109,9 +109,9 @@ _KINDS = {
     ('join', 'list', 'plain'): 14,
     ('join', 'list', 'average'): 9,
     ('join', 'total', 'plain'): 6,
-    ('join', 'group', 'plain'): 25,
+    ('join', 'group', 'plain'): 40,
     ('link', 'list', 'plain'): 3,
-    ('link', 'group', 'plain'): 3,
+    ('link', 'group', 'plain'): 5,
 }
 
 
@@ -191,7 +191,7 @@ def _compose(
         tables = tables[:1] if nesting == 'member' else (rng.choice(tables),)
         prefixes = ('',)
     else:
-        prefixes = tuple(f'T{i + 1}.' for i in range(len(tables)))
+        prefixes = tuple(f'{table.name}.' for table in tables)
     columns = [
         _Term(prefix + column, f'{table.name} {column}' if prefix else column, table.name, column)
         for table, prefix in zip(tables, prefixes, strict=True)
@@ -238,9 +238,9 @@ def _from(tables: tuple[Table, ...]) -> str:
     if len(tables) == 1:
         return tables[0].name
     first, second = tables[:2]
-    text = f'{first.name} AS T1 JOIN {second.name} AS T2 ON T1.id = T2.{first.name}_id'
-    if len(tables) == 3:
-        text += f' JOIN {tables[2].name} AS T3 ON T2.{tables[2].name}_id = T3.id'
+    text = f'{first.name} JOIN {second.name} ON {first.name}.id = {second.name}.{first.name}_id'
+    for third in tables[2:]:
+        text += f' JOIN {third.name} ON {second.name}.{third.name}_id = {third.name}.id'
     return text
 
 

@@ -159,7 +159,7 @@ def answers(state: DecodeState, rows: int) -> tuple[list[list[int]], list[list[i
     return tokens[:rows], accepted[:rows]
 
 
-def _run(model: Model, request: Request, weights: Any, state: DecodeState, until: int):
+def run_until(model: Model, request: Request, weights: Any, state: DecodeState, until: int):
     return advance(
         model.module,
         model.params,
@@ -177,7 +177,7 @@ def _finish(model: Model, request: Request, weights: Any, state: DecodeState, ro
     steps = state.emitted_BI.shape[1]
     looks = range(1 + STREAM_ITERATIONS, steps, STREAM_ITERATIONS) if request.stop else ()
     for until in looks:
-        state = _run(model, request, weights, state, until)
+        state = run_until(model, request, weights, state, until)
         finished = np.array(state.finished_B)
         if finished.all():
             return state
@@ -185,7 +185,7 @@ def _finish(model: Model, request: Request, weights: Any, state: DecodeState, ro
             if not finished[i]:
                 finished[i] = cut(text_of(model, tokens), request.stop) is not None
         state = state.replace(finished_B=jnp.asarray(finished))
-    return _run(model, request, weights, state, steps)
+    return run_until(model, request, weights, state, steps)
 
 
 def _first(tokens: int, accepted: Sequence[int]) -> list[int]:
@@ -275,7 +275,7 @@ def stream(
     steps, until, shown, done = state.emitted_BI.shape[1], 1, 0, False
     while not done:
         until = min(until + STREAM_ITERATIONS, steps)
-        state = _run(model, request, weights, state, until)
+        state = run_until(model, request, weights, state, until)
         tokens = answers(state, 1)[0][0]
         found = find_stop(model, tokens, request.stop)
         done = found is not None or bool(state.finished_B[0])

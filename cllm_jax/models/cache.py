@@ -37,6 +37,8 @@ def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax
 
     `dynamic_update_slice` clamps: the caller guarantees `start + T <= S`.
     """
+    if len(start_B) == 1:  # mapped over rows it is a scatter, for which XLA's CPU backend copies
+        return jax.lax.dynamic_update_slice(cache_BKSH, new_BKTH, (0, 0, start_B[0], 0))
 
     def row(cache_KSH, new_KTH, start):
         return jax.lax.dynamic_update_slice(cache_KSH, new_KTH, (0, start, 0))

@@ -98,7 +98,8 @@ class Llama(nn.Module):
     config: LlamaConfig
     dtype: jnp.dtype = jnp.float32
     compute: jnp.dtype | None = None
-    """Round the operands of matrix products to this dtype (mixed precision)."""
+    """Mixed precision: matrices are stored in this dtype or rounded to it for every product, and so
+    are the activations they meet; norms, attention, residuals and cache stay in `dtype`."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
 
@@ -138,8 +139,13 @@ class Llama(nn.Module):
             mask_BTS = jnp.broadcast_to(
                 jnp.tril(jnp.ones((length, length), bool))[None], (batch, length, length)
             )
-        sin, cos = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling)
-        x_BTD = self.embed[tokens_BT]
+        if cache is None:
+            sin, cos = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling)
+        else:  # looked up: the table of all slots is computed once, outside the decoding loop
+            slots_S = jnp.arange(cache.slots, dtype=jnp.int32)
+            tables = rope_tables(slots_S[None], c.head_dim, c.rope_theta, c.rope_scaling)
+            sin, cos = (table[0][positions_BT] for table in tables)
+        x_BTD = self.embed[tokens_BT].astype(self.dtype)
         kv_L = []
         for i, layer in enumerate(self.layers):
             old = None if cache is None else (cache.k_BKSH[i], cache.v_BKSH[i])

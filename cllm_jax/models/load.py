@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cllm_jax.errors import ConfigError, DataError
@@ -17,6 +18,7 @@ from cllm_jax.models.llama import Llama
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
+MIXED = 'mixed'
 HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 # A repository may hold the same weights twice more, in subdirectories or as `consolidated`.
 HUB_FILES = ['*.json', '*.safetensors', 'tokenizer.model', '*.jinja', '*.txt']
@@ -37,7 +39,8 @@ class Model:
     @property
     def module(self) -> Llama:
         """The Linen module; equal for equal configs, so it shares compilations."""
-        return Llama(self.config, self.params['norm'].dtype)
+        dtype, matrices = self.params['norm'].dtype, self.params['embed'].dtype
+        return Llama(self.config, dtype, None if matrices == dtype else matrices)
 
 
 def default_dtype() -> str:
@@ -111,17 +114,36 @@ def load(name: str, dtype: str | None = None) -> Model:
 
     Args:
       name: see `resolve`; a run directory means its best exported checkpoint.
-      dtype: 'float32', 'bfloat16' or 'float16'; by default what suits the device.
+      dtype: 'float32', 'bfloat16', 'float16', or 'mixed': bfloat16 matrices and products, float32
+        everything else. By default what suits the device.
 
     Raises:
       ConfigError, DataError: see `resolve`, `read_config` and `read_model`.
     """
     dtype = dtype or default_dtype()
-    if dtype not in DTYPES:
-        raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {", ".join(DTYPES)}')
+    if dtype not in (*DTYPES, MIXED):
+        known = ', '.join((*DTYPES, MIXED))
+        raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {known}')
     directory = resolve(name)
-    config, params = read_model(directory, DTYPES[dtype])
+    config, params = read_model(directory, storage(dtype))
+    if dtype == MIXED:
+        params = mixed(params)
     return Model(config, params, read_tokenizer(directory), name)
+
+
+def storage(dtype: str) -> jnp.dtype:
+    """The dtype of norms, cache and residuals under a name that `load` accepts."""
+    return DTYPES['float32' if dtype == MIXED else dtype]
+
+
+def mixed(params: Any) -> Any:
+    """The same parameters with bfloat16 matrices; norms and biases as they are."""
+
+    def lower(path: tuple, leaf: jax.Array) -> jax.Array:
+        vector = path[-1].key.endswith(('norm', 'bias'))
+        return leaf if vector else leaf.astype(jnp.bfloat16)
+
+    return jax.tree_util.tree_map_with_path(lower, params)
 
 
 def fingerprint(model: Model) -> str:

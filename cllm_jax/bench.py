@@ -1,0 +1,251 @@
+"""Measure what decoding costs here, and what each way of decoding gains.
+
+    python -m cllm_jax.bench --json bench.json
+    python -m cllm_jax.bench --random-weights path/to/config.json --dtype bfloat16 --batches 1
+
+The cost of a forward with N tokens over one with a single token is c(N); tokens/forward over c(N)
+bounds the speed-up. Everything is warmed up first, compared things take turns, and medians count.
+"""
+
+import dataclasses
+import json
+import platform
+import resource
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from cllm_jax.console import Console, print_plan, size, table
+from cllm_jax.datasets.sources import open_source
+from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.quality import share_right
+from cllm_jax.evaluation.speed import (
+    Way,
+    share_identical,
+    tokens_per_forward,
+    tokens_per_second,
+)
+from cllm_jax.evaluation.torch_generate import generate_speed
+from cllm_jax.models.config import read_config
+from cllm_jax.models.llama import Llama, init_params
+from cllm_jax.models.load import MIXED, Model, default_dtype, load, mixed, named_or, storage
+from cllm_jax.rundir import write_atomic
+from cllm_jax.settings import guard, parse, to_json
+
+VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax')
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """Settings of a benchmark."""
+
+    root: str = 'runs/embedded'
+    """Directory of the recipe's runs; without one there, the embedded models are used."""
+    model: str = ''
+    """The CLLM; default ROOT/export/cllm, else embedded."""
+    target: str = ''
+    """The target; default ROOT/export/target, else embedded-target."""
+    random_weights: str = ''
+    """A model directory or config.json: measure forwards of that size, with random weights."""
+    tasks: tuple[str, ...] = ('sql', 'arithmetic')
+    """Datasets whose held-out prompts are decoded."""
+    limit: int = 40
+    """Prompts per task."""
+    seed: int = 0
+    """Which held-out prompts are drawn."""
+    nodes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    """Tokens per forward whose cost is measured."""
+    batches: tuple[int, ...] = (1, 4, 16)
+    """Batch sizes at which it is measured."""
+    prompt: int = 64
+    """Length of the random prompts of the cost measurement."""
+    blocks: tuple[int, ...] = (8, 16, 32)
+    """Jacobi windows (n)."""
+    max_tokens: int = 128
+    """Longest answer."""
+    repeats: int = 5
+    """Times everything is measured after the first; the median counts."""
+    dtype: Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16'] = 'auto'
+    """Of weights and cache; mixed has bfloat16 matrices and float32 everything else."""
+    torch: bool = True
+    """Time `transformers` generate beside it, if torch is installed."""
+    json: str = ''
+    """Write all results to this file."""
+    quick: bool = False
+    """A tiny version, to see that it works."""
+
+
+def random_model(path: Path, dtype: str) -> Model:
+    """Random weights of the size a config.json describes."""
+    config = read_config(path.parent if path.is_file() else path)
+    module = Llama(config, storage(dtype))
+    params = jax.jit(lambda key: init_params(module, key))(jax.random.key(0))
+    params = mixed(params) if dtype == MIXED else params
+    return Model(config, params, None, f'random weights of {path}')
+
+
+def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict[str, Any]:
+    """c(N) per batch size, prefill and compilation, and the bandwidth limit."""
+    found: dict[str, Any] = {'per_batch': {}}
+    for batch in settings.batches:
+        total = len(settings.nodes) * (settings.repeats + 1)
+        with console.progress(f'forwards, batch {batch}', total) as bar:
+            measured = costs(model, settings.nodes, batch, settings.prompt, settings.repeats, bar)
+        base = measured[min(measured)].forward
+        found['per_batch'][str(batch)] = {
+            str(n): {
+                'forward_ms': cost.forward * 1e3,
+                'c': cost.forward / base,
+                'prefill_ms': cost.prefill * 1e3,
+                'compile_s': cost.compilation,
+            }
+            for n, cost in measured.items()
+        }
+    weights = weight_bytes(model.params)
+    speed = bandwidth(weights)
+    first = found['per_batch'][str(settings.batches[0])][str(min(settings.nodes))]
+    return found | {
+        'prompt': settings.prompt,
+        'weight_bytes': weights,
+        'bandwidth_bytes_per_s': speed,
+        'weight_limit_ms': weights / speed * 1e3,
+        'share_of_limit': weights / speed * 1e3 / first['forward_ms'],
+    }
+
+
+def decoding(
+    settings: BenchConfig, task: str, target: Model, cllm: Model, console: Console
+) -> dict[str, Any]:
+    """Every way of decoding on the held-out prompts of one task."""
+    source = open_source(task, split='heldout', seed=settings.seed, limit=settings.limit)
+    prompts = [source[i].prompt for i in range(len(source))]
+    ar = Request(AutoRegressive(), settings.max_tokens)
+    ways = {'target, AR': Way(target, ar), 'CLLM, AR': Way(cllm, ar)}
+    for block in settings.blocks:
+        jacobi = dataclasses.replace(ar, drafter=Jacobi(block))
+        ways |= {
+            f'target, Jacobi {block}': Way(target, jacobi),
+            f'CLLM, Jacobi {block}': Way(cllm, jacobi),
+        }
+    results = {}
+    for name, way in ways.items():
+        with console.status(f'{source.name}: {name}'):
+            results[name] = decode_all(way.model, way.request, prompts)
+    with console.progress(f'{source.name}: timing', len(prompts)) as bar:
+        speed = tokens_per_second(ways, prompts, settings.repeats, bar)
+    base = speed['target, AR']
+    rows = {}
+    for name, result in results.items():
+        own_ar = results[f'{name.split(",")[0]}, AR']
+        forward = tokens_per_forward(result)
+        rows[name] = {
+            'tokens_per_forward': forward,
+            'tokens_per_second': speed[name],
+            'speedup': speed[name] / base,
+            'conversion': speed[name] / base / forward,
+            'identical': share_identical(result, own_ar),
+            'quality': share_right(source, result.texts) if source.checkable else None,
+        }
+    found = {'task': source.name, 'n': len(prompts), 'ways': rows}
+    if settings.torch and find_spec('torch'):
+        with console.status(f'{source.name}: transformers generate'):
+            found['transformers'] = generate_speed(target, prompts, settings.max_tokens)
+    return found
+
+
+def report(console: Console, found: dict[str, Any]) -> None:
+    """The measurements as tables."""
+    cost = found['cost']
+    for batch, rows in cost['per_batch'].items():
+        title = f'a forward with N tokens, batch {batch}, {cost["prompt"]} prompt tokens'
+        columns = ['N', 'ms', 'c(N)', 'prefill ms', 'compile s']
+        console.out.print(table(title, columns, [[n, *row.values()] for n, row in rows.items()]))
+    console.result(
+        f'reading the weights ({size(cost["weight_bytes"])}) takes {cost["weight_limit_ms"]:.3g} '
+        f'ms at {size(cost["bandwidth_bytes_per_s"])}/s: {cost["share_of_limit"]:.0%} of the time '
+        'of a forward with one token'
+    )
+    for task in found.get('tasks', ()):
+        columns = ['', 'tokens/forward', 'tokens/s', 'speed-up', 'conversion', 'identical']
+        columns.append('quality')
+        rows = [[name, *row.values()] for name, row in task['ways'].items()]
+        base = task['ways']['target, AR']['tokens_per_second']
+        rows += [
+            [f'transformers, {name}', '', value, value / base, '', '', '']
+            for name, value in task.get('transformers', {}).items()
+        ]
+        console.out.print(table(f'{task["task"]}: {task["n"]} prompts, batch 1', columns, rows))
+    console.result(f'peak memory of this process: {size(found["peak_memory_bytes"])}')
+
+
+def peak_memory() -> int:
+    """Most bytes in use so far: of the accelerator where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if platform.system() == 'Darwin' else 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(stats.get('peak_bytes_in_use', used))
+
+
+def tiny(settings: BenchConfig) -> BenchConfig:
+    """The same benchmark, tiny."""
+    return dataclasses.replace(
+        settings,
+        tasks=settings.tasks[:1],
+        limit=2,
+        nodes=(1, 4),
+        batches=(1,),
+        prompt=16,
+        blocks=(4,),
+        max_tokens=24,
+        repeats=1,
+    )
+
+
+def run() -> None:
+    settings, flags = parse(
+        BenchConfig, program='python -m cllm_jax.bench', description=__doc__, stage='bench'
+    )
+    if settings.quick:
+        settings = tiny(settings)
+    console = Console()
+    dtype = default_dtype() if settings.dtype == 'auto' else settings.dtype
+    if flags.plan:
+        print_plan(console, to_json(settings), {'dtype': dtype})
+        return
+    found: dict[str, Any] = {
+        'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind} ({platform.machine()})',
+        'dtype': dtype,
+        'versions': {name: version(name) for name in VERSIONED},
+    }
+    if settings.random_weights:
+        model = random_model(Path(settings.random_weights), dtype)
+        found |= {'model': model.source, 'cost': forward_costs(settings, model, console)}
+    else:
+        name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
+        target = load(name, dtype)
+        cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'), dtype)
+        found |= {'model': cllm.source, 'target': target.source}
+        found['cost'] = forward_costs(settings, target, console)
+        found['tasks'] = [
+            decoding(settings, task, target, cllm, console) for task in settings.tasks
+        ]
+    found['peak_memory_bytes'] = peak_memory()
+    report(console, found)
+    if settings.json:
+        path = Path(settings.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(found, indent=2) + '\n').encode())
+
+
+def main() -> None:
+    guard(run)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,68 @@
+"""The benchmark measures what it says, on the code that decodes."""
+
+import json
+import sys
+
+import jax
+import pytest
+
+from cllm_jax import bench
+from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.evaluation.cost import Stall, bandwidth, costs, weight_bytes
+from cllm_jax.models.config import config_json
+from tests.tiny import ragged_prompts, random_model, tiny_config
+
+
+def call(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, 'argv', ['bench', *map(str, arguments)])
+    bench.run()
+
+
+def test_stall_takes_a_forward_per_token_and_returns_what_ar_returns():
+    model, prompts = random_model(), ragged_prompts(0, (3, 9, 5))
+    stalled, plain = (
+        decode_all(model, Request(drafter, 12), prompts) for drafter in (Stall(4), AutoRegressive())
+    )
+    assert stalled.tokens == plain.tokens
+    assert stalled.accepted == plain.accepted == [[1] * 12] * 3
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+def test_costs_run_to_the_end_whatever_the_model_says(batch):
+    """End tokens would cut a measurement short: here every token is one."""
+    model = random_model(config=tiny_config(eos_ids=tuple(range(29))))
+    seen = []
+    found = costs(model, (1, 4), batch=batch, prompt=5, repeats=1, progress=seen.append)
+    assert found.keys() == {1, 4} and sum(seen) == 4
+    for cost in found.values():
+        assert min(cost.forward, cost.prefill) > 0
+    assert weight_bytes(model.params) == 4 * model.config.parameters
+    assert bandwidth(1 << 16, repeats=1) > 0
+
+
+def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, '--quick', '--no-torch', '--json', 'out/bench.json')
+    found = json.loads((tmp_path / 'out/bench.json').read_text())
+    assert found['cost']['per_batch']['1']['1']['c'] == 1
+    (task,) = found['tasks']
+    assert task['ways'].keys() == {
+        'target, AR', 'CLLM, AR', 'target, Jacobi 4', 'CLLM, Jacobi 4',
+    }  # fmt: skip
+    for way in task['ways'].values():
+        assert way['identical'] == 1
+        product = way['tokens_per_forward'] * way['conversion']
+        assert way['speedup'] == pytest.approx(product)
+    assert task['ways']['target, AR']['speedup'] == 1
+    assert 'c(N)' in capsys.readouterr().out
+
+
+def test_random_weights_need_only_a_config(tmp_path, monkeypatch):
+    (tmp_path / 'config.json').write_text(json.dumps(config_json(tiny_config(), 'float32')))
+    for dtype in ('float32', 'mixed'):
+        flags = ('--quick', '--dtype', dtype, '--json', tmp_path / 'bench.json')
+        with jax.numpy_dtype_promotion('standard'):
+            call(monkeypatch, '--random-weights', tmp_path / 'config.json', *flags)
+        found = json.loads((tmp_path / 'bench.json').read_text())
+        assert found['dtype'] == dtype and 'tasks' not in found
