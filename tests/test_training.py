@@ -247,12 +247,13 @@ def test_muon_orthogonalises_matrices_and_nothing_else(mixed_dtypes):
     assert np.ptp(np.abs(updates['embed'])) < 1e-3
 
 
-def test_mixed_precision_gradient_is_close():
+@pytest.mark.parametrize('axes', ['IO', 'OI'])
+def test_mixed_precision_gradient_is_close(axes):
     x = jax.random.normal(jax.random.key(0), (2, 5, 16))
-    w = jax.random.normal(jax.random.key(1), (16, 7))
+    w = jax.random.normal(jax.random.key(1), (16, 7) if axes == 'IO' else (7, 16))
 
     def value(compute):
-        return lambda x, w: (linear(x, w, compute) ** 2).mean()
+        return lambda x, w: (linear(x, w, compute, axes) ** 2).mean()
 
     exact = jax.grad(value(None), (0, 1))(x, w)
     mixed = jax.grad(value(jnp.dtype('bfloat16')), (0, 1))(x, w)

@@ -160,7 +160,7 @@ class Llama(nn.Module):
         table_VD = self.embed if self.config.tied else self.head
         hidden_BTD = hidden_BTD.astype(jnp.float32)
         compute = self.dtype if self.compute is None else self.compute
-        return linear(hidden_BTD, table_VD.T, compute)
+        return linear(hidden_BTD, table_VD, compute, 'OI')
 
 
 def init_params(model: Llama, key: jax.Array) -> dict:
