@@ -48,6 +48,9 @@ done
 [[ -n $config ]] || refuse 'no recipe given, such as configs/embedded.yaml'
 [[ -f $config ]] || refuse "no recipe '$config'"
 
+# Huge pages for the large arrays of a training step: a tenth to a third faster on Linux.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
+
 name=$(basename "$config")
 name=${name%.*}
 common=(--config "$config")

@@ -208,9 +208,10 @@ def test_cache_holds_what_a_fresh_prefill_computes(drafter, sampling):
             steps=STEPS,
             trace=False,
         )
-        kept, new = (np.stack(c.k_BKSH + c.v_BKSH) for c in (state.cache, fresh.cache))
+        kept, new = (np.stack(c.k_RSH + c.v_RSH) for c in (state.cache, fresh.cache))
+        kept, new = (x.reshape(len(x), -1, ROWS, *x.shape[2:]) for x in (kept, new))
         for row in range(ROWS):
-            error = np.abs(kept[:, row, :, : length[row]] - new[:, row, :, : length[row]])
+            error = np.abs(kept[:, :, row, : length[row]] - new[:, :, row, : length[row]])
             assert error.max() < 1e-5 * max(1, np.abs(kept).max())
 
 

@@ -13,8 +13,8 @@ from cllm_jax.models.load import Model
 
 
 def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:
-    """Two layers, two query heads on one kv head, biases on q, k, v; `width` is a head's."""
-    sizes = {'dim': 2 * width, 'layers': 2, 'heads': 2, 'kv_heads': 1, 'head_dim': width}
+    """Two layers, four query heads on two kv heads, biases on q, k, v; `width` is a head's."""
+    sizes = {'dim': 2 * width, 'layers': 2, 'heads': 4, 'kv_heads': 2, 'head_dim': width}
     other = {'mlp_dim': 24, 'qkv_bias': True, 'max_positions': 256, 'family': 'qwen2'}
     return LlamaConfig(vocab, **(sizes | other | changes))
 

@@ -13,34 +13,44 @@ from cllm_jax.models.config import LlamaConfig
 
 @struct.dataclass
 class Cache:
-    """Keys and values, one `[B, K, S, H]` array per layer, as attention multiplies them.
+    """Keys and values, one `[R, S, H]` array per layer, as attention multiplies them.
 
-    One array for all layers would be sliced, which means copied, in every layer of every forward.
+    R = K x B, heads first: one batch axis for the products, in which a head's rows lie together.
+    XLA's CPU backend copies whatever is sliced, transposed or reshaped on the way from the loop's
+    carry to a product, in every layer of every forward: one array for all layers, tokens before
+    heads, or batch and heads as two axes each cost more than the products themselves.
     """
 
-    k_BKSH: tuple[jax.Array, ...]
-    v_BKSH: tuple[jax.Array, ...]
+    k_RSH: tuple[jax.Array, ...]
+    v_RSH: tuple[jax.Array, ...]
 
     @property
     def slots(self) -> int:
-        return self.k_BKSH[0].shape[2]
+        return self.k_RSH[0].shape[1]
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
     """An empty cache. Separate buffers throughout, since one buffer cannot be donated twice."""
-    shape = (batch, config.kv_heads, slots, config.head_dim)
+    shape = (config.kv_heads * batch, slots, config.head_dim)
     return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in 'kv'))
 
 
-def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
+def rows(x_BTKH: jax.Array) -> jax.Array:
+    """Keys or values as the cache has them, `[R, T, H]`."""
+    batch, length, heads, width = x_BTKH.shape
+    return x_BTKH.transpose(2, 0, 1, 3).reshape(heads * batch, length, width)
+
+
+def write(cache_RSH: jax.Array, new_RTH: jax.Array, start_B: jax.Array) -> jax.Array:
     """Put the T new rows of one layer at slots `start .. start + T` of each sequence.
 
     `dynamic_update_slice` clamps: the caller guarantees `start + T <= S`.
     """
-    if len(start_B) == 1:  # mapped over rows it is a scatter, for which XLA's CPU backend copies
-        return jax.lax.dynamic_update_slice(cache_BKSH, new_BKTH, (0, 0, start_B[0], 0))
+    if len(start_B) == 1:  # mapped over rows it is a scatter, which copies
+        return jax.lax.dynamic_update_slice(cache_RSH, new_RTH, (0, start_B[0], 0))
 
-    def row(cache_KSH, new_KTH, start):
-        return jax.lax.dynamic_update_slice(cache_KSH, new_KTH, (0, start, 0))
+    def row(cache_SH, new_TH, start):
+        return jax.lax.dynamic_update_slice(cache_SH, new_TH, (start, 0))
 
-    return jax.vmap(row)(cache_BKSH, new_BKTH, start_B)
+    start_R = jnp.tile(start_B, len(cache_RSH) // len(start_B))
+    return jax.vmap(row)(cache_RSH, new_RTH, start_R)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from cllm_jax.models.attention import attend, rope_tables, rotate
-from cllm_jax.models.cache import Cache, write
+from cllm_jax.models.cache import Cache, rows, write
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.linear import linear
 
@@ -67,16 +67,16 @@ class Block(nn.Module):
         return rotate(out['q'], sin, cos), rotate(out['k'], sin, cos), out['v']
 
     @nn.compact
-    def __call__(self, x_BTD, sin, cos, mask_BTS, kv_BKSH=None, start_B=None):
+    def __call__(self, x_BTD, sin, cos, mask_BTS, kv_RSH=None, start_B=None):
         c, ones = self.config, nn.initializers.ones
         h_BTD = rms_norm(x_BTD, self._vector('attn_norm', ones, ('embed',), c.dim), c.norm_eps)
         q_BTNH, *kv_BTKH = self._qkv(h_BTD, sin, cos)
-        new_BKTH = [x.transpose(0, 2, 1, 3) for x in kv_BTKH]
-        if kv_BKSH is None:
-            kv_BKSH = new_BKTH
+        new_RTH = [rows(x_BTKH) for x_BTKH in kv_BTKH]
+        if kv_RSH is None:
+            kv_RSH = new_RTH
         else:
-            kv_BKSH = [write(*pair, start_B) for pair in zip(kv_BKSH, new_BKTH, strict=True)]
-        o_BTNH = attend(q_BTNH, *kv_BKSH, mask_BTS)
+            kv_RSH = [write(*pair, start_B) for pair in zip(kv_RSH, new_RTH, strict=True)]
+        o_BTNH = attend(q_BTNH, *kv_RSH, mask_BTS)
         o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
         o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
         x_BTD = x_BTD + linear(o_BTA, o.reshape(-1, c.dim), self.compute)
@@ -86,7 +86,7 @@ class Block(nn.Module):
         up = self._weight('up', ('embed', 'mlp'), c.dim, c.mlp_dim)
         down = self._weight('down', ('mlp', 'embed'), c.mlp_dim, c.dim)
         h_BTF = nn.silu(linear(h_BTD, gate, self.compute)) * linear(h_BTD, up, self.compute)
-        return x_BTD + linear(h_BTF, down, self.compute), kv_BKSH
+        return x_BTD + linear(h_BTF, down, self.compute), kv_RSH
 
 
 class Llama(nn.Module):
@@ -148,7 +148,7 @@ class Llama(nn.Module):
         x_BTD = self.embed[tokens_BT].astype(self.dtype)
         kv_L = []
         for i, layer in enumerate(self.layers):
-            old = None if cache is None else (cache.k_BKSH[i], cache.v_BKSH[i])
+            old = None if cache is None else (cache.k_RSH[i], cache.v_RSH[i])
             x_BTD, kv = layer(x_BTD, sin, cos, mask_BTS, old, start_B)
             kv_L.append(kv)
         if cache is not None:
