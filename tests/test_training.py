@@ -24,12 +24,12 @@ from cllm_jax.training.run import HeldOut, RunPlan, train
 from cllm_jax.training.step import (
     LossWeights,
     OptimizerConfig,
-    TrainState,
     batch_totals,
     check_accumulation,
     losses,
     make_optimizer,
-    train_step,
+    make_step,
+    new_state,
     visible,
 )
 from tests.tiny import byte_tokenizer, text_config
@@ -212,9 +212,8 @@ def test_accumulation_changes_nothing(mixed_dtypes):
     batch = make_batch(data, 4, 0, 0, Noise(windows=2))
     results = []
     for accumulate in (1, 2):
-        params = params_of()
-        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-        state, metrics = train_step(Llama(CONFIG), optimizer, weights, accumulate, state, batch)
+        state = new_state(optimizer, params_of())
+        state, metrics = make_step(Llama(CONFIG), optimizer, weights, accumulate)(state, batch)
         results.append((state.params, metrics))
     for params, metrics in results[1:]:
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(results[0][0]), strict=True):

@@ -9,13 +9,14 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -87,14 +88,22 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _hf_names(params: Any) -> Any:
+    """The tree of Hugging Face's names for a tree of parameters."""
+    names = {name: TOP_NAMES[name] for name in params if name in TOP_NAMES}
+    for i in range(len(params) - len(names)):
+        layer = params[f'layers_{i}']
+        names[f'layers_{i}'] = {n: f'model.layers.{i}.{BLOCK_NAMES[n]}' for n in layer}
+    return names
+
+
 def _named(params: Any) -> Iterator[tuple[str, str, Any]]:
     """Every parameter with its Hugging Face name and its own, one layer at a time."""
-    for name, leaf in params.items():
+    for name, hf_name in _hf_names(params).items():
         if name in TOP_NAMES:
-            yield TOP_NAMES[name], name, leaf
-    for i in range(len(params.keys() - TOP_NAMES.keys())):
-        for name, leaf in params[f'layers_{i}'].items():
-            yield f'model.layers.{i}.{BLOCK_NAMES[name]}', name, leaf
+            yield hf_name, name, params[name]
+        else:
+            yield from ((hf_name[n], n, params[name][n]) for n in hf_name)
 
 
 def _check(directory: Path, config: LlamaConfig, found: dict[str, Stored]) -> None:
@@ -133,11 +142,21 @@ def _cast(name: str, tensor: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
     return out
 
 
-def read_model(directory: Path, dtype: jnp.dtype = jnp.float32) -> tuple[LlamaConfig, Any]:
+def read_model(
+    directory: Path,
+    dtype: jnp.dtype = jnp.float32,
+    place: Callable[[LlamaConfig], Any] = lambda config: None,
+) -> tuple[LlamaConfig, Any]:
     """Read a model directory: its config and its parameters, cast to `dtype`.
 
     Names, shapes and formats are checked before any weight is read or memory taken; besides the
     result, one tensor is in memory at a time.
+
+    Args:
+      directory: holds config.json and safetensors.
+      dtype: of the parameters.
+      place: from the config to a tree of shardings. Each process then reads only what its own
+        devices hold, which goes straight there. None leaves the choice to JAX.
 
     Raises:
       DataError: a missing or damaged file; pickled weights; missing, extra or ill-shaped tensors.
@@ -146,29 +165,70 @@ def read_model(directory: Path, dtype: jnp.dtype = jnp.float32) -> tuple[LlamaCo
     config = read_config(directory)
     found = read_headers(directory)
     _check(directory, config, found)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, dtype), abstract_params(config))
-    slots = {
-        hf_name: leaf if name in TOP_NAMES else _hf_view(name, leaf)
-        for hf_name, name, leaf in _named(params)
-    }
-    tied = None
+    _check_tied(directory, config, found)
+    abstract = abstract_params(config, dtype)
+    names = {name: one for name, *one in _named(abstract)}
+    places = place(config)
+    where = {name: sharding for name, _, sharding in _named(places or {})}
+    arrays = {}
     for path in dict.fromkeys(stored.file for stored in found.values()):
         try:
             with safe_open(path, framework='np') as f:
-                for name in found.keys() & f.keys():
-                    tensor = _cast(name, f.get_tensor(name), dtype)
-                    if name in slots:
-                        slots[name][...] = tensor
-                    else:
-                        tied = tensor
+                for name in names.keys() & f.keys():
+                    arrays[name] = _read(f, name, *names[name], where.get(name))
         except (SafetensorError, OSError, ValueError) as e:
             raise explain(path, e) from None
-    if tied is not None and not np.array_equal(tied, params['embed'], equal_nan=True):
+    leaves = jax.tree.leaves(_hf_names(abstract))
+    return config, jax.tree.unflatten(jax.tree.structure(abstract), [arrays[n] for n in leaves])
+
+
+def _read(file: Any, hf_name: str, name: str, leaf: Any, sharding: Sharding | None) -> jax.Array:
+    """One parameter, read part by part as its devices need it."""
+    stored, parts = file.get_slice(hf_name), {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        spans = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+        if spans not in parts:
+            tensor = _cast(hf_name, stored[_hf_index(name, spans, leaf.shape)], leaf.dtype)
+            shape = [stop - start for start, stop in spans]
+            parts[spans] = tensor if name in TOP_NAMES else tensor.T.reshape(shape)
+        return parts[spans]
+
+    if sharding is None:
+        return jnp.asarray(part((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+def _hf_index(name: str, spans: Sequence[tuple[int, int]], shape: Sequence[int]) -> tuple:
+    """Where Hugging Face's tensor has the given part of a parameter; heads are never cut."""
+    slices = [slice(*span) for span in spans]
+    if name in TOP_NAMES or len(shape) == 1:
+        return tuple(slices)
+    first = 1 if name in ('q', 'k', 'v') else 0  # of the two axes that are one in the file
+    if name in ('q', 'k', 'v', 'o') or name.endswith('_bias'):
+        start, stop = (at * shape[first + 1] for at in spans[first])
+        slices[first : first + 2] = [slice(start, stop)]
+    return tuple(reversed(slices))
+
+
+def _check_tied(directory: Path, config: LlamaConfig, found: dict[str, Stored]) -> None:
+    """A head that is stored beside the embedding it is tied to must be the same."""
+    names = [TOP_NAMES['head'], TOP_NAMES['embed']]
+    if not config.tied or names[0] not in found:
+        return
+    tensors = []
+    for name in names:
+        path = found[name].file
+        try:
+            with safe_open(path, framework='np') as f:
+                tensors.append(f.get_tensor(name))
+        except (SafetensorError, OSError, ValueError) as e:
+            raise explain(path, e) from None
+    if not np.array_equal(*tensors, equal_nan=True):
         raise DataError(
             f'{directory}: lm_head.weight differs from the embedding although config.json ties '
             'them; set tie_word_embeddings to false'
         )
-    return config, jax.tree.map(jnp.asarray, params)
 
 
 def named_tensors(params: Any) -> Iterator[tuple[str, np.ndarray]]:

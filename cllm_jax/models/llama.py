@@ -163,14 +163,23 @@ class Llama(nn.Module):
         return linear(hidden_BTD, table_VD, compute, 'OI')
 
 
+def _everything(module: Llama, tokens_BT: jax.Array) -> jax.Array:
+    return module.logits(module(tokens_BT)[0])
+
+
 def init_params(model: Llama, key: jax.Array) -> dict:
     """Fresh parameters as a plain nested dict; the partitioning boxes are stripped at once."""
     tokens = jnp.zeros((1, 1), jnp.int32)
+    return nn.unbox(model.init(key, tokens, method=_everything))['params']
 
-    def both(module, tokens_BT):
-        return module.logits(module(tokens_BT)[0])
 
-    return nn.unbox(model.init(key, tokens, method=both))['params']
+def param_axes(config: LlamaConfig) -> dict:
+    """The logical axis names of every parameter, a tree of PartitionSpecs."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    boxed = jax.eval_shape(
+        lambda key: Llama(config).init(key, tokens, method=_everything), jax.random.key(0)
+    )
+    return nn.get_partition_spec(boxed)['params']
 
 
 def forward(model: Llama, params: dict, tokens_BT: jax.Array) -> jax.Array:

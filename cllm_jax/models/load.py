@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models.config import LlamaConfig, one_line
-from cllm_jax.models.hf import DTYPES, read_model
-from cllm_jax.models.llama import Llama
+from cllm_jax.models.hf import DTYPES, abstract_params, read_model
+from cllm_jax.models.llama import Llama, param_axes
+from cllm_jax.parallel.rules import param_shardings
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
@@ -109,13 +111,14 @@ def read_tokenizer(directory: Path) -> Any:
         ) from None
 
 
-def load(name: str, dtype: str | None = None) -> Model:
+def load(name: str, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
     """Open a model: `embedded`, `embedded-target`, a model or run directory, or a hub id.
 
     Args:
       name: see `resolve`; a run directory means its best exported checkpoint.
       dtype: 'float32', 'bfloat16', 'float16', or 'mixed': bfloat16 matrices and products, float32
         everything else. By default what suits the device.
+      mesh: devices that share the weights (`parallel/`); None for one device.
 
     Raises:
       ConfigError, DataError: see `resolve`, `read_config` and `read_model`.
@@ -125,7 +128,11 @@ def load(name: str, dtype: str | None = None) -> Model:
         known = ', '.join((*DTYPES, MIXED))
         raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {known}')
     directory = resolve(name)
-    config, params = read_model(directory, storage(dtype))
+
+    def place(config: LlamaConfig) -> Any:
+        return mesh and param_shardings(param_axes(config), abstract_params(config), mesh)
+
+    config, params = read_model(directory, storage(dtype), place)
     if dtype == MIXED:
         params = mixed(params)
     return Model(config, params, read_tokenizer(directory), name)

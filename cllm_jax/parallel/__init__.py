@@ -1,0 +1,1 @@
+"""Many devices and many processes: the mesh, where arrays live, and joining a job."""

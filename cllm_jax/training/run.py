@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cllm_jax.datasets.sources import Source
 from cllm_jax.decoding.generate import Request, decode_all
@@ -19,17 +20,18 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import Interrupted, NumericalError
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.models.hf import write_model
-from cllm_jax.models.llama import Llama
+from cllm_jax.models.llama import Llama, param_axes
 from cllm_jax.models.load import Model
+from cllm_jax.parallel.rules import param_shardings, place_batch, state_shardings
 from cllm_jax.rundir import append_metrics, rewind_metrics
 from cllm_jax.training.batches import Noise, Sample, make_batch
 from cllm_jax.training.checkpoint import open_checkpoints, restore, save
 from cllm_jax.training.step import (
     LossWeights,
     OptimizerConfig,
-    TrainState,
     make_optimizer,
-    train_step,
+    make_step,
+    new_state,
 )
 
 
@@ -65,9 +67,20 @@ class RunPlan:
     noise: Noise | None
     held_out: HeldOut
     compute: Any = None
+    mesh: Mesh | None = None
+    """Devices to train on; None for one."""
     log_every: int = 20
     save_every: int = 200
     max_skipped: int = 20
+
+
+def _shardings(optimizer, model: Model, mesh: Mesh | None):
+    """Where the training state lives."""
+    if mesh is None:
+        return None
+    places = param_shardings(param_axes(model.config), model.params, mesh)
+    abstract = jax.eval_shape(partial(new_state, optimizer), model.params)
+    return state_shardings(abstract, model.params, places, mesh)
 
 
 def held_out_test(model: Model, source: Source, test: HeldOut, reference: Sequence | None) -> dict:
@@ -114,8 +127,8 @@ def train(
     """
     optimizer = make_optimizer(plan.optimizer, plan.steps)
     module = Llama(model.config, model.params['norm'].dtype, plan.compute)
-    params = jax.tree.map(jnp.copy, model.params)  # the step donates its state
-    state = TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+    shardings = _shardings(optimizer, model, plan.mesh)
+    state = new_state(optimizer, model.params, shardings)
     log = directory / 'metrics.jsonl'
     test = partial(held_out_test, source=source, test=plan.held_out)
     reference = test(model, reference=None)
@@ -130,7 +143,7 @@ def train(
         step = int(state.step)
         if plan.steps == 0:  # the model as it is, in the form of a run
             _test_and_keep(directory, model, state, test, reference, plan, progress, report)
-        step_fn = partial(train_step, module, optimizer, plan.weights, plan.optimizer.accumulate)
+        step_fn = make_step(module, optimizer, plan.weights, plan.optimizer.accumulate, shardings)
         batch_of = partial(make_batch, samples, plan.batch, plan.seed, noise=plan.noise)
         with ThreadPoolExecutor(1) as pool:
             following = pool.submit(batch_of, step)
@@ -138,7 +151,8 @@ def train(
             while step < plan.steps:
                 batch = following.result()
                 following = pool.submit(batch_of, step + 1)
-                state, metrics = step_fn(state, batch)
+                placed = batch if plan.mesh is None else place_batch(batch, plan.mesh)
+                state, metrics = step_fn(state, placed)
                 tokens += int((batch.segment_BT >= 0).sum())
                 step += 1
                 tested = step % plan.held_out.every == 0 or step == plan.steps

@@ -1,6 +1,7 @@
 """One optimisation step: packed forward, losses, gradient, AdamW."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -159,12 +160,41 @@ def batch_totals(batch: Batch) -> dict[str, jax.Array]:
     return {k: jnp.maximum(v, 1e-9) for k, v in sums.items()}
 
 
-@partial(
-    jax.jit,
-    static_argnames=('model', 'optimizer', 'weights', 'accumulate'),
-    donate_argnames='state',
-)
-def train_step(
+def new_state(
+    optimizer: optax.GradientTransformation, params: Any, shardings: TrainState | None = None
+) -> TrainState:
+    """The state before the first step. `params` are copied, since a step donates its state."""
+
+    def first(params):
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    return jax.jit(first, out_shardings=shardings)(jax.tree.map(jnp.copy, params))
+
+
+def make_step(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    weights: LossWeights,
+    accumulate: int = 1,
+    shardings: TrainState | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step `(state, batch) -> (state, metrics)`; its state is donated.
+
+    Args:
+      model, optimizer, weights: what is trained, and how.
+      accumulate: parts in which a batch is computed, one after the other.
+      shardings: where the state lives, so that it comes back to the same place and the next step
+        needs no other compilation.
+    """
+    step = partial(_step, model, optimizer, weights, accumulate)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=None if shardings is None else (shardings, None),
+    )
+
+
+def _step(
     model: Llama,
     optimizer: optax.GradientTransformation,
     weights: LossWeights,
@@ -172,7 +202,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step; `state` is donated. With `accumulate` > 1 the batch is computed in that many parts.
+    """One step.
 
     Returns the new state and float32 scalar metrics: the loss and its terms, `ar_accuracy`,
     `agreement` (argmax of state tokens against the fixed point, overall and at offsets 0, 3, 7
@@ -184,7 +214,10 @@ def train_step(
     if accumulate == 1:
         (_, metrics), grads = gradient(state.params, batch, totals)
     else:
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        # Every part takes rows of every device, so that none has to move.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
         shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), totals)
 
         def add(sums, part):

@@ -1,0 +1,64 @@
+"""Several processes as one: joining a job, and results on every host."""
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from cllm_jax.errors import ConfigError
+
+NAMED = ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+"""With JAX_COORDINATOR_ADDRESS, what a launcher sets for each process."""
+
+
+def initialize() -> None:
+    """Join the other processes of this job, if there are any. Call before any other use of JAX.
+
+    A job is named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX
+    itself under SLURM, Open MPI and on TPU hosts.
+
+    Raises:
+      ConfigError: JAX_COORDINATOR_ADDRESS without the other two, or what is no number in them.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if 'JAX_COORDINATOR_ADDRESS' in os.environ:
+        values = {name: os.environ.get(name, '') for name in NAMED}
+        if wrong := [name for name, value in values.items() if not value.isdecimal()]:
+            raise ConfigError(
+                f'{wrong[0]} {values[wrong[0]]!r}: with JAX_COORDINATOR_ADDRESS it must be a '
+                'number; set it for every process'
+            )
+        processes, process = (int(value) for value in values.values())
+        jax.distributed.initialize(num_processes=processes, process_id=process)
+    elif _tasks() > 1 or find_spec('libtpu'):
+        jax.distributed.initialize()
+
+
+def _tasks() -> int:
+    """Processes of a SLURM or Open MPI job."""
+    counts = (os.environ.get(name, '') for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'))
+    return max(int(count) if count.isdecimal() else 1 for count in counts)
+
+
+def is_main() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def fetch(tree: Any) -> Any:
+    """Host copies of whole arrays, on every process; all processes must call it together."""
+
+    def one(x):
+        whole = not isinstance(x, jax.Array) or x.is_fully_addressable
+        return jax.device_get(x) if whole else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
