@@ -19,13 +19,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cllm_jax.parallel.distributed import is_main
+
 
 class Console:
-    """Messages for a person on stderr; results stay on stdout, so that they can be piped."""
+    """Messages for a person on stderr; results stay on stdout, so that they can be piped.
+
+    Of several processes only the first one speaks.
+    """
 
     def __init__(self):
-        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-        self.out = RichConsole(highlight=False, soft_wrap=not sys.stdout.isatty())
+        quiet = not is_main()
+        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self.out = RichConsole(highlight=False, soft_wrap=not sys.stdout.isatty(), quiet=quiet)
 
     def note(self, text: str) -> None:
         self.err.print(text, markup=False)

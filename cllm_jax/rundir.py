@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.parallel.distributed import is_main
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -33,11 +34,14 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
-    """Own a run directory for the duration of a `with` block.
+    """Own a run directory for the duration of a `with` block; of several processes the first does.
 
     Raises:
       ConfigError: another process works in it, or it was begun with other settings.
     """
+    if not is_main():
+        yield directory
+        return
     directory.mkdir(parents=True, exist_ok=True)
     lock = open(directory / 'lock', 'a+')  # noqa: SIM115 (held open on purpose)
     try:

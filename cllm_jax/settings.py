@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted
+from cllm_jax.parallel.distributed import initialize
 from cllm_jax.recipe import fingerprint, from_mapping, no_such, read_recipe, to_json
 
 __all__ = ['Flags', 'fingerprint', 'from_mapping', 'guard', 'parse', 'read_recipe', 'to_json']
@@ -94,6 +95,7 @@ def guard(main: Callable[[], None]) -> None:
     The traceback is shown only if --debug is among the arguments of the process.
     """
     try:
+        initialize()
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -21,6 +21,8 @@ from cllm_jax.errors import ConfigError
 from cllm_jax.models.config import LlamaConfig, read_config
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.load import DTYPES, Model, load, named_or, resolve, tokenizer_fingerprint
+from cllm_jax.parallel.mesh import MeshConfig, make_mesh
+from cllm_jax.parallel.rules import check_batch
 from cllm_jax.rundir import open_run
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.training.batches import Noise, Sample
@@ -99,6 +101,8 @@ class TrainConfig:
     """Which trajectories are left out."""
     held_out: HeldOut = HeldOut()
     """The test that chooses the checkpoint."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along data, fsdp and tensor. A run may continue on another mesh."""
     quick: bool = False
     """A tiny version of everything, to see that it works."""
 
@@ -240,6 +244,9 @@ def run() -> None:
     if settings.quick:
         settings = quick(settings)
     check_accumulation(settings.batch, settings.optimizer.accumulate)
+    mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
+    if mesh:
+        check_batch(settings.batch // settings.optimizer.accumulate, mesh)
     consistency = settings.objective == 'consistency'
     directory = Path(settings.root) / flags.stage
     console = Console()
@@ -248,7 +255,8 @@ def run() -> None:
         return
     test = settings.held_out
     held_out = open_source(settings.task, split='heldout', seed=test.seed, limit=test.prompts)
-    with open_run(directory, to_json(settings)):
+    claimed = {key: value for key, value in to_json(settings).items() if key != 'mesh'}
+    with open_run(directory, claimed):
         model, samples = prepare(settings, console)
         console.note(
             f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '
@@ -263,6 +271,7 @@ def run() -> None:
             noise=settings.noise if consistency else None,
             held_out=test,
             compute=DTYPES[settings.compute],
+            mesh=mesh,
             log_every=settings.log_every,
             save_every=settings.save_every,
         )

@@ -16,6 +16,7 @@ from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.load import Model
+from cllm_jax.parallel.distributed import beside, fetch
 
 STREAM_ITERATIONS = 4
 """Iterations between two looks at the text when streaming or searching for stop strings."""
@@ -126,6 +127,7 @@ def start(
         prompt_len_B[i], max_tokens_B[i] = len(ids), request.max_tokens
     if rows > len(prompts):
         keys = keys[np.minimum(np.arange(rows), len(prompts) - 1)]
+    keys = beside(model.params, keys)
     return prefill(
         model.module,
         model.params,
@@ -150,10 +152,10 @@ def stop_ids(model: Model) -> np.ndarray:
 
 def answers(state: DecodeState, rows: int) -> tuple[list[list[int]], list[list[int]]]:
     """Committed answer tokens and tokens per forward of the first `rows` rows."""
-    seq, emitted_BI, forwards_B = jax.device_get(
-        (state.sequences, state.emitted_BI, state.forwards_B)
-    )
-    spans = zip(seq.tokens_BS, seq.prompt_len_B, seq.length_B, strict=True)
+    seq = state.sequences
+    wanted = (seq.tokens_BS, seq.prompt_len_B, seq.length_B, state.emitted_BI, state.forwards_B)
+    tokens_BS, prompt_len_B, length_B, emitted_BI, forwards_B = fetch(wanted)
+    spans = zip(tokens_BS, prompt_len_B, length_B, strict=True)
     tokens = [row[a : b + 1].tolist() for row, a, b in spans]
     accepted = [row[:n].tolist() for row, n in zip(emitted_BI, forwards_B, strict=True)]
     return tokens[:rows], accepted[:rows]
@@ -178,7 +180,7 @@ def _finish(model: Model, request: Request, weights: Any, state: DecodeState, ro
     looks = range(1 + STREAM_ITERATIONS, steps, STREAM_ITERATIONS) if request.stop else ()
     for until in looks:
         state = run_until(model, request, weights, state, until)
-        finished = np.array(state.finished_B)
+        finished = np.array(fetch(state.finished_B))
         if finished.all():
             return state
         for i, tokens in enumerate(answers(state, rows)[0]):
@@ -218,7 +220,7 @@ def decode_batch(
             texts[i] = text_of(model, ids)
     trajectories = None
     if state.trace is not None:
-        states_BIN, position_BI, prompt_len_B = jax.device_get(
+        states_BIN, position_BI, prompt_len_B = fetch(
             (state.trace.tokens_BIN, state.trace.position_BI, state.sequences.prompt_len_B)
         )
         trajectories = [

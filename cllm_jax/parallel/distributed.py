@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cllm_jax.errors import ConfigError
 
@@ -56,6 +57,14 @@ def fetch(tree: Any) -> Any:
         return jax.device_get(x) if whole else multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(one, tree)
+
+
+def beside(params: Any, x: jax.Array) -> jax.Array:
+    """`x`, the same on every process, where a computation with `params` can use it."""
+    first = jax.tree.leaves(params)[0]
+    if first.is_fully_addressable:
+        return x
+    return jax.device_put(x, NamedSharding(first.sharding.mesh, PartitionSpec()))
 
 
 def barrier(name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cllm_jax.datasets.sources import Source
@@ -22,6 +23,7 @@ from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreem
 from cllm_jax.models.hf import write_model
 from cllm_jax.models.llama import Llama, param_axes
 from cllm_jax.models.load import Model
+from cllm_jax.parallel.distributed import fetch, is_main
 from cllm_jax.parallel.rules import param_shardings, place_batch, state_shardings
 from cllm_jax.rundir import append_metrics, rewind_metrics
 from cllm_jax.training.batches import Noise, Sample, make_batch
@@ -136,9 +138,11 @@ def train(
     with open_checkpoints(directory / 'checkpoints') as checkpoints, _stop_signals() as stopped:
         if found := restore(checkpoints, state):
             state, progress = found
-            rewind_metrics(log, int(state.step))
+            if is_main():
+                rewind_metrics(log, int(state.step))
         else:
-            rewind_metrics(log, -1)
+            if is_main():
+                rewind_metrics(log, -1)
             _record(log, report, 0, {k: v for k, v in reference.items() if k != 'tokens'})
         step = int(state.step)
         if plan.steps == 0:  # the model as it is, in the form of a run
@@ -170,9 +174,10 @@ def train(
                 if tested:
                     _test_and_keep(directory, model, state, test, reference, plan, progress, report)
                     begin, tokens = time.perf_counter(), 0
-                if step % plan.save_every == 0 or step == plan.steps or stopped:
+                stop = stopped.at(step)
+                if step % plan.save_every == 0 or step == plan.steps or stop:
                     save(checkpoints, step, state, progress)
-                if stopped:
+                if stop:
                     checkpoints.close()
                     raise Interrupted(f'saved at step {step}; run the same command to continue')
             following.cancel()
@@ -191,34 +196,38 @@ def _test_and_keep(directory, model, state, test, reference, plan, progress, rep
     )
     if found['score'] > progress['best']:
         progress['best'] = found['score']
-        write_model(
-            directory / 'model',
-            model.config,
-            params,
-            model.tokenizer,
-            dtype=str(params['norm'].dtype),
-        )
+        whole = fetch(params)
+        if is_main():
+            dtype = str(whole['norm'].dtype)
+            write_model(directory / 'model', model.config, whole, model.tokenizer, dtype=dtype)
 
 
 def _record(log: Path, report: Callable[[dict], None], step: int, numbers: dict) -> None:
     record = {'step': step, **numbers}
-    append_metrics(log, record)
+    if is_main():
+        append_metrics(log, record)
     report(record)
 
 
 class _stop_signals:
-    """Collects SIGTERM and SIGINT while a run is active; truthy once one came."""
+    """Tells after which step to stop because of SIGTERM or SIGINT.
+
+    With several processes JAX's own service catches SIGTERM, and lets all of them stop after the
+    same step when one is told to.
+    """
 
     def __enter__(self):
         self.came = False
-        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self.old = {s: signal.signal(s, self._note) for s in caught}
         return self
 
     def _note(self, number, frame):
         self.came = True
 
-    def __bool__(self):
-        return self.came
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step; every process asks after each."""
+        return self.came or multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *error):
         for number, handler in self.old.items():

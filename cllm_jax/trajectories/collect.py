@@ -1,9 +1,10 @@
 """Collecting Jacobi trajectories: the decoding loop itself, one copy per device, states kept.
 
-Each device runs its own rows under `jax.shard_map`; the loops end on their own and nothing is
-communicated. Shards of records are written as they are finished (`store.py`), and a prompt's
-random guesses depend on the run's seed and the prompt's id alone, so that a collection that was
-interrupted ends with the same bytes.
+Each process takes every n-th shard of the prompts, and each of its devices its own rows of a batch
+under `jax.shard_map`; the loops end on their own and nothing is communicated. Shards of records are
+written as they are finished (`store.py`), and a prompt's random guesses depend on the run's seed
+and the prompt's id alone, so that a collection ends with the same bytes, whether it was interrupted
+or not, and however many processes shared it.
 """
 
 import dataclasses
@@ -30,7 +31,15 @@ from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.quality import is_repetitive
 from cllm_jax.models.llama import Llama
 from cllm_jax.models.load import Model
-from cllm_jax.trajectories.store import UNKNOWN, Record, finish, open_manifest, write_shard
+from cllm_jax.parallel.distributed import barrier, is_main
+from cllm_jax.trajectories.store import (
+    UNKNOWN,
+    Record,
+    finish,
+    open_manifest,
+    read_manifest,
+    write_shard,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +216,9 @@ def collect(
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
     mesh = data_mesh()
     shards = -(-len(source) // plan.shard)
-    manifest = open_manifest(directory, identity, shards)
-    for index in range(shards):
+    mine = range(jax.process_index(), shards, jax.process_count())
+    manifest = open_manifest(directory, identity, shards, mine)
+    for index in mine:
         begin = index * plan.shard
         size = min(plan.shard, len(source) - begin)
         if manifest['shards'][index]:
@@ -218,9 +228,12 @@ def collect(
         pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
         records = _collect_shard(model, source, plan, mesh, examples, pairs, advance_by)
         write_shard(directory, manifest, index, records, _count(records, size))
-    finish(directory, manifest)
+    barrier('collected')
+    if is_main():
+        finish(directory)
+    barrier('finished')
     counts = Counter()
-    for entry in manifest['shards']:
+    for entry in read_manifest(directory)['shards']:
         counts.update(entry['counts'])
     return counts
 

@@ -1,11 +1,13 @@
 """Trajectories on disk: array_record shards with a manifest, readable as a TFDS dataset.
 
     manifest.json                                     what was collected; the sha256 of each shard
+    shard-00000.json                                  the manifest's entry, until all are there
     trajectories-train.array_record-00000-of-00008    records, complete or absent
     dataset_info.json, features.json                  written last, for tfds.builder_from_directory
 
-A shard is written under a temporary name and renamed when it is on disk, then the manifest is
-replaced; whatever moment a process is killed at, the next one sees whole shards only.
+A shard is written under a temporary name and renamed when it is on disk, then its entry is written;
+whatever moment a process is killed at, the next one sees whole shards only. No two processes write
+the same file: each has its own shards, and the first one writes the rest.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.parallel.distributed import barrier, is_main
 from cllm_jax.rundir import write_atomic
 
 NAME = 'trajectories'
@@ -75,8 +78,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def open_manifest(directory: Path, identity: dict[str, Any], shards: int) -> dict[str, Any]:
-    """The manifest of a collection, new or begun before; its finished shards are verified.
+def entry_path(directory: Path, index: int) -> Path:
+    """Where a finished shard's entry waits for the others."""
+    return directory / f'shard-{index:05}.json'
+
+
+def open_manifest(
+    directory: Path, identity: dict[str, Any], shards: int, mine: Sequence[int]
+) -> dict[str, Any]:
+    """The manifest of a collection, new or begun before; finished shards of `mine` are verified.
 
     A shard whose bytes are not those of the manifest is set aside (`.damaged`) and forgotten, so
     that it alone is collected again.
@@ -84,10 +94,10 @@ def open_manifest(directory: Path, identity: dict[str, Any], shards: int) -> dic
     Raises:
       ConfigError: the directory holds trajectories of another model, dataset or setting.
     """
-    path = directory / MANIFEST
-    if not path.exists():
+    if is_main() and not (directory / MANIFEST).exists():
         directory.mkdir(parents=True, exist_ok=True)
-        return {'identity': identity, 'shards': [None] * shards}
+        _write(directory / MANIFEST, {'identity': identity, 'shards': [None] * shards})
+    barrier('manifest')
     manifest = read_manifest(directory)
     begun = manifest['identity']
     changed = [k for k in identity | begun if identity.get(k) != begun.get(k)]
@@ -97,10 +107,15 @@ def open_manifest(directory: Path, identity: dict[str, Any], shards: int) -> dic
             f'{directory}: collected with {key} = {begun.get(key, len(manifest["shards"]))!r}, now '
             f'{identity.get(key, shards)!r}; use the old settings or another directory'
         )
-    for i, entry in enumerate(manifest['shards']):
+    for i in mine:
+        entry = manifest['shards'][i]
         if entry and not _intact(directory, entry):
             manifest['shards'][i] = None
     return manifest
+
+
+def _write(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=1) + '\n').encode())
 
 
 def _intact(directory: Path, entry: dict[str, Any]) -> bool:
@@ -119,6 +134,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text('utf-8'))
         manifest['identity'], manifest['shards']
+        for i in range(len(manifest['shards'])):
+            path = entry_path(directory, i)
+            if path.exists():
+                manifest['shards'][i] = json.loads(path.read_text('utf-8'))
     except FileNotFoundError:
         raise DataError(
             f'{directory}: no {MANIFEST}; collect trajectories first (python -m cllm_jax.collect)'
@@ -131,8 +150,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def write_shard(
     directory: Path, manifest: dict[str, Any], index: int, records: Sequence[Record], counts: dict
 ) -> None:
-    """Add one shard and replace the manifest. The same records give the same bytes."""
+    """Add one shard and its entry. The same records give the same bytes."""
     from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
 
     schema = features(manifest['identity']['block'])
     name = shard_name(index, len(manifest['shards']))
@@ -140,21 +160,29 @@ def write_shard(
     writer = ArrayRecordWriter(str(temp), 'group_size:1')
     for record in records:
         row = dataclasses.asdict(record) | {'finished': int(record.finished)}
-        writer.write(schema.serialize_example(schema.encode_example(row)))
+        data = schema.serialize_example(schema.encode_example(row))
+        row = tf_example_pb2.Example.FromString(data)
+        # Protocol buffers order a map as the process pleases; the same record must be the same
+        # bytes in all of them.
+        writer.write(row.SerializeToString(deterministic=True))
     writer.close()
     with open(temp, 'rb') as f:
         os.fsync(f.fileno())
     entry = {'file': name, 'records': len(records), 'bytes': temp.stat().st_size}
     manifest['shards'][index] = entry | {'sha256': sha256(temp), 'counts': counts}
     temp.rename(directory / name)
-    write_atomic(directory / MANIFEST, (json.dumps(manifest, indent=1) + '\n').encode())
+    _write(entry_path(directory, index), manifest['shards'][index])
 
 
-def finish(directory: Path, manifest: dict[str, Any]) -> None:
-    """Write the TFDS metadata once every shard is there."""
+def finish(directory: Path) -> None:
+    """Complete the manifest and write the TFDS metadata, once every shard is there."""
     import tensorflow_datasets as tfds
 
+    manifest = read_manifest(directory)
     shards = manifest['shards']
+    _write(directory / MANIFEST, manifest)
+    for i in range(len(shards)):
+        entry_path(directory, i).unlink(missing_ok=True)
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=NAME, split='train', filetype_suffix='array_record'
     )
