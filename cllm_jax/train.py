@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+from jax.sharding import Mesh
 
 from cllm_jax.console import Console, print_plan, size
 from cllm_jax.datasets.sources import open_source
@@ -171,10 +172,10 @@ def start_of(settings: TrainConfig) -> str:
     return named_or(settings.model, f'{settings.root}/target', 'embedded-target')
 
 
-def prepare(settings: TrainConfig, console: Console):
+def prepare(settings: TrainConfig, mesh: Mesh | None, console: Console):
     """The model to start from and its training samples."""
     if settings.objective == 'consistency':
-        model = load(start_of(settings), settings.dtype)
+        model = load(start_of(settings), settings.dtype, mesh)
         return model, trajectory_samples(settings, model, console)
     if not settings.data:
         raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
@@ -186,7 +187,7 @@ def prepare(settings: TrainConfig, console: Console):
         chosen = random.Random(settings.seed).sample(examples, min(len(examples), TOKENIZER_ROWS))
         model = new_model(settings, [e.prompt + e.answer for e in chosen])
     else:
-        model = load(start_of(settings), settings.dtype)
+        model = load(start_of(settings), settings.dtype, mesh)
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
     with console.status('tokenising'):
@@ -257,7 +258,7 @@ def run() -> None:
     held_out = open_source(settings.task, split='heldout', seed=test.seed, limit=test.prompts)
     claimed = {key: value for key, value in to_json(settings).items() if key != 'mesh'}
     with open_run(directory, claimed):
-        model, samples = prepare(settings, console)
+        model, samples = prepare(settings, mesh, console)
         console.note(
             f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '
             f'of {settings.batch} on {jax.device_count()} {jax.default_backend()} device(s)'

@@ -16,7 +16,7 @@ from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.load import Model
-from cllm_jax.parallel.distributed import beside, fetch
+from cllm_jax.parallel.distributed import fetch, keys_beside
 
 STREAM_ITERATIONS = 4
 """Iterations between two looks at the text when streaming or searching for stop strings."""
@@ -127,7 +127,7 @@ def start(
         prompt_len_B[i], max_tokens_B[i] = len(ids), request.max_tokens
     if rows > len(prompts):
         keys = keys[np.minimum(np.arange(rows), len(prompts) - 1)]
-    keys = beside(model.params, keys)
+    keys = keys_beside(model.params, keys)
     return prefill(
         model.module,
         model.params,

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -59,12 +60,15 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def beside(params: Any, x: jax.Array) -> jax.Array:
-    """`x`, the same on every process, where a computation with `params` can use it."""
+def keys_beside(params: Any, keys_B: jax.Array) -> jax.Array:
+    """PRNG keys, the same on every process, where a computation with `params` can use them."""
     first = jax.tree.leaves(params)[0]
     if first.is_fully_addressable:
-        return x
-    return jax.device_put(x, NamedSharding(first.sharding.mesh, PartitionSpec()))
+        return keys_B
+    data = np.asarray(jax.random.key_data(keys_B))
+    everywhere = NamedSharding(first.sharding.mesh, PartitionSpec())
+    placed = jax.make_array_from_callback(data.shape, everywhere, lambda index: data[index])
+    return jax.random.wrap_key_data(placed)
 
 
 def barrier(name: str) -> None:

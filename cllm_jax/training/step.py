@@ -168,7 +168,11 @@ def new_state(
     def first(params):
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    return jax.jit(first, out_shardings=shardings)(jax.tree.map(jnp.copy, params))
+    if shardings is not None:  # what each process has for itself must be the same in all of them
+        local = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
+        params = jax.device_get(params) if local else params
+        return jax.jit(first, out_shardings=shardings)(params)
+    return jax.jit(first)(jax.tree.map(jnp.copy, params))
 
 
 def make_step(

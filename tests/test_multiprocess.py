@@ -1,0 +1,90 @@
+"""Several processes with several devices each: the bytes and numbers of one process."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cllm_jax.rundir import read_metrics
+from cllm_jax.trajectories.store import read_records
+
+ROOT = Path(__file__).parents[1]
+LAUNCHER = ROOT / 'launch/local_multiprocess.sh'
+COLLECT = shlex.split(
+    '--model embedded-target --data sql+arithmetic --prompts 24 --max-tokens 24 --batch 4 --shard 4'
+)
+TRAIN = shlex.split(
+    '--objective ar --model embedded-target --data sql --task sql --examples 64 --steps 4 '
+    '--batch 8 --log-every 1 --save-every 2 --held-out.every 4 --held-out.prompts 2 '
+    '--held-out.max-tokens 8 --stage target'
+)
+
+pytestmark = pytest.mark.slow
+
+
+def start(processes: int, devices: int, module: str, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, '-m', f'cllm_jax.{module}', *map(str, arguments)]
+    launcher = ['bash', str(LAUNCHER), str(processes), str(devices)]
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    return subprocess.Popen(
+        launcher + command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> int:
+    _, err = process.communicate(timeout=300)
+    assert 'Traceback' not in err, err
+    return process.returncode
+
+
+def run(*arguments) -> None:
+    process = start(*arguments)
+    code = finish(process)
+    assert code == 0, process.args
+
+
+def collected(directory: Path) -> dict[str, bytes]:
+    names = [p for p in directory.iterdir() if p.name not in ('lock', 'settings.json')]
+    return {p.name: p.read_bytes() for p in names}
+
+
+def test_a_collection_has_the_same_bytes_on_one_and_two_processes(tmp_path):
+    run(1, 1, 'collect', *COLLECT, '--out', tmp_path / 'one')
+    run(2, 2, 'collect', *COLLECT, '--out', tmp_path / 'two')
+    assert collected(tmp_path / 'one') == collected(tmp_path / 'two')
+    assert len(read_records(tmp_path / 'two')) == 24
+
+
+def metrics(root: Path) -> list[dict]:
+    found = read_metrics(root / 'target/metrics.jsonl')
+    return [{k: v for k, v in m.items() if k != 'tokens_per_second'} for m in found]
+
+
+def test_training_on_two_processes_is_training_on_one_and_survives_sigterm(tmp_path):
+    """The metrics agree; a SIGTERM to one process stops both after a step, and they continue."""
+    run(1, 1, 'train', *TRAIN, '--root', tmp_path / 'one')
+    first = start(2, 4, 'train', *TRAIN, '--root', tmp_path / 'two', '--mesh.fsdp', '2')
+    log = tmp_path / 'two/target/metrics.jsonl'
+    while first.poll() is None and not (log.exists() and log.read_text().count('\n') > 1):
+        time.sleep(0.1)
+    children = subprocess.run(
+        ['pgrep', '-P', str(first.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGTERM)
+    code = finish(first)
+    assert code in (0, 75)  # it may have been at its last step
+    run(2, 4, 'train', *TRAIN, '--root', tmp_path / 'two', '--mesh.fsdp', '2')
+    one, two = metrics(tmp_path / 'one'), metrics(tmp_path / 'two')
+    assert [m['step'] for m in one] == [m['step'] for m in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), (key, a, b)
+    settings = json.loads((tmp_path / 'two/target/settings.json').read_text())
+    assert 'mesh' not in settings
