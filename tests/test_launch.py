@@ -137,8 +137,9 @@ def test_every_script_ends_in_commands_that_exist():
                     (*match.groups(), stage[1] if stage else match[1].split('.')[1])
                 )
     assert ends.keys() == {'host', 'tpu_vm_run', 'queued_run', 'gke_xpk_run', 'slurm'}
-    for module, config, stage in sum(ends.values(), []):
-        assert find_spec(module) and stage in read_recipe(ROOT / config)
+    for commands in ends.values():
+        for module, config, stage in commands:
+            assert find_spec(module) and stage in read_recipe(ROOT / config)
     assert [stage for _, _, stage in ends['host']] == ['target', 'collect', 'cllm']
     assert [stage for _, _, stage in ends['queued_run']] == ['collect', 'cllm']
 
@@ -161,6 +162,9 @@ def test_quoting_survives_every_shell_on_the_way(script):
         text = text[text.index('launch/host.sh') :].split('>>')[0]
     shown = bash('-c', f'printf "%s\\0" {text}')
     assert shown.stdout.split('\0')[:-1] == job
+    steps = [shlex.split(x[2:]) for x in done.stdout.splitlines() if x.startswith('# python ')]
+    assert len(steps) == 3
+    assert all(x[5:7] == job[2:4] and x[-2:] == job[-2:] for x in steps)
 
 
 REFUSALS = [
@@ -185,7 +189,7 @@ REFUSALS = [
     ('tpu_vm.sh', f'run {RECIPE} --root', {}, '--root needs a value'),
     ('tpu_vm.sh', f'run {RECIPE} --steps no', {}, "no step 'no'"),
     ('tpu_vm.sh', 'run nowhere.yaml', {}, "no recipe 'nowhere.yaml'"),
-    ('tpu_vm.sh', 'sync --with ../secrets', {}, "--with '../secrets'"),
+    ('tpu_vm.sh', 'sync --with launch/../..', {}, "--with 'launch/../..'"),
     ('tpu_vm.sh', 'sync --with /etc/hosts', {}, "--with '/etc/hosts'"),
     ('tpu_vm.sh', 'sync --with data/nowhere', {}, "--with 'data/nowhere'"),
     ('queued.sh', f'run {RECIPE} {RECIPE}', {}, 'two recipes'),
@@ -292,6 +296,42 @@ def test_host_passes_sigterm_on_and_waits_for_the_step(answer, wanted, tmp_path)
     assert job.wait(timeout=20) == wanted
     assert (tmp_path / 'saved').exists() == bool(answer)
     assert (tmp_path / 'steps').read_text() == 'step\n'  # the next one was not begun
+
+
+# --- tpu_vm.sh: what it says to a host, said to a shell
+
+
+def said(verb: str, *arguments: str) -> str:
+    done = bash('launch/tpu_vm.sh', verb, *arguments, '--dry-run', **SETTINGS)
+    return shlex.split(done.stdout.splitlines()[-1])[-1]
+
+
+def wait_for(path: Path, text: str) -> None:
+    for _ in range(500):
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f'no {text!r} in {path}: {path.exists() and path.read_text()}')
+
+
+def test_tpu_vm_starts_one_job_that_outlives_ssh_and_can_be_stopped(tmp_path):
+    home = tmp_path / 'home'
+    home.mkdir()
+    checkout(home / 'cllm_jax')
+    program(
+        home / 'venv/bin/python',
+        "trap 'echo saved; exit 75' TERM\necho begun\nwhile :; do sleep 0.05; done",
+    )
+    start = said('run', RECIPE)
+    assert bash('-c', start, cwd=home, HOME=str(home)).returncode == 0
+    wait_for(home / 'cllm.log', 'begun')
+    try:
+        second = bash('-c', start, cwd=home, HOME=str(home))
+        assert second.returncode == 1 and 'a job runs here' in second.stdout
+    finally:
+        assert bash('-c', said('stop'), cwd=home, HOME=str(home)).returncode == 0
+    wait_for(home / 'cllm.log', 'stopped (exit code 75)')
+    assert (home / 'cllm.log').read_text().count('begun') == 1
 
 
 # --- queued.sh, with a stand-in for gcloud that keeps a bucket in a directory
