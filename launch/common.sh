@@ -107,7 +107,7 @@ tpu_settings() {
 }
 
 tpu_runtime() {
-    need ACCELERATOR 'an accelerator type (see launch/README.md)' v5litepod-16
+    need ACCELERATOR 'an accelerator type (see launch/README.md)' v6e-16
     case $ACCELERATOR in
         v6e-*) runtime=${RUNTIME:-v2-alpha-tpuv6e} ;;
         v5p-*) runtime=${RUNTIME:-v2-alpha-tpuv5} ;;

@@ -39,7 +39,7 @@ WORKLOAD=${WORKLOAD:-cllm}
 
 case $verb in
     run)
-        need ACCELERATOR 'an accelerator type (see launch/README.md)' v5litepod-16
+        need ACCELERATOR 'an accelerator type (see launch/README.md)' v6e-16
         need IMAGE 'an image built from launch/Dockerfile' us-docker.pkg.dev/my-project/my-repo/cllm_jax:1
         bucket_root
         make_job

@@ -12,7 +12,7 @@ Runs the steps of the recipe CONFIG in order, with the Python $PYTHON (default: 
   --steps LIST    steps in order, separated by commas; default train:target,collect,train:cllm;
                   export and evaluate are steps too
   --dry-run       only print the commands
-  -- OVERRIDE...  settings for every step, such as -- --mesh.fsdp 8
+  -- OVERRIDE...  settings for the train steps, such as -- --mesh.fsdp 8
 
 SIGTERM is passed on to the running step, which saves what it has. Exit codes: those of the step;
 75 means interrupted, and the same line continues. With RESTART_CODE=N in the environment it ends
@@ -45,7 +45,7 @@ while (($#)); do
             shift
             break
             ;;
-        -*) refuse "no option '$1'; settings for the steps come after --" ;;
+        -*) refuse "no option '$1'; settings for the train steps come after --" ;;
         *)
             [[ -z $config ]] || refuse "two recipes, '$config' and '$1'; give one"
             config=$1
@@ -82,8 +82,7 @@ finish() {
 
 for step in "${list[@]}"; do
     command=("${PYTHON:-python}" -m "cllm_jax.${step%:*}" --config "$config" --root "$root")
-    [[ $step != *:* ]] || command+=(--stage "${step#*:}")
-    command+=("$@")
+    [[ $step != train:* ]] || command+=(--stage "${step#*:}" "$@")
     printf '+'
     printf ' %q' "${command[@]}"
     printf '\n'

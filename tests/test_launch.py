@@ -18,7 +18,10 @@ import pytest
 import yaml
 
 from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted, NumericalError
+from cllm_jax.parallel.mesh import shape
 from cllm_jax.recipe import read_recipe
+from cllm_jax.settings import parse
+from cllm_jax.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'
@@ -28,9 +31,9 @@ RECIPE = 'configs/paper_gsm8k.yaml'
 # What the scripts read from the environment; nothing else of the caller's reaches them.
 SETTINGS = {
     'PROJECT': 'my-project',
-    'ZONE': 'us-west4-a',
+    'ZONE': 'us-east5-a',
     'BUCKET': 'my-bucket',
-    'ACCELERATOR': 'v5litepod-16',
+    'ACCELERATOR': 'v6e-16',
     'CLUSTER': 'my-cluster',
     'IMAGE': 'us-docker.pkg.dev/my-project/my-repo/cllm_jax:1',
 }
@@ -107,7 +110,7 @@ DRY_RUNS = {
     'gke_xpk_run': f'gke_xpk.sh run {RECIPE} --dry-run -- --mesh.fsdp 16',
     'gke_xpk_list': 'gke_xpk.sh list --dry-run',
     'gke_xpk_delete': 'gke_xpk.sh delete --dry-run',
-    'slurm': f'slurm.sh {RECIPE} --root /shared/gsm8k --dry-run -- --mesh.data 2 --mesh.fsdp 8',
+    'slurm': f'slurm.sh {RECIPE} --root /shared/gsm8k --dry-run -- --mesh.fsdp 8',
 }
 
 
@@ -163,8 +166,8 @@ def test_quoting_survives_every_shell_on_the_way(script):
     shown = bash('-c', f'printf "%s\\0" {text}')
     assert shown.stdout.split('\0')[:-1] == job
     steps = [shlex.split(x[2:]) for x in done.stdout.splitlines() if x.startswith('# python ')]
-    assert len(steps) == 3
-    assert all(x[5:7] == job[2:4] and x[-2:] == job[-2:] for x in steps)
+    assert all(step[5:7] == job[2:4] for step in steps)
+    assert [step[-2:] == job[-2:] for step in steps] == [True, False, True]  # for train only
 
 
 REFUSALS = [
@@ -278,7 +281,7 @@ def test_host_maps_the_codes_that_a_restart_may_help(tmp_path):
 def test_host_passes_sigterm_on_and_waits_for_the_step(answer, wanted, tmp_path):
     """A step that saves (75), one that was just done (0), and one that cannot catch it."""
     catch = f"trap 'sleep 0.2; touch {tmp_path}/saved; {answer}' TERM" if answer else ''
-    forever = 'while :; do sleep 0.05; done'
+    forever = 'for i in {1..200}; do sleep 0.05; done'
     text = f'echo step >>{tmp_path}/steps\n{catch}\n{forever}'
     python = program(tmp_path / 'python', text)
     env = {'PATH': '/usr/bin:/bin', 'PYTHON': str(python)}
@@ -320,7 +323,7 @@ def test_tpu_vm_starts_one_job_that_outlives_ssh_and_can_be_stopped(tmp_path):
     checkout(home / 'cllm_jax')
     program(
         home / 'venv/bin/python',
-        "trap 'echo saved; exit 75' TERM\necho begun\nwhile :; do sleep 0.05; done",
+        "trap 'echo saved; exit 75' TERM\necho begun\nfor i in {1..200}; do sleep 0.05; done",
     )
     start = said('run', RECIPE)
     assert bash('-c', start, cwd=home, HOME=str(home)).returncode == 0
@@ -500,8 +503,10 @@ def test_jobset_is_one_whole_slice_that_runs_host_sh():
     chips = container['resources']['limits']['google.com/tpu']
     assert spec['parallelism'] == spec['completions']
     assert spec['completions'] * chips == prod(int(n) for n in topology.split('x'))
-    done = bash(*container['command'][1:], '--dry-run')
-    assert container['command'][0] == 'bash' and done.returncode == 0, done.stderr
+    done = bash('launch/host.sh', '--dry-run', *container['command'][2:])
+    assert container['command'][:2] == ['bash', 'launch/host.sh'] and done.returncode == 0, (
+        done.stderr
+    )
     assert len(done.stdout.splitlines()) == 3
 
     # Codes that fail the set are those that no restart helps; all else restarts it.
@@ -603,6 +608,39 @@ def test_every_line_of_the_readme_does_what_it_can_without_an_account(tmp_path):
         seen.add(arguments[0])
     used = {'tpu_vm.sh', 'queued.sh', 'gke_xpk.sh', 'slurm.sh', 'host.sh'}
     assert seen == {f'launch/{name}' for name in used}
+
+
+def overridden(words: list[str]) -> TrainConfig:
+    overrides = words[words.index('--') + 1 :] if '--' in words else words
+    argv = ['--config', str(ROOT / RECIPE), *overrides]
+    settings, _ = parse(
+        TrainConfig,
+        program='train',
+        description='',
+        stage='cllm',
+        stages=('target', 'cllm'),
+        argv=argv,
+    )
+    return settings
+
+
+def test_overrides_of_the_readme_and_the_files_fit_the_recipe_and_the_chips():
+    text = (LAUNCH / 'README.md').read_text()
+    rows = re.findall(r'^\|[^|]+\| (\d+) \| \d+ \| \d+ GB \| `(.+)` \|$', text, re.M)
+    assert len(rows) == 9
+    jobs = [(int(chips), overrides.split()) for chips, overrides in rows]
+    jobs += [(16, line.split()) for line in readme_lines() if ' -- --mesh' in line]
+    pod = yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())['spec']['replicatedJobs'][0]
+    pod = pod['template']['spec']['template']['spec']
+    jobs.append((16, pod['containers'][0]['command']))
+    task = yaml.safe_load((LAUNCH / 'skypilot.yaml').read_text())
+    jobs.append((16, task['envs']['OVERRIDES'].split()))
+    assert len(jobs) == 15
+    for chips, words in jobs:
+        settings = overridden(words)
+        sizes = shape(settings.mesh, chips)
+        rows_of_a_step = settings.batch // settings.optimizer.accumulate
+        assert rows_of_a_step % (sizes['data'] * sizes['fsdp']) == 0, words
 
 
 def test_readme_names_every_file():
