@@ -93,7 +93,7 @@ class TrainConfig:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW."""
+    """AdamW or Muon."""
     loss: LossWeights = LossWeights()
     """How the losses are added up."""
     noise: Noise = Noise()

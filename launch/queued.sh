@@ -43,7 +43,7 @@ delete=("${queue[@]}" delete "$TPU_NAME" "${where[@]}" --force --quiet)
 case $verb in
     logs)
         run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker "${WORKER:-0}" \
-            --command 'sudo tail -n 100 -F /root/cllm.log'
+            --command 'sudo tail -n 100 -F ~root/cllm.log'
         exit
         ;;
     status)

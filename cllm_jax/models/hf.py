@@ -1,7 +1,7 @@
 """Hugging Face model directories in and out, without torch.
 
 One table says where each parameter lives. Hugging Face keeps matrices as (outputs, inputs): reading
-fills a transposed view of ours, and writing is the inverse, bit for bit.
+transposes the parts that are wanted, and writing is the inverse, bit for bit.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""One optimisation step: packed forward, losses, gradient, AdamW."""
+"""One optimisation step: packed forward, losses, gradient, AdamW or Muon."""
 
 import dataclasses
 from collections.abc import Callable
