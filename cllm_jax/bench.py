@@ -1,4 +1,4 @@
-"""Measure what decoding costs here, and what each way of decoding gains.
+"""Measure what decoding, collecting and training cost here, and what each way of decoding gains.
 
     python -m cllm_jax.bench --json bench.json
     python -m cllm_jax.bench --random-weights path/to/config.json --dtype bfloat16 --batches 1
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.sources import open_source
@@ -24,6 +25,7 @@ from cllm_jax.decoding.generate import Request, decode_all
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.pipeline import collection_speed, step_cost
 from cllm_jax.evaluation.quality import share_right
 from cllm_jax.evaluation.speed import (
     Way,
@@ -37,6 +39,9 @@ from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.load import MIXED, Model, default_dtype, load, mixed, named_or, storage
 from cllm_jax.rundir import write_atomic
 from cllm_jax.settings import guard, parse, to_json
+from cllm_jax.training.batches import Noise
+from cllm_jax.training.step import LossWeights
+from cllm_jax.trajectories.collect import CollectPlan
 
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax')
 
@@ -72,7 +77,9 @@ class BenchConfig:
     repeats: int = 5
     """Times everything is measured after the first; the median counts."""
     dtype: Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16'] = 'auto'
-    """Of weights and cache; mixed has bfloat16 matrices and float32 everything else."""
+    """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
+    collected: int = 128
+    """Prompts per task whose trajectories are collected, and trained on; 0 leaves this out."""
     torch: bool = True
     """Time `transformers` generate beside it, if torch is installed."""
     json: str = ''
@@ -120,13 +127,21 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
 
 
 def decoding(
-    settings: BenchConfig, task: str, target: Model, cllm: Model, console: Console
+    settings: BenchConfig,
+    task: str,
+    baseline: Model,
+    target: Model,
+    cllm: Model,
+    console: Console,
 ) -> dict[str, Any]:
-    """Every way of decoding on the held-out prompts of one task."""
+    """Every way of decoding on the held-out prompts of one task.
+
+    `baseline` is the target in the precision in which it decodes one token at a time fastest.
+    """
     source = open_source(task, split='heldout', seed=settings.seed, limit=settings.limit)
     prompts = [source[i].prompt for i in range(len(source))]
     ar = Request(AutoRegressive(), settings.max_tokens)
-    ways = {'target, AR': Way(target, ar), 'CLLM, AR': Way(cllm, ar)}
+    ways = {'target, AR': Way(baseline, ar), 'CLLM, AR': Way(cllm, ar)}
     for block in settings.blocks:
         jacobi = dataclasses.replace(ar, drafter=Jacobi(block))
         ways |= {
@@ -159,6 +174,31 @@ def decoding(
     return found
 
 
+def pipeline(settings: BenchConfig, task: str, target: Model, console: Console) -> dict[str, Any]:
+    """Collection and training on one task, with the settings of the recipes."""
+    source = open_source(task, split='train', seed=settings.seed, limit=settings.collected)
+    plan = CollectPlan(
+        block=16,
+        mode='sliding',
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        batch=min(64, len(source)),
+        shard=len(source),
+    )
+    with console.status(f'{source.name}: collecting {len(source)} prompts'):
+        collection, records = collection_speed(target, source, plan, alone=8)
+    weights, noise = LossWeights(ar_weight=2.0, global_weight=1.0), Noise(decay=8.0)
+    compute = target.module.compute or target.module.dtype
+    model = dataclasses.replace(target, params=jax.tree.map(_float32, target.params))
+    with console.status(f'{source.name}: training steps'):
+        step = step_cost(model, records, min(16, len(records)), weights, noise, compute)
+    return {'task': source.name, 'collect': collection, 'train': step}
+
+
+def _float32(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.float32)
+
+
 def report(console: Console, found: dict[str, Any]) -> None:
     """The measurements as tables."""
     cost = found['cost']
@@ -181,6 +221,14 @@ def report(console: Console, found: dict[str, Any]) -> None:
             for name, value in task.get('transformers', {}).items()
         ]
         console.out.print(table(f'{task["task"]}: {task["n"]} prompts, batch 1', columns, rows))
+    for part in found.get('pipeline', ()):
+        collect, train = part['collect'], part['train']
+        console.result(
+            f'{part["task"]}: collects {collect["prompts_per_second"]:.3g} prompts/s, '
+            f'{collect["tokens_per_second"]:.0f} tokens/s, {collect["ratio"]:.2f}x of one at a '
+            f'time; a consistency step takes {train["ratio"]:.2f}x the time of an autoregressive '
+            f'one, {train["clean_tokens_per_second"]:.0f} clean tokens/s'
+        )
     console.result(f'peak memory of this process: {size(found["peak_memory_bytes"])}')
 
 
@@ -204,6 +252,7 @@ def tiny(settings: BenchConfig) -> BenchConfig:
         blocks=(4,),
         max_tokens=24,
         repeats=1,
+        collected=min(settings.collected, 4),
     )
 
 
@@ -229,12 +278,17 @@ def run() -> None:
     else:
         name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
         target = load(name, dtype)
+        baseline = load(name, 'float32') if dtype == MIXED else target
         cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'), dtype)
         found |= {'model': cllm.source, 'target': target.source}
         found['cost'] = forward_costs(settings, target, console)
         found['tasks'] = [
-            decoding(settings, task, target, cllm, console) for task in settings.tasks
+            decoding(settings, task, baseline, target, cllm, console) for task in settings.tasks
         ]
+        if settings.collected:
+            found['pipeline'] = [
+                pipeline(settings, task, target, console) for task in settings.tasks
+            ]
     found['peak_memory_bytes'] = peak_memory()
     report(console, found)
     if settings.json:

@@ -74,7 +74,7 @@ class DecodeConfig:
     compare: bool = True
     """Decode autoregressively too, and time both."""
     dtype: Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16'] = 'auto'
-    """Of weights and cache; mixed has bfloat16 matrices and float32 everything else."""
+    """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
 
 
 def read_prompts(settings: DecodeConfig) -> list[str]:

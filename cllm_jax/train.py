@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from cllm_jax.console import Console, print_plan, size
+from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
 from cllm_jax.errors import ConfigError
@@ -27,7 +29,7 @@ from cllm_jax.parallel.rules import check_batch
 from cllm_jax.rundir import open_run
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.training.batches import Noise, Sample
-from cllm_jax.training.run import HeldOut, RunPlan, samples_of, train
+from cllm_jax.training.run import HeldOut, RunPlan, train
 from cllm_jax.training.step import LossWeights, OptimizerConfig, check_accumulation
 from cllm_jax.trajectories.clean import Cleaning, clean
 from cllm_jax.trajectories.store import read_manifest, read_records
@@ -72,8 +74,11 @@ class TrainConfig:
     data: str = ''
     """Dataset (see the README) for ar; trajectory directory for consistency, default
     ROOT/trajectories."""
+    texts: str = ''
+    """Consistency: a dataset whose answers are trained on beside the trajectories, with states of
+    right and random tokens. It keeps the quality up, and costs no collection."""
     examples: int | None = None
-    """Rows of the dataset to use; all of a file if not given."""
+    """Rows of the dataset (of ar, or of texts) to use; all of a file if not given."""
     max_length: int = 512
     """Longer samples are left out, and counted."""
     task: str = 'sql+arithmetic'
@@ -158,11 +163,28 @@ def trajectory_samples(settings: TrainConfig, model: Model, console: Console) ->
         )
     with console.status(f'reading {directory}'):
         records, counts = clean(read_records(directory), settings.cleaning)
-    samples = [Sample(r.prompt, r.answer, r.states, r.start) for r in records]
-    kept = [s for s in samples if len(s) <= settings.max_length]
-    counts['too long'] = len(samples) - len(kept)
     console.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
-    return kept
+    return [Sample(r.prompt, r.answer, r.states, r.start) for r in records]
+
+
+def read_examples(settings: TrainConfig, data: str, console: Console) -> list[Example]:
+    """The training rows of a dataset."""
+    source = open_source(data, split='train', seed=settings.seed, limit=settings.examples)
+    with console.status(f'reading {len(source)} examples of {source.name}'):
+        return [source[i] for i in range(len(source))]
+
+
+def text_samples(
+    model: Model, examples: list[Example], console: Console, block: int = 0
+) -> list[Sample]:
+    """Prompts with their reference answers, and no states of `block` tokens."""
+    if not model.config.eos_ids:
+        raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
+    with console.status('tokenising'):
+        pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
+    states = np.zeros((0, block), np.int32)
+    start = np.zeros(0, np.int32)
+    return [Sample(prompt, answer, states, start) for prompt, answer in pairs]
 
 
 def start_of(settings: TrainConfig) -> str:
@@ -172,29 +194,31 @@ def start_of(settings: TrainConfig) -> str:
     return named_or(settings.model, f'{settings.root}/target', 'embedded-target')
 
 
-def prepare(settings: TrainConfig, mesh: Mesh | None, console: Console):
+def prepare(
+    settings: TrainConfig, mesh: Mesh | None, console: Console
+) -> tuple[Model, list[Sample]]:
     """The model to start from and its training samples."""
     if settings.objective == 'consistency':
         model = load(start_of(settings), settings.dtype, mesh)
-        return model, trajectory_samples(settings, model, console)
-    if not settings.data:
-        raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
-    source = open_source(settings.data, split='train', seed=settings.seed, limit=settings.examples)
-    with console.status(f'reading {len(source)} examples of {source.name}'):
-        examples = [source[i] for i in range(len(source))]
-    if settings.model == 'new':
-        # A random choice: a regular one could miss a task of a mixture altogether.
-        chosen = random.Random(settings.seed).sample(examples, min(len(examples), TOKENIZER_ROWS))
-        model = new_model(settings, [e.prompt + e.answer for e in chosen])
+        samples = trajectory_samples(settings, model, console)
+        if settings.texts and samples:
+            examples = read_examples(settings, settings.texts, console)
+            samples += text_samples(model, examples, console, samples[0].states.shape[1])
     else:
-        model = load(start_of(settings), settings.dtype, mesh)
-    if not model.config.eos_ids:
-        raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
-    with console.status('tokenising'):
-        pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
-    samples = samples_of(pairs, settings.max_length)
-    console.note(f'{len(samples)} samples, {len(pairs) - len(samples)} too long left out')
-    return model, samples
+        if not settings.data:
+            raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
+        examples = read_examples(settings, settings.data, console)
+        if settings.model == 'new':
+            # A random choice: a regular one could miss a task of a mixture altogether.
+            rows = min(len(examples), TOKENIZER_ROWS)
+            chosen = random.Random(settings.seed).sample(examples, rows)
+            model = new_model(settings, [e.prompt + e.answer for e in chosen])
+        else:
+            model = load(start_of(settings), settings.dtype, mesh)
+        samples = text_samples(model, examples, console)
+    kept = [s for s in samples if len(s) <= settings.max_length]
+    console.note(f'{len(kept)} samples, {len(samples) - len(kept)} too long left out')
+    return model, kept
 
 
 def plan(settings: TrainConfig, directory: Path, console: Console) -> None:
@@ -276,7 +300,7 @@ def run() -> None:
             log_every=settings.log_every,
             save_every=settings.save_every,
         )
-        train(directory, model, samples, held_out, run_plan, console.metrics)
+        train(directory, model, samples, held_out, run_plan, console.metrics, console.note)
         console.note(f'done; the best model is {directory / "model"}')
 
 

@@ -55,6 +55,8 @@ def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
         product = way['tokens_per_forward'] * way['conversion']
         assert way['speedup'] == pytest.approx(product)
     assert task['ways']['target, AR']['speedup'] == 1
+    (part,) = found['pipeline']
+    assert part['collect']['prompts_per_second'] > 0 and part['train']['ratio'] > 0
     assert 'c(N)' in capsys.readouterr().out
 
 

@@ -13,10 +13,12 @@ import pytest
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
 from cllm_jax.errors import ConfigError, Interrupted, NumericalError
+from cllm_jax.models.attention import NEVER, attend
 from cllm_jax.models.linear import linear
 from cllm_jax.models.llama import Llama, forward, init_params
 from cllm_jax.models.load import Model, load
 from cllm_jax.rundir import open_run, read_metrics
+from cllm_jax.sums import SUMS
 from cllm_jax.training import run as training_run
 from cllm_jax.training.batches import Noise, Sample, make_batch, samples_of_step
 from cllm_jax.training.losses import divergence
@@ -225,6 +227,26 @@ def test_accumulation_changes_nothing(mixed_dtypes):
         check_accumulation(4, 3)
 
 
+def test_states_made_by_chance_mix_right_tokens_with_those_of_the_prompt():
+    none = np.zeros((0, BLOCK), np.int32)
+    texts = [Sample(s.prompt, s.answer, none, none[:, 0]) for s in samples()]
+    batch = make_batch(samples() + texts, 24, 0, 0, Noise(windows=3))
+    again = make_batch(samples() + texts, 24, 0, 0, Noise(windows=3))
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (batch, again)), strict=True))
+    batch, share = make_batch(texts, 12, 0, 0, Noise(windows=3)), []
+    length = batch.tokens_BT.shape[1] - 3 * BLOCK
+    for row, (_, sample) in enumerate(samples_of_step(texts, 12, 0, 0)):
+        for place in range(3):
+            here = slice(length + place * BLOCK, length + (place + 1) * BLOCK)
+            begin = int(batch.context_BT[row, here][0]) - len(sample.prompt)
+            truth = sample.answer[begin : begin + BLOCK]
+            state = batch.tokens_BT[row, here][: len(truth)]
+            assert state[0] == truth[0]
+            assert set(state[state != truth].tolist()) <= set(sample.prompt.tolist())
+            share.append((state == truth)[1:].mean() if len(truth) > 1 else 1)
+    assert min(share) < 0.3 and max(share) > 0.7 and len(set(share)) > 8
+
+
 def test_muon_orthogonalises_matrices_and_nothing_else(mixed_dtypes):
     """A matrix's update has equal singular values, of AdamW's size, whatever its axes."""
     config = OptimizerConfig(kind='muon', learning_rate=1.0, warmup=0.0, clip=1e9)
@@ -259,6 +281,41 @@ def test_mixed_precision_gradient_is_close(axes):
     for a, b in zip(exact, mixed, strict=True):
         assert a.dtype == b.dtype == jnp.float32
         assert 0 < float(jnp.abs(a - b).max()) < 0.03 * float(jnp.abs(a).max())
+
+
+def reference_attention(q, k, v, mask):
+    """Every head on its own, by JAX's own rules of differentiation."""
+    (batch, _, heads, width), groups = q.shape, len(k) // len(q)
+    out = []
+    for b in range(batch):
+        for head in range(heads):
+            row = head // (heads // groups) * batch + b
+            scores = jnp.where(mask[b], q[b, :, head] @ k[row].T * width**-0.5, NEVER)
+            out.append(jax.nn.softmax(scores, axis=-1) @ v[row])
+    return jnp.stack(out).reshape(batch, heads, -1, width).swapaxes(1, 2)
+
+
+@pytest.mark.parametrize('compute', [None, 'bfloat16'])
+def test_the_gradient_of_attention_is_the_derived_one(compute):
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(keys, [(2, 5, 4, 8), (4, 9, 8), (4, 9, 8)], strict=False)
+    )
+    mask = jax.random.bernoulli(keys[3], 0.6, (2, 5, 9)).at[:, :, 0].set(True)
+    weight = jax.random.normal(keys[4], q.shape)
+
+    def value(q, k, v):
+        return (attend(q, k, v, mask, compute and jnp.dtype(compute)) * weight).sum()
+
+    def expected(q, k, v):
+        return (reference_attention(q, k, v, mask) * weight).sum()
+
+    found = jax.value_and_grad(value, (0, 1, 2))(q, k, v)
+    derived = jax.value_and_grad(expected, (0, 1, 2))(q, k, v)
+    near = 0.03 if compute else 1e-5
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(derived), strict=True):
+        assert float(jnp.abs(a - b).max()) <= near * float(jnp.abs(b).max())
 
 
 def tiny_run(steps: int = 6, **changes):
@@ -329,6 +386,22 @@ def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, monkeypatc
     train(tmp_path, model, data, source, plan)
     steps = [m['step'] for m in without_speed(tmp_path) if 'loss' in m]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_training_goes_on_from_the_one_before(
+    mixed_dtypes, tmp_path
+):
+    model, data, source, plan = tiny_run()
+    train(tmp_path / 'whole', model, data, source, plan)
+    train(tmp_path / 'bad', model, data, source, plan)
+    newest = tmp_path / 'bad/checkpoints/6'
+    for path in newest.rglob('*'):
+        if path.is_file() and path.stat().st_size and path.name != SUMS:
+            path.write_bytes(path.read_bytes()[:-1] + b'!')
+    notes = []
+    train(tmp_path / 'bad', model, data, source, plan, note=notes.append)
+    assert (tmp_path / 'bad/damaged-checkpoint-6').is_dir() and 'going back' in notes[0]
+    assert without_speed(tmp_path / 'bad') == without_speed(tmp_path / 'whole')
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_path):

@@ -53,7 +53,7 @@ class Drafter(Protocol):
         """N, the static number of tokens verified per forward."""
 
     def init(self, weights: Any, sequences: Sequences) -> Any:
-        """State after prefill, when the first answer token is pending."""
+        """State before the first forward, when the last token of the prompt is pending."""
 
     def draft(self, weights: Any, state: Any, sequences: Sequences) -> tuple[Draft, Any]:
         """Propose N nodes; node 0 is the pending token."""

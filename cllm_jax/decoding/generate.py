@@ -59,6 +59,11 @@ def bucket(size: int) -> int:
     return power
 
 
+def cache_slots(width: int, steps: int, nodes: int) -> int:
+    """Slots for a padded prompt, an answer and a draft: no bucket of its own, since these have."""
+    return -(-(width + steps + nodes) // 16) * 16
+
+
 def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt; a list of ids is only checked.
 
@@ -139,7 +144,7 @@ def start(
         max_tokens_B,
         stop_ids(model),
         keys,
-        slots=bucket(width + steps + request.drafter.nodes),
+        slots=cache_slots(width, steps, request.drafter.nodes),
         steps=steps,
         trace=request.trace,
     )

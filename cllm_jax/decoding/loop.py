@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cllm_jax.decoding.draft import Sequences, accepted, put
+from cllm_jax.decoding.draft import Draft, Sequences, accepted, put
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.models.cache import Cache, init_cache
 from cllm_jax.models.llama import Llama
@@ -33,7 +33,7 @@ class Trace:
 
 @struct.dataclass
 class DecodeState:
-    """Everything the loop carries. `emitted_BI[:, 0]` is the prefill's token, I = limit slots."""
+    """Everything the loop carries. Iteration 0 is the prefill; I is the longest answer."""
 
     cache: Cache
     sequences: Sequences
@@ -70,7 +70,10 @@ def prefill(
     steps: int,
     trace: bool,
 ) -> DecodeState:
-    """Run the prompts once, commit one token each, and set up the loop's state.
+    """Run the prompts once, verify a first draft behind them, and set up the loop's state.
+
+    The last token of a prompt is the first pending one, so this is an iteration of the loop like
+    any other, but for the rest of the prompt that it puts into the cache.
 
     Args:
       model, params, drafter, weights, sampling: what decodes, and how tokens are chosen.
@@ -83,39 +86,92 @@ def prefill(
       steps: upper bound on answer tokens, hence on forwards.
       trace: keep every draft (`DecodeState.trace`).
     """
-    batch, width = prompt_BP.shape
-    cache = init_cache(model.config, batch, slots, model.dtype)
-    positions_BP = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (batch, width))
-    mask_BPS = jnp.arange(slots, dtype=jnp.int32)[None, None] <= positions_BP[:, :, None]
-    start_B = jnp.zeros_like(prompt_len_B)
-    hidden_BPD, cache = model.apply(
-        {'params': params}, prompt_BP, positions_BP, mask_BPS, cache, start_B
-    )
-    last_B1D = jnp.take_along_axis(hidden_BPD, (prompt_len_B - 1)[:, None, None], axis=1)
-    logits_B1V = model.apply({'params': params}, last_B1D, method='logits')
-    first_B1 = choose(logits_B1V, keys_B, prompt_len_B[:, None], sampling)
-
+    (batch, width), nodes = prompt_BP.shape, drafter.nodes
     live_B = max_tokens_B > 0
     tokens_BS = jnp.zeros((batch, slots), jnp.int32)
     tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, prompt_BP, (0, 0))
-    tokens_BS = put(tokens_BS, prompt_len_B, first_B1, jnp.ones_like(first_B1, bool))
-    sequences = Sequences(tokens_BS, prompt_len_B, prompt_len_B, keys_B)
-    emitted_BI = jnp.zeros((batch, steps), jnp.int32).at[:, 0].set(live_B.astype(jnp.int32))
-    return DecodeState(
-        cache=cache,
+    sequences = Sequences(tokens_BS, prompt_len_B - 1, prompt_len_B, keys_B)
+    draft, drafter_state = drafter.draft(weights, drafter.init(weights, sequences), sequences)
+    state = DecodeState(
+        cache=init_cache(model.config, batch, slots, model.compute or model.dtype),
         sequences=sequences,
-        drafter=drafter.init(weights, sequences),
+        drafter=drafter_state,
         limit_B=prompt_len_B + max_tokens_B,
-        finished_B=~live_B | (max_tokens_B == 1) | _is_stop(first_B1, stop_ids_E)[:, 0],
-        forwards_B=live_B.astype(jnp.int32),
-        emitted_BI=emitted_BI,
-        iteration=jnp.int32(1),
+        finished_B=~live_B,
+        forwards_B=jnp.zeros_like(prompt_len_B),
+        emitted_BI=jnp.zeros((batch, steps), jnp.int32),
+        iteration=jnp.int32(0),
         trace=Trace(
-            jnp.zeros((batch, steps, drafter.nodes), jnp.int32),
-            jnp.zeros((batch, steps), jnp.int32),
+            jnp.zeros((batch, steps, nodes), jnp.int32), jnp.zeros((batch, steps), jnp.int32)
         )
         if trace
         else None,
+    )
+    tokens_BT = jnp.pad(prompt_BP, ((0, 0), (0, nodes - 1)))
+    tokens_BT = put(tokens_BT, sequences.length_B, draft.tokens_BN, jnp.ones_like(draft.valid_BN))
+    positions_BT = jnp.broadcast_to(
+        jnp.arange(width + nodes - 1, dtype=jnp.int32)[None], tokens_BT.shape
+    )
+    mask_BTS = jnp.arange(slots, dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
+    hidden_BTD, cache = model.apply(
+        {'params': params},
+        tokens_BT,
+        positions_BT,
+        mask_BTS,
+        state.cache,
+        jnp.zeros_like(live_B, jnp.int32),
+    )
+    at_BN = sequences.length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
+    hidden_BND = jnp.take_along_axis(hidden_BTD, at_BN[:, :, None], axis=1)
+    logits_BNV = model.apply({'params': params}, hidden_BND, method='logits')
+    return _commit(
+        drafter, weights, sampling, stop_ids_E, state.replace(cache=cache), draft, logits_BNV
+    )
+
+
+def _commit(
+    drafter: Any,
+    weights: Any,
+    sampling: Sampling,
+    stop_ids_E: jax.Array,
+    state: DecodeState,
+    draft: Draft,
+    logits_BNV: jax.Array,
+) -> DecodeState:
+    """Accept what the model chose after the nodes of `draft`, which are in the cache by now."""
+    seq, nodes = state.sequences, drafter.nodes
+    steps_N = jnp.arange(nodes, dtype=jnp.int32)[None]
+    y_BN = choose(logits_BNV, seq.keys_B, seq.length_B[:, None] + 1 + steps_N, sampling)
+
+    stop_BN = _is_stop(y_BN, stop_ids_E)
+    until_stop_B = jnp.where(stop_BN.any(1), jnp.argmax(stop_BN, axis=1) + 1, nodes + 1)
+    room_B = state.limit_B - (seq.length_B + 1)
+    count_B = jnp.minimum(accepted(draft, y_BN) + 1, jnp.minimum(until_stop_B, room_B))
+    finished_B = state.finished_B | (count_B == until_stop_B) | (count_B == room_B)
+    count_B = jnp.where(state.finished_B, 0, count_B)
+
+    trace = state.trace
+    if trace is not None:
+        at = (0, state.iteration, 0)
+        trace = Trace(
+            jax.lax.dynamic_update_slice(trace.tokens_BIN, draft.tokens_BN[:, None], at),
+            jax.lax.dynamic_update_slice(trace.position_BI, seq.length_B[:, None], at[:2]),
+        )
+    return DecodeState(
+        cache=state.cache,
+        sequences=seq.replace(
+            tokens_BS=put(seq.tokens_BS, seq.length_B + 1, y_BN, steps_N < count_B[:, None]),
+            length_B=seq.length_B + count_B,
+        ),
+        drafter=drafter.update(weights, state.drafter, draft, y_BN, seq),
+        limit_B=state.limit_B,
+        finished_B=finished_B,
+        forwards_B=state.forwards_B + (count_B > 0).astype(jnp.int32),
+        emitted_BI=jax.lax.dynamic_update_slice(
+            state.emitted_BI, count_B[:, None], (0, state.iteration)
+        ),
+        iteration=state.iteration + 1,
+        trace=trace,
     )
 
 
@@ -135,8 +191,7 @@ def advance(
     `until` is a traced number: streaming calls this with small steps and shares the compilation
     with decoding in one go. Nothing is read back to the host inside. `state` is donated.
     """
-    nodes = drafter.nodes
-    steps_N = jnp.arange(nodes, dtype=jnp.int32)[None]
+    steps_N = jnp.arange(drafter.nodes, dtype=jnp.int32)[None]
 
     def unfinished(state: DecodeState) -> jax.Array:
         return ~state.finished_B.all() & (state.iteration < until)
@@ -144,7 +199,6 @@ def advance(
     def iterate(state: DecodeState) -> DecodeState:
         seq = state.sequences
         slots_S = jnp.arange(state.cache.slots, dtype=jnp.int32)
-
         draft, drafter_state = drafter.draft(weights, state.drafter, seq)
         positions_BN = seq.length_B[:, None] + steps_N
         mask_BNS = slots_S[None, None] <= positions_BN[:, :, None]
@@ -152,37 +206,7 @@ def advance(
             {'params': params}, draft.tokens_BN, positions_BN, mask_BNS, state.cache, seq.length_B
         )
         logits_BNV = model.apply({'params': params}, hidden_BND, method='logits')
-        y_BN = choose(logits_BNV, seq.keys_B, positions_BN + 1, sampling)
-
-        stop_BN = _is_stop(y_BN, stop_ids_E)
-        until_stop_B = jnp.where(stop_BN.any(1), jnp.argmax(stop_BN, axis=1) + 1, nodes + 1)
-        room_B = state.limit_B - (seq.length_B + 1)
-        count_B = jnp.minimum(accepted(draft, y_BN) + 1, jnp.minimum(until_stop_B, room_B))
-        finished_B = state.finished_B | (count_B == until_stop_B) | (count_B == room_B)
-        count_B = jnp.where(state.finished_B, 0, count_B)
-
-        trace = state.trace
-        if trace is not None:
-            at = (0, state.iteration, 0)
-            trace = Trace(
-                jax.lax.dynamic_update_slice(trace.tokens_BIN, draft.tokens_BN[:, None], at),
-                jax.lax.dynamic_update_slice(trace.position_BI, seq.length_B[:, None], at[:2]),
-            )
-        return DecodeState(
-            cache=cache,
-            sequences=seq.replace(
-                tokens_BS=put(seq.tokens_BS, seq.length_B + 1, y_BN, steps_N < count_B[:, None]),
-                length_B=seq.length_B + count_B,
-            ),
-            drafter=drafter.update(weights, drafter_state, draft, y_BN, seq),
-            limit_B=state.limit_B,
-            finished_B=finished_B,
-            forwards_B=state.forwards_B + (count_B > 0).astype(jnp.int32),
-            emitted_BI=jax.lax.dynamic_update_slice(
-                state.emitted_BI, count_B[:, None], (0, state.iteration)
-            ),
-            iteration=state.iteration + 1,
-            trace=trace,
-        )
+        state = state.replace(cache=cache, drafter=drafter_state)
+        return _commit(drafter, weights, sampling, stop_ids_E, state, draft, logits_BNV)
 
     return jax.lax.while_loop(unfinished, iterate, state)

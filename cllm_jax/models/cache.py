@@ -44,8 +44,19 @@ def rows(x_BTKH: jax.Array) -> jax.Array:
 def write(cache_RSH: jax.Array, new_RTH: jax.Array, start_B: jax.Array) -> jax.Array:
     """Put the T new rows of one layer at slots `start .. start + T` of each sequence.
 
+    They are rounded to the cache's dtype.
     `dynamic_update_slice` clamps: the caller guarantees `start + T <= S`.
     """
+    dtype = cache_RSH.dtype
+    new_RTH = new_RTH.astype(dtype)
+    if dtype == jnp.bfloat16:  # XLA's CPU backend updates it as float32, converting all of it twice
+        cache_RSH, new_RTH = (
+            jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache_RSH, new_RTH)
+        )
+    return jax.lax.bitcast_convert_type(_write(cache_RSH, new_RTH, start_B), dtype)
+
+
+def _write(cache_RSH: jax.Array, new_RTH: jax.Array, start_B: jax.Array) -> jax.Array:
     if len(start_B) == 1:  # mapped over rows it is a scatter, which copies
         return jax.lax.dynamic_update_slice(cache_RSH, new_RTH, (0, start_B[0], 0))
 

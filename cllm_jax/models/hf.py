@@ -24,12 +24,13 @@ from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models.config import LlamaConfig, config_json, one_line, parse_config, read_config
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.weight_files import INDEX, SINGLE, Stored, explain, listed, read_headers
+from cllm_jax.sums import check_sums, write_sums
 
 SHARD_BYTES = 4 << 30
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
 STORED = ('F64', 'F32', 'F16', 'BF16')
 """Number formats (as safetensors spells them) that hold plain weights."""
-MODEL_SUFFIXES = ('.json', '.safetensors', '.model', '.jinja', '.txt')
+MODEL_SUFFIXES = ('.json', '.safetensors', '.model', '.jinja', '.txt', '.sha256')
 MODEL_DIRS = ('additional_chat_templates',)
 """What a model directory that may be overwritten consists of."""
 BLOCK_NAMES = {
@@ -162,6 +163,7 @@ def read_model(
       DataError: a missing or damaged file; pickled weights; missing, extra or ill-shaped tensors.
       ConfigError: an architecture that is not supported.
     """
+    check_sums(directory)
     config = read_config(directory)
     found = read_headers(directory)
     _check(directory, config, found)
@@ -279,6 +281,7 @@ def write_model(
         if card:
             (temp / 'README.md').write_text(card, 'utf-8')
         _write_weights(temp, named_tensors(params), dtype, shard_bytes)
+        write_sums(temp)
         _settle(temp)
         _replace(temp, directory)
     except (OSError, SafetensorError) as e:

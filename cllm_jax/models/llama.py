@@ -76,7 +76,7 @@ class Block(nn.Module):
             kv_RSH = new_RTH
         else:
             kv_RSH = [write(*pair, start_B) for pair in zip(kv_RSH, new_RTH, strict=True)]
-        o_BTNH = attend(q_BTNH, *kv_RSH, mask_BTS)
+        o_BTNH = attend(q_BTNH, *kv_RSH, mask_BTS, self.compute)
         o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
         o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
         x_BTD = x_BTD + linear(o_BTA, o.reshape(-1, c.dim), self.compute)
@@ -98,8 +98,8 @@ class Llama(nn.Module):
     config: LlamaConfig
     dtype: jnp.dtype = jnp.float32
     compute: jnp.dtype | None = None
-    """Mixed precision: matrices are stored in this dtype or rounded to it for every product, and so
-    are the activations they meet; norms, attention, residuals and cache stay in `dtype`."""
+    """Mixed precision: matrices and cache are stored in this dtype or rounded to it for every
+    product, and so are the activations they meet; norms, softmax and residuals stay in `dtype`."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
 

@@ -116,8 +116,8 @@ def load(name: str, dtype: str | None = None, mesh: Mesh | None = None) -> Model
 
     Args:
       name: see `resolve`; a run directory means its best exported checkpoint.
-      dtype: 'float32', 'bfloat16', 'float16', or 'mixed': bfloat16 matrices and products, float32
-        everything else. By default what suits the device.
+      dtype: 'float32', 'bfloat16', 'float16', or 'mixed': bfloat16 matrices, cache and products,
+        float32 everywhere else. By default what suits the device.
       mesh: devices that share the weights (`parallel/`); None for one device.
 
     Raises:
@@ -139,7 +139,7 @@ def load(name: str, dtype: str | None = None, mesh: Mesh | None = None) -> Model
 
 
 def storage(dtype: str) -> jnp.dtype:
-    """The dtype of norms, cache and residuals under a name that `load` accepts."""
+    """The dtype of norms and residuals under a name that `load` accepts."""
     return DTYPES['float32' if dtype == MIXED else dtype]
 
 

@@ -33,7 +33,7 @@ class Sample:
     """A tokenised prompt with its answer (EOS included) and the Jacobi states that led there.
 
     `states` is int32 `[S, n]`; row s holds guesses for answer offsets `start[s] .. start[s] + n`.
-    Plain texts have no states.
+    With S = 0 states are made by chance: any share of the right tokens, random ones elsewhere.
     """
 
     prompt: np.ndarray
@@ -172,8 +172,11 @@ def _clean_row(sample: Sample, length: int, answer: int, noisy: int) -> dict[str
 
 
 def _pick(sample: Sample, noise: Noise, rng: np.random.Generator, count: int) -> list[int]:
-    """Indices of `count` states, spread over the answer: one from each of `count` equal parts."""
-    total = len(sample.states)
+    """Indices of `count` states, spread over the answer: one from each of `count` equal parts.
+
+    Where states are made by chance, these are the offsets at which they start.
+    """
+    total = len(sample.states) or len(sample.answer)
     drawn = count // 2 if noise.pairs else count
     edges = np.linspace(0, total, drawn + 1)
     low = np.floor(edges[:-1]).astype(int)
@@ -198,15 +201,17 @@ def _add_states(
     picked = _pick(sample, noise, rng, windows)
     placed = []
     for place, index in enumerate(picked):
-        begin, state = int(sample.start[index]), sample.states[index].copy()
-        if not noise.pairs:
-            guess = rng.choice(sample.prompt, width)
-            share = 1.0 if rng.random() < noise.fresh else noise.corruption
-            state[1:] = np.where(rng.random(width) < share, guess, state)[1:]
+        begin = int(sample.start[index]) if len(sample.states) else index
         steps = np.arange(width)
         offsets = begin + steps  # answer offset of each state token; it predicts offset + 1
         real = offsets < total
         truth = sample.answer[np.minimum(offsets, total - 1)]
+        state = (sample.states[index] if len(sample.states) else truth).copy()
+        if not noise.pairs:
+            guess = rng.choice(sample.prompt, width)
+            share = noise.corruption if len(sample.states) else rng.random()
+            share = 1.0 if rng.random() < noise.fresh else share
+            state[1:] = np.where(rng.random(width) < share, guess, state)[1:]
         wrong = (state != truth) & real
         first = int(np.argmax(wrong)) if wrong.any() else width
         ahead = steps - first

@@ -1,6 +1,10 @@
-"""Checkpoints of a training run (Orbax v1): atomic, asynchronous, the last few kept."""
+"""Checkpoints of a training run (Orbax v1): atomic, asynchronous, summed, the last few kept."""
 
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +13,84 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from cllm_jax.errors import DataError
+from cllm_jax.parallel.distributed import barrier, is_main
+from cllm_jax.sums import check_sums, write_sums
 
 KEEP = 2
 
 
-def open_checkpoints(directory: Path) -> ocp.training.Checkpointer:
-    """The checkpoints of a run. Leftovers of a save that was killed are removed."""
+@dataclass
+class Checkpoints:
+    """The open checkpoints of a run, and the thread that sums what has been written."""
+
+    directory: Path
+    orbax: ocp.training.Checkpointer
+    thread: ThreadPoolExecutor
+    pending: list[Future] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Wait until every save is complete; raises what went wrong in one."""
+        while self.pending:
+            self.pending.pop(0).result()
+
+
+@contextmanager
+def open_checkpoints(
+    directory: Path, note: Callable[[str], None] = lambda text: None
+) -> Iterator[Checkpoints]:
+    """The checkpoints of a run, for a `with` block that waits for the last save.
+
+    Leftovers of a save that was killed are removed. A checkpoint whose files are not those that
+    were written is moved aside to `damaged-checkpoint-STEP`, and `note` is told: training goes on
+    from the one before.
+    """
     directory = directory.resolve()  # Orbax refuses relative paths
-    for stale in directory.glob('*.orbax-checkpoint-tmp*'):
-        shutil.rmtree(stale, ignore_errors=True)
+    if is_main() and directory.is_dir():
+        for stale in directory.glob('*.orbax-checkpoint-tmp*'):
+            shutil.rmtree(stale, ignore_errors=True)
+        for step in sorted(p for p in directory.iterdir() if p.name.isdigit()):
+            _set_aside_if_damaged(step, note)
+    barrier('checkpoints')
     policies = ocp.training.preservation_policies
-    return ocp.training.Checkpointer(directory, preservation_policy=policies.LatestN(KEEP))
+    with (
+        ocp.training.Checkpointer(directory, preservation_policy=policies.LatestN(KEEP)) as orbax,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        checkpoints = Checkpoints(directory, orbax, thread)
+        yield checkpoints
+        checkpoints.settle()
 
 
-def save(checkpoints: ocp.training.Checkpointer, step: int, state: Any, progress: dict) -> None:
-    """Start saving; returns when the arrays are copied. `progress` holds plain numbers."""
+def _set_aside_if_damaged(step: Path, note: Callable[[str], None]) -> None:
+    try:
+        check_sums(step)
+    except DataError as e:
+        aside = step.parent.with_name(f'damaged-checkpoint-{step.name}')
+        shutil.rmtree(aside, ignore_errors=True)
+        step.rename(aside)
+        note(f'warning: {e.args[0].split(";")[0]}; kept as {aside}, going back to the one before')
+
+
+def save(checkpoints: Checkpoints, step: int, state: Any, progress: dict) -> None:
+    """Start saving; returns when the arrays are copied. `progress` holds plain numbers.
+
+    Raises what went wrong in the save before.
+    """
+    checkpoints.settle()
     numbers = {k: np.asarray(v, np.float64) for k, v in progress.items()}
-    checkpoints.save_checkpointables_async(step, {'state': state, 'progress': numbers}, force=True)
+    saved = checkpoints.orbax.save_checkpointables_async(
+        step, {'state': state, 'progress': numbers}, force=True
+    )
+
+    def complete() -> None:
+        saved.result()
+        if is_main():
+            write_sums(checkpoints.directory / str(step))
+
+    checkpoints.pending.append(checkpoints.thread.submit(complete))
 
 
-def restore(checkpoints: ocp.training.Checkpointer, state: Any) -> tuple[Any, dict] | None:
+def restore(checkpoints: Checkpoints, state: Any) -> tuple[Any, dict] | None:
     """The newest complete checkpoint as (state, progress), or None in a new run.
 
     Args:
@@ -37,14 +99,14 @@ def restore(checkpoints: ocp.training.Checkpointer, state: Any) -> tuple[Any, di
     Raises:
       DataError: the checkpoint cannot be read, or belongs to a model of another shape.
     """
-    latest = checkpoints.latest
+    latest = checkpoints.orbax.latest
     if latest is None:
         return None
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     try:
-        loaded = checkpoints.load_checkpointables(
+        loaded = checkpoints.orbax.load_checkpointables(
             latest.step, {'state': abstract, 'progress': None}
         )
     except Exception as e:  # orbax and tensorstore raise many types for damaged files

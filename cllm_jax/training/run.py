@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -117,6 +116,7 @@ def train(
     source: Source,
     plan: RunPlan,
     report: Callable[[dict], None] = lambda record: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Train until `plan.steps`, continuing from the newest checkpoint in `directory`.
 
@@ -135,7 +135,10 @@ def train(
     test = partial(held_out_test, source=source, test=plan.held_out)
     reference = test(model, reference=None)
     progress = {'first_quality': reference['quality'], 'best': -1.0}
-    with open_checkpoints(directory / 'checkpoints') as checkpoints, _stop_signals() as stopped:
+    with (
+        open_checkpoints(directory / 'checkpoints', note) as checkpoints,
+        _stop_signals() as stopped,
+    ):
         if found := restore(checkpoints, state):
             state, progress = found
             if is_main():
@@ -178,7 +181,7 @@ def train(
                 if step % plan.save_every == 0 or step == plan.steps or stop:
                     save(checkpoints, step, state, progress)
                 if stop:
-                    checkpoints.close()
+                    checkpoints.settle()
                     raise Interrupted(f'saved at step {step}; run the same command to continue')
             following.cancel()
 
@@ -232,8 +235,3 @@ class _stop_signals:
     def __exit__(self, *error):
         for number, handler in self.old.items():
             signal.signal(number, handler)
-
-
-def samples_of(pairs: Sequence[tuple[np.ndarray, np.ndarray]], max_length: int) -> list[Sample]:
-    """Plain training samples; those longer than `max_length` tokens are left out."""
-    return [Sample(p, a) for p, a in pairs if len(p) + len(a) <= max_length]

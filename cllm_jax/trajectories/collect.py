@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
 from cllm_jax.datasets.tokens import encode_examples
-from cllm_jax.decoding.generate import bucket, stop_ids, text_of
+from cllm_jax.decoding.generate import bucket, cache_slots, stop_ids, text_of
 from cllm_jax.decoding.loop import advance, prefill
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.jacobi import Jacobi
@@ -161,7 +161,8 @@ def _decode(
     keys = [prompt_key(plan.seed, example.id) for example, _ in rows]
     keys_B = jnp.stack(keys + keys[:1] * (size - len(rows)))
     drafter = Jacobi(plan.block, plan.mode)
-    run = _collector(model.module, drafter, mesh, bucket(width + steps + plan.block), steps)
+    slots = cache_slots(width, steps, plan.block)
+    run = _collector(model.module, drafter, mesh, slots, steps)
     out = run(model.params, stop_ids(model), prompt_BP, prompt_len_B, max_tokens_B, keys_B)
     tokens_BS, length_B, forwards_B, window_BIN, position_BI = jax.device_get(out)
     result = []
@@ -214,7 +215,6 @@ def collect(
     """
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
-    mesh = data_mesh()
     shards = -(-len(source) // plan.shard)
     mine = range(jax.process_index(), shards, jax.process_count())
     manifest = open_manifest(directory, identity, shards, mine)
@@ -224,9 +224,8 @@ def collect(
         if manifest['shards'][index]:
             advance_by(size, 0)
             continue
-        examples = [source[i] for i in range(begin, begin + size)]
-        pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
-        records = _collect_shard(model, source, plan, mesh, examples, pairs, advance_by)
+        rows = range(begin, begin + size)
+        records = collect_records(model, source, plan, rows, advance_by)
         write_shard(directory, manifest, index, records, _count(records, size))
     barrier('collected')
     if is_main():
@@ -238,15 +237,27 @@ def collect(
     return counts
 
 
-def _collect_shard(model, source, plan, mesh, examples, pairs, advance_by) -> list[Record]:
-    room = model.config.max_positions - plan.max_tokens
-    # Rows of a batch wait for the slowest: the reference answer tells roughly how long one takes.
-    rows = [i for i, (prompt, _) in enumerate(pairs) if len(prompt) <= room]
-    rows.sort(key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
-    width = bucket(max((len(pairs[i][0]) for i in rows), default=1))
+def collect_records(
+    model: Model,
+    source: Source,
+    plan: CollectPlan,
+    rows: Sequence[int],
+    advance_by: Callable[[int, int], None] = lambda prompts, tokens: None,
+) -> list[Record]:
+    """The trajectories of some rows of `source`, in order; prompts that are too long are left out.
+
+    Rows of a batch wait for the slowest, so each batch gets rows of about the same length, as the
+    reference answers tell it.
+    """
+    mesh, room = data_mesh(), model.config.max_positions - plan.max_tokens
+    examples = [source[i] for i in rows]
+    pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
+    order = [i for i, (prompt, _) in enumerate(pairs) if len(prompt) <= room]
+    order.sort(key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
+    width = bucket(max((len(pairs[i][0]) for i in order), default=1))
     records: dict[int, Record] = {}
-    for begin in range(0, len(rows), plan.batch):
-        chosen = rows[begin : begin + plan.batch]
+    for begin in range(0, len(order), plan.batch):
+        chosen = order[begin : begin + plan.batch]
         found = _decode(model, plan, mesh, [(examples[i], pairs[i][0]) for i in chosen], width)
         for i, one in zip(chosen, found, strict=True):
             records[i] = _record(model, source, examples[i], pairs[i][0], one)

@@ -11,7 +11,6 @@ the same file: each has its own shards, and the first one writes the rest.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import numpy as np
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.parallel.distributed import barrier, is_main
 from cllm_jax.rundir import write_atomic
+from cllm_jax.sums import sha256
 
 NAME = 'trajectories'
 MANIFEST = 'manifest.json'
@@ -71,11 +71,6 @@ def features(block: int) -> Any:
 
 def shard_name(index: int, count: int) -> str:
     return f'{NAME}-train.array_record-{index:05}-of-{count:05}'
-
-
-def sha256(path: Path) -> str:
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def entry_path(directory: Path, index: int) -> Path:

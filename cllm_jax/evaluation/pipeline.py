@@ -1,0 +1,113 @@
+"""How fast the other two stages are: collecting trajectories, and a training step.
+
+Both ratios compare like with like in one run: collection in batches beside decoding the same
+prompts one at a time, and a consistency step beside an autoregressive one on the same answers.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cllm_jax.datasets.sources import Source
+from cllm_jax.decoding.generate import Request, decode_batch, encode, row_keys
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.models.llama import Llama
+from cllm_jax.models.load import Model
+from cllm_jax.training.batches import Noise, Sample, make_batch
+from cllm_jax.training.step import (
+    LossWeights,
+    OptimizerConfig,
+    make_optimizer,
+    make_step,
+    new_state,
+)
+from cllm_jax.trajectories.collect import CollectPlan, collect_records
+from cllm_jax.trajectories.store import Record
+
+
+def collection_speed(
+    model: Model, source: Source, plan: CollectPlan, alone: int
+) -> tuple[dict[str, float], list[Record]]:
+    """Prompts and tokens per second of a collection, and of decoding one prompt at a time.
+
+    Args:
+      model, source, plan: what is collected; every row of `source`, twice, once to compile.
+      alone: how many of the prompts are decoded alone, by the paper's block schedule.
+    """
+    collect_records(model, source, plan, range(len(source)))
+    begin = time.perf_counter()
+    records = collect_records(model, source, plan, range(len(source)))
+    together = time.perf_counter() - begin
+    request = Request(Jacobi(plan.block, 'block'), plan.max_tokens, trace=True)
+    seconds = []
+    for i in range(min(alone, len(source))):
+        ids, keys = encode(model, source[i].prompt), row_keys(plan.seed, [i])
+        decode_batch(model, request, [ids], keys)
+        seconds.append(decode_batch(model, request, [ids], keys).seconds[0])
+    return {
+        'prompts_per_second': len(records) / together,
+        'tokens_per_second': sum(len(r.answer) for r in records) / together,
+        'prompts_per_second_alone': len(seconds) / sum(seconds),
+        'ratio': len(records) / together * sum(seconds) / len(seconds),
+    }, records
+
+
+def step_cost(
+    model: Model,
+    records: list[Record],
+    batch: int,
+    weights: LossWeights,
+    noise: Noise,
+    compute: Any,
+    repeats: int = 5,
+) -> dict[str, float]:
+    """Seconds of an autoregressive and of a consistency step over the same answers.
+
+    Args:
+      model: where training starts; its weights are float32.
+      records: a collection.
+      batch: answers per step.
+      weights, noise: of the consistency step; the other has the autoregressive loss alone.
+      compute: precision of the products.
+      repeats: times each step is timed, in turn, after one that compiles.
+    """
+    samples = [Sample(r.prompt, r.answer, r.states, r.start) for r in records if len(r.states)]
+    module = Llama(model.config, model.params['norm'].dtype, compute)
+    optimizer = make_optimizer(OptimizerConfig(kind='muon'), steps=100)
+    plain = dataclasses.replace(weights, ar_weight=1.0, global_weight=0.0, local_weight=0.0)
+    steps: dict[str, Callable[[], Any]] = {}
+    for name, loss, states in (('ar', plain, None), ('consistency', weights, noise)):
+        packed = jax.tree.map(jnp.asarray, make_batch(samples, batch, 0, 0, states))
+        clean = int((packed.segment_BT == 0).sum())
+        steps[name] = _stepper(
+            make_step(module, optimizer, loss), new_state(optimizer, model.params), packed
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats + 1):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - begin)
+    ar, consistency = (statistics.median(seconds[name][1:]) for name in ('ar', 'consistency'))
+    return {
+        'ar_step_seconds': ar,
+        'consistency_step_seconds': consistency,
+        'ratio': consistency / ar,
+        'clean_tokens': clean,
+        'clean_tokens_per_second': clean / consistency,
+    }
+
+
+def _stepper(step: Callable, state: Any, batch: Any) -> Callable[[], None]:
+    """A step that goes on from where the last call of it stopped."""
+
+    def run() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(step(state, batch))
+
+    return run
