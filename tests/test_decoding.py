@@ -19,6 +19,7 @@ from cllm_jax.decoding.loop import DecodeState, Trace, advance, prefill
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
+from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.models.llama import Llama, forward
 from tests.tiny import copy_model, ragged_prompts, random_model, tiny_config
 
@@ -35,7 +36,8 @@ SAMPLED_RUNS = [
     (Jacobi(5, 'block'), MILD),
     (Jacobi(16, 'block'), FREE),
 ]
-RUNS = [(AR, GREEDY), *GREEDY_RUNS, *SAMPLED_RUNS]
+TRACED_RUNS = [(AR, GREEDY), *GREEDY_RUNS, *SAMPLED_RUNS]
+RUNS = [*TRACED_RUNS, (PromptLookup(6), GREEDY), (PromptLookup(4, ngram=2), FREE)]
 BLOCK_RUNS = [r for r in RUNS if isinstance(r[0], Jacobi) and r[0].mode == 'block']
 choose_jit = jax.jit(choose, static_argnums=3)
 
@@ -43,6 +45,8 @@ choose_jit = jax.jit(choose, static_argnums=3)
 def name(value) -> str:
     if isinstance(value, Sampling):
         return f'T{value.temperature}'
+    if isinstance(value, PromptLookup):
+        return f'lookup{value.block}'
     return f'{value.mode}{value.block}' if isinstance(value, Jacobi) else type(value).__name__
 
 
@@ -116,15 +120,20 @@ def cases(sampling: Sampling) -> list[Case]:
     return out
 
 
-def begin(case: Case, drafter, sampling: Sampling, weights=()) -> DecodeState:
-    """Prefill, compiled once per sampling rule, then the drafter's own state and room to trace."""
+def first(case: Case, drafter, sampling: Sampling, weights=(), trace=False) -> DecodeState:
+    """The state after the prefill."""
     prompt_BP = np.full((ROWS, WIDTH), 3, np.int32)
     for row, prompt in zip(prompt_BP, case.prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(p) for p in case.prompts], np.int32)
     arrays = [jnp.asarray(a) for a in (prompt_BP, lengths, case.max_tokens, case.stop_ids)]
-    static = {'slots': SLOTS, 'steps': STEPS, 'trace': False}
-    state = prefill(MODULE, case.params, AR, (), sampling, *arrays, case.keys, **static)
+    static = {'slots': SLOTS, 'steps': STEPS, 'trace': trace}
+    return prefill(MODULE, case.params, drafter, weights, sampling, *arrays, case.keys, **static)
+
+
+def begin(case: Case, drafter, sampling: Sampling, weights=()) -> DecodeState:
+    """AR's prefill, compiled once per sampling rule, then the drafter's state and room to trace."""
+    state = first(case, AR, sampling)
     trace = Trace(
         jnp.zeros((ROWS, STEPS, drafter.nodes), jnp.int32), jnp.zeros((ROWS, STEPS), jnp.int32)
     )
@@ -215,7 +224,7 @@ def test_cache_holds_what_a_fresh_prefill_computes(drafter, sampling):
             assert error.max() < 1e-5 * max(1, np.abs(kept).max())
 
 
-@pytest.mark.parametrize(('drafter', 'sampling'), RUNS, ids=name)
+@pytest.mark.parametrize(('drafter', 'sampling'), TRACED_RUNS, ids=name)
 def test_trace_starts_random_and_converges(drafter, sampling):
     """Slot 0 is committed, each state extends the converged prefix, the last one is the answer."""
     n, block_mode = drafter.nodes, getattr(drafter, 'mode', '') == 'block'
@@ -328,6 +337,40 @@ def test_a_drafter_decides_the_forwards_and_never_the_answer():
             assert max(accepted['unsure'][row]) <= 3
             if len(answer) > 12:
                 assert 3 in accepted['unsure'][row]
+
+
+@pytest.mark.parametrize(
+    ('drafter', 'sampling'),
+    [(Jacobi(8), MILD), (Jacobi(5, 'block'), GREEDY), (PromptLookup(6), GREEDY)],
+    ids=name,
+)
+def test_the_prefill_verifies_a_draft_too(drafter, sampling):
+    """The answers stay; what Jacobi saves is a forward per answer, and block mode nothing."""
+    saved = 0
+    for (case, late), early in zip(
+        runs(drafter, sampling),
+        [first(c, drafter, sampling, trace=True) for c in cases(sampling)],
+        strict=True,
+    ):
+        state = proceed(case, drafter, sampling, early)
+        assert answers(state, ROWS)[0] == case.answers
+        saved += int((late.forwards_B - state.forwards_B).sum())
+    if isinstance(drafter, Jacobi):
+        assert saved > 0 if drafter.mode == 'sliding' else saved == 0
+
+
+def test_a_right_draft_is_accepted_in_the_prefill():
+    n = 4
+    for case in cases(GREEDY):
+        script = np.full((ROWS, SLOTS), 3, np.int32)
+        for row, prompt, answer in zip(script, case.prompts, case.plain, strict=True):
+            row[len(prompt) : len(prompt) + len(answer)] = answer
+        weights = jnp.asarray(script), jnp.ones((ROWS, SLOTS), bool)
+        state = first(case, Scripted(n), GREEDY, weights)
+        for accepted, answer in zip(answers(state, ROWS)[1], case.answers, strict=True):
+            assert accepted == [min(n, len(answer))]
+        state = proceed(case, Scripted(n), GREEDY, state, weights)
+        assert answers(state, ROWS)[0] == case.answers
 
 
 def test_one_shape_compiles_once_and_reads_nothing_back():

@@ -1,0 +1,60 @@
+"""Prompt lookup (github.com/apoorvumang/prompt-lookup-decoding): what followed the last time.
+
+The last few committed tokens are searched for in the prompt and the answer so far, and what came
+after them there is proposed again. Nothing is trained and no model is asked.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from cllm_jax.decoding.draft import Draft
+from cllm_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLookup:
+    """Propose the `block - 1` tokens behind the latest place that matches the longest suffix.
+
+    A match of `ngram` tokens is preferred to one of fewer, down to a single token. Where the match
+    is closer than `block` tokens, the text from it on is taken as a pattern that goes on.
+    """
+
+    block: int = 8
+    ngram: int = 3
+
+    def __post_init__(self):
+        if self.block < 1:
+            raise ConfigError(f'block {self.block}: must be at least 1')
+        if self.ngram < 1:
+            raise ConfigError(f'ngram {self.ngram}: must be at least 1')
+
+    @property
+    def nodes(self) -> int:
+        return self.block
+
+    def init(self, weights, sequences):
+        return ()
+
+    def draft(self, weights, state, sequences):
+        tokens_BS, length_B1 = sequences.tokens_BS, sequences.length_B[:, None]
+        slots_1S = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
+        same_BS = slots_1S < length_B1
+        matched_BS = jnp.zeros_like(tokens_BS)
+        for back in range(self.ngram):
+            last_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(length_B1 - back, 0), axis=1)
+            same_BS &= (jnp.roll(tokens_BS, back, axis=1) == last_B1) & (slots_1S >= back)
+            matched_BS += same_BS.astype(jnp.int32)
+        rank_BS = jnp.where(matched_BS > 0, matched_BS * tokens_BS.shape[1] + slots_1S, -1)
+        start_B1 = jnp.argmax(rank_BS, axis=1).astype(jnp.int32)[:, None]
+        found_B1 = rank_BS.max(axis=1, keepdims=True) >= 0
+
+        steps_1N = jnp.arange(self.block - 1, dtype=jnp.int32)[None]
+        period_B1 = jnp.maximum(length_B1 - start_B1, 1)
+        guess_BN = jnp.take_along_axis(tokens_BS, start_B1 + 1 + steps_1N % period_B1, axis=1)
+        tokens_BN = jnp.concatenate([sequences.window(1), guess_BN], axis=1)
+        valid_BN = jnp.broadcast_to(found_B1, tokens_BN.shape)
+        return Draft(tokens_BN, valid_BN), state
+
+    def update(self, weights, state, draft, y_BN, sequences):
+        return state
