@@ -19,7 +19,7 @@ def test_jacobi_is_autoregressive_decoding_of_the_shipped_model(model):
     slow = cllm.decode(model, prompts, cllm.AutoRegressive(), max_tokens=40)
     fast = cllm.decode(model, prompts, cllm.Jacobi(block=16), max_tokens=40)
     assert fast.tokens == slow.tokens and fast.texts == slow.texts
-    assert sum(fast.forwards) < sum(slow.forwards)
+    assert sum(map(len, fast.tokens)) > 3 * sum(fast.forwards), 'it is a CLLM'
     sampled = [
         cllm.decode(model, prompts, drafter, max_tokens=40, temperature=5.0, seed=1).tokens
         for drafter in (cllm.AutoRegressive(), cllm.Jacobi(block=16))
