@@ -101,6 +101,7 @@ def run() -> None:
             model.tokenizer,
             dtype=settings.dtype,
             card=text,
+            sums=True,
         )
         console.note(f'{out / name}: {model.config.parameters / 1e6:.2f}M parameters')
 

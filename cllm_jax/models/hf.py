@@ -163,11 +163,11 @@ def read_model(
       DataError: a missing or damaged file; pickled weights; missing, extra or ill-shaped tensors.
       ConfigError: an architecture that is not supported.
     """
-    check_sums(directory)
     config = read_config(directory)
     found = read_headers(directory)
     _check(directory, config, found)
     _check_tied(directory, config, found)
+    check_sums(directory)
     abstract = abstract_params(config, dtype)
     names = {name: one for name, *one in _named(abstract)}
     places = place(config)
@@ -250,8 +250,11 @@ def write_model(
     dtype: str = 'bfloat16',
     shard_bytes: int = SHARD_BYTES,
     card: str = '',
+    sums: bool = False,
 ) -> None:
     """Write a directory that `read_model` and `transformers` load, with `card` as its README.md.
+
+    With `sums` it holds the sha256 of its files, which `read_model` then checks (`sums.py`).
 
     Files go to a sibling temporary directory first, which then takes the final name: a reader
     never sees half a model.
@@ -281,7 +284,8 @@ def write_model(
         if card:
             (temp / 'README.md').write_text(card, 'utf-8')
         _write_weights(temp, named_tensors(params), dtype, shard_bytes)
-        write_sums(temp)
+        if sums:
+            write_sums(temp)
         _settle(temp)
         _replace(temp, directory)
     except (OSError, SafetensorError) as e:

@@ -202,7 +202,8 @@ def _test_and_keep(directory, model, state, test, reference, plan, progress, rep
         whole = fetch(params)
         if is_main():
             dtype = str(whole['norm'].dtype)
-            write_model(directory / 'model', model.config, whole, model.tokenizer, dtype=dtype)
+            where = directory / 'model'
+            write_model(where, model.config, whole, model.tokenizer, dtype=dtype, sums=True)
 
 
 def _record(log: Path, report: Callable[[dict], None], step: int, numbers: dict) -> None:

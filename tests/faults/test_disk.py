@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from cllm_jax.errors import DataError
+from cllm_jax.errors import CllmError
 from cllm_jax.models.load import load
 from cllm_jax.sums import SUMS
 from cllm_jax.training.checkpoint import open_checkpoints
@@ -61,7 +61,7 @@ def noticed(root: Path, kind: str) -> bool:
         else:
             with open_checkpoints(root / 'run/checkpoints', notes.append) as checkpoints:
                 assert checkpoints.orbax.latest.step == 4
-    except DataError:
+    except CllmError:
         return True
     return bool(notes)
 
