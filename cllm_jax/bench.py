@@ -14,7 +14,7 @@ import resource
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,17 @@ from cllm_jax.evaluation.speed import (
 from cllm_jax.evaluation.torch_generate import generate_speed
 from cllm_jax.models.config import read_config
 from cllm_jax.models.llama import Llama, init_params
-from cllm_jax.models.load import MIXED, Model, default_dtype, load, mixed, named_or, storage
+from cllm_jax.models.load import (
+    MIXED,
+    Model,
+    Precision,
+    baseline,
+    chosen,
+    load,
+    mixed,
+    named_or,
+    storage,
+)
 from cllm_jax.rundir import write_atomic
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.training.batches import Noise
@@ -76,7 +86,7 @@ class BenchConfig:
     """Longest answer."""
     repeats: int = 5
     """Times everything is measured after the first; the median counts."""
-    dtype: Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16'] = 'auto'
+    dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
     collected: int = 128
     """Prompts per task whose trajectories are collected, and trained on; 0 leaves this out."""
@@ -129,19 +139,15 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
 def decoding(
     settings: BenchConfig,
     task: str,
-    baseline: Model,
     target: Model,
     cllm: Model,
     console: Console,
 ) -> dict[str, Any]:
-    """Every way of decoding on the held-out prompts of one task.
-
-    `baseline` is the target in the precision in which it decodes one token at a time fastest.
-    """
+    """Every way of decoding on the held-out prompts of one task."""
     source = open_source(task, split='heldout', seed=settings.seed, limit=settings.limit)
     prompts = [source[i].prompt for i in range(len(source))]
     ar = Request(AutoRegressive(), settings.max_tokens)
-    ways = {'target, AR': Way(baseline, ar), 'CLLM, AR': Way(cllm, ar)}
+    ways = {'target, AR': Way(baseline(target), ar), 'CLLM, AR': Way(cllm, ar)}
     for block in settings.blocks:
         jacobi = dataclasses.replace(ar, drafter=Jacobi(block))
         ways |= {
@@ -175,7 +181,7 @@ def decoding(
 
 
 def pipeline(settings: BenchConfig, task: str, target: Model, console: Console) -> dict[str, Any]:
-    """Collection and training on one task, with the settings of the recipes."""
+    """Collection and training on one task, with the losses of `configs/embedded.yaml`."""
     source = open_source(task, split='train', seed=settings.seed, limit=settings.collected)
     plan = CollectPlan(
         block=16,
@@ -186,17 +192,16 @@ def pipeline(settings: BenchConfig, task: str, target: Model, console: Console) 
         shard=len(source),
     )
     with console.status(f'{source.name}: collecting {len(source)} prompts'):
-        collection, records = collection_speed(target, source, plan, alone=8)
-    weights, noise = LossWeights(ar_weight=2.0, global_weight=1.0), Noise(decay=8.0)
+        collection, records = collection_speed(
+            target, source, plan, min(8, len(source)), settings.repeats
+        )
+    weights, noise = LossWeights(ar_weight=6.0, global_weight=1.0), Noise(decay=8.0, fresh=0.15)
     compute = target.module.compute or target.module.dtype
-    model = dataclasses.replace(target, params=jax.tree.map(_float32, target.params))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), target.params)
+    model, batch = dataclasses.replace(target, params=params), min(16, len(records))
     with console.status(f'{source.name}: training steps'):
-        step = step_cost(model, records, min(16, len(records)), weights, noise, compute)
+        step = step_cost(model, records, batch, weights, noise, compute, settings.repeats)
     return {'task': source.name, 'collect': collection, 'train': step}
-
-
-def _float32(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.float32)
 
 
 def report(console: Console, found: dict[str, Any]) -> None:
@@ -263,7 +268,7 @@ def run() -> None:
     if settings.quick:
         settings = tiny(settings)
     console = Console()
-    dtype = default_dtype() if settings.dtype == 'auto' else settings.dtype
+    dtype = chosen(settings.dtype)
     if flags.plan:
         print_plan(console, to_json(settings), {'dtype': dtype})
         return
@@ -278,12 +283,11 @@ def run() -> None:
     else:
         name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
         target = load(name, dtype)
-        baseline = load(name, 'float32') if dtype == MIXED else target
         cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'), dtype)
         found |= {'model': cllm.source, 'target': target.source}
         found['cost'] = forward_costs(settings, target, console)
         found['tasks'] = [
-            decoding(settings, task, baseline, target, cllm, console) for task in settings.tasks
+            decoding(settings, task, target, cllm, console) for task in settings.tasks
         ]
         if settings.collected:
             found['pipeline'] = [

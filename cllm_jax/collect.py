@@ -14,7 +14,7 @@ from typing import Literal
 from cllm_jax.console import Console, print_plan, size
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.models.config import read_config
-from cllm_jax.models.load import default_dtype, fingerprint, load, named_or, resolve, storage
+from cllm_jax.models.load import Precision, fingerprint, load, named_or, resolve, storage
 from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
 from cllm_jax.rundir import open_run
 from cllm_jax.settings import guard, parse, to_json
@@ -45,7 +45,7 @@ class CollectConfig:
     """Longest answer; one that does not end by then is counted as truncated."""
     batch: int = 64
     """Prompts decoded together."""
-    dtype: Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16'] = 'auto'
+    dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
     shard: int = 512
     """Prompts per file; what an interruption can cost."""
@@ -65,7 +65,7 @@ def run() -> None:
     source = open_source(settings.data, split='train', seed=settings.seed, limit=settings.prompts)
     if flags.plan:
         config = read_config(resolve(name))
-        width = storage(default_dtype() if settings.dtype == 'auto' else settings.dtype).itemsize
+        width = storage(settings.dtype).itemsize
         states = len(source) * settings.max_tokens
         facts = {
             'writes to': directory,
@@ -79,7 +79,7 @@ def run() -> None:
         }
         print_plan(console, to_json(settings), facts)
         return
-    model = load(name, None if settings.dtype == 'auto' else settings.dtype)
+    model = load(name, settings.dtype)
     plan = CollectPlan(
         block=settings.block,
         mode=settings.mode,

@@ -31,7 +31,7 @@ from cllm_jax.evaluation.speed import (
     tokens_per_second,
 )
 from cllm_jax.models.config import read_config
-from cllm_jax.models.load import MIXED, Model, default_dtype, load, resolve, storage
+from cllm_jax.models.load import Model, Precision, baseline, load, resolve, storage
 from cllm_jax.settings import guard, parse, to_json
 
 DEMO_PROMPTS = 6
@@ -73,7 +73,7 @@ class DecodeConfig:
     """Print the text as it is produced; for one prompt."""
     compare: bool = True
     """Decode autoregressively too, and time both."""
-    dtype: Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16'] = 'auto'
+    dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
 
 
@@ -107,19 +107,15 @@ def rows_of(prompts: list[str], result: DecodeResult) -> Iterator[dict]:
 def compare(
     console: Console,
     model: Model,
-    baseline: Model,
     request: Request,
     prompts: list[str],
     result: DecodeResult,
 ) -> None:
-    """Autoregressive decoding beside the result: identity, tokens/forward, speed-up.
-
-    `baseline` is the model in the precision in which it writes single tokens fastest.
-    """
+    """Autoregressive decoding beside the result: identity, tokens/forward, speed-up."""
     ar = dataclasses.replace(request, drafter=AutoRegressive())
     with console.status('AR and Jacobi, timed in turn'):
         plain = decode_all(model, ar, prompts)
-        ways = {'AR': Way(baseline, ar), 'Jacobi': Way(model, request)}
+        ways = {'AR': Way(baseline(model), ar), 'Jacobi': Way(model, request)}
         speed = tokens_per_second(ways, prompts[:DEMO_PROMPTS])
     rows = [
         ['AR', 1.0, speed['AR'], 1.0],
@@ -144,8 +140,7 @@ def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
 def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
     """What decoding would need."""
     config = read_config(resolve(settings.model))
-    dtype = default_dtype() if settings.dtype == 'auto' else settings.dtype
-    width = storage(dtype).itemsize
+    width = storage(settings.dtype).itemsize
     cache = config.cache_values * width
     facts = {
         'prompts': len(prompts),
@@ -177,7 +172,7 @@ def run() -> None:
         settings.stop,
         settings.batch,
     )
-    model = load(settings.model, None if settings.dtype == 'auto' else settings.dtype)
+    model = load(settings.model, settings.dtype)
     if settings.stream:
         for piece in stream(model, request, prompts[0]):
             print(piece, end='', flush=True)
@@ -190,8 +185,7 @@ def run() -> None:
     else:
         show(console, prompts, result)
     if settings.compare and settings.drafter == 'jacobi':
-        baseline = load(settings.model, 'float32') if settings.dtype == MIXED else model
-        compare(console, model, baseline, request, prompts, result)
+        compare(console, model, request, prompts, result)
 
 
 def _write(path: Path, rows: Iterator[dict]) -> None:

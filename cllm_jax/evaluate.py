@@ -24,7 +24,7 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.evaluation.speed import Way, share_identical, tokens_per_forward, tokens_per_second
-from cllm_jax.models.load import MIXED, default_dtype, load, named_or
+from cllm_jax.models.load import Precision, baseline, chosen, load, named_or
 from cllm_jax.rundir import write_atomic
 from cllm_jax.settings import guard, parse, to_json
 
@@ -59,7 +59,7 @@ class EvaluateConfig:
     """Prompts whose decoding is timed, at batch 1."""
     repeats: int = 3
     """Times each of them is timed; the median counts."""
-    dtype: Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16'] = 'auto'
+    dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
     json: str = ''
     """Write the results to this file, one object, or a list of them for several tasks."""
@@ -69,15 +69,14 @@ class EvaluateConfig:
 
 def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict[str, Any]:
     """Everything about one task."""
-    dtype = default_dtype() if settings.dtype == 'auto' else settings.dtype
+    dtype = settings.dtype
     cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'), dtype)
     name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
     target = load(name, dtype)
-    baseline = load(name, 'float32') if dtype == MIXED else target
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
     jacobi = dataclasses.replace(ar, drafter=Jacobi(settings.block, settings.mode))
     ways = {
-        'target AR': Way(baseline, ar),
+        'target AR': Way(baseline(target), ar),
         'target Jacobi': Way(target, jacobi),
         'CLLM AR': Way(cllm, ar),
         'CLLM Jacobi': Way(cllm, jacobi),
@@ -125,7 +124,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'mode': settings.mode,
         'timed': len(timed),
         'models': {'cllm': cllm.source, 'target': target.source},
-        'dtype': dtype,
+        'dtype': chosen(dtype),
         'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind} ({platform.machine()})',
         'versions': {name: version(name) for name in VERSIONED},
     }

@@ -187,6 +187,28 @@ def text_samples(
     return [Sample(prompt, answer, states, start) for prompt, answer in pairs]
 
 
+def check_losses(settings: TrainConfig) -> TrainConfig:
+    """The settings with the losses that the objective has.
+
+    Raises:
+      ConfigError: consistency without a consistency loss, or texts with noise.pairs.
+    """
+    loss = settings.loss
+    if settings.objective == 'ar':
+        alone = dataclasses.replace(loss, global_weight=0.0, local_weight=0.0)
+        return dataclasses.replace(settings, loss=alone)
+    if not (loss.global_weight or loss.local_weight):
+        raise ConfigError(
+            'objective consistency with loss.global_weight and loss.local_weight 0: '
+            'set one of them, or use objective ar'
+        )
+    if settings.texts and settings.noise.pairs:
+        raise ConfigError(
+            'texts with noise.pairs: states made by chance have no successor; leave one of them out'
+        )
+    return settings
+
+
 def start_of(settings: TrainConfig) -> str:
     """The name of the model that training starts from."""
     if settings.objective == 'ar':
@@ -268,6 +290,7 @@ def run() -> None:
     )
     if settings.quick:
         settings = quick(settings)
+    settings = check_losses(settings)
     check_accumulation(settings.batch, settings.optimizer.accumulate)
     mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
     if mesh:

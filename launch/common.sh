@@ -34,6 +34,16 @@ run() {
     $dry_run || "$@"
 }
 
+# The command `verb` of a script: one of the words $1, separated by spaces.
+take_verb() {
+    verb=$2
+    if [[ $verb == -h || $verb == --help ]]; then
+        usage
+        exit 0
+    fi
+    [[ -n $verb && " $1 " == *" $verb "* ]] || refuse "no command '$verb'; there are ${1// /, }"
+}
+
 config='' root='' steps='' with=() rest=()
 
 # Options that the scripts share: [CONFIG] [--root DIR] [--steps LIST] [--with PATH] [--dry-run]

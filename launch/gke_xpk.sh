@@ -20,16 +20,8 @@ From the environment: PROJECT, ZONE, CLUSTER, WORKLOAD (cllm); for run also ACCE
 TEXT
 }
 
-verb=${1-}
-case $verb in
-    run | list | delete) shift ;;
-    -h | --help)
-        usage
-        exit 0
-        ;;
-    *) refuse "no command '$verb'; there are run, list, delete" ;;
-esac
-parse "$@"
+take_verb 'run list delete' "${1-}"
+parse "${@:2}"
 [[ $verb == run ]] || no_recipe
 need PROJECT 'the id of a Google Cloud project' my-project
 need ZONE 'the zone of the cluster' us-west4-a

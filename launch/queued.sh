@@ -24,16 +24,8 @@ accelerator), BUCKET if there is no --root, QUEUE_FLAGS (--spot; more flags of g
 TEXT
 }
 
-verb=${1-}
-case $verb in
-    run | logs | status | delete) shift ;;
-    -h | --help)
-        usage
-        exit 0
-        ;;
-    *) refuse "no command '$verb'; there are run, logs, status, delete" ;;
-esac
-parse "$@"
+take_verb 'run logs status delete' "${1-}"
+parse "${@:2}"
 [[ $verb == run ]] || no_recipe
 tpu_settings
 queue=(gcloud compute tpus queued-resources)

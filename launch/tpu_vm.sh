@@ -25,16 +25,8 @@ accelerator); for run BUCKET, if there is no --root.
 TEXT
 }
 
-verb=${1-}
-case $verb in
-    create | sync | run | logs | status | stop | delete) shift ;;
-    -h | --help)
-        usage
-        exit 0
-        ;;
-    *) refuse "no command '$verb'; there are create, sync, run, logs, status, stop, delete" ;;
-esac
-parse "$@"
+take_verb 'create sync run logs status stop delete' "${1-}"
+parse "${@:2}"
 [[ $verb == run ]] || no_recipe
 tpu_settings
 tpu=(gcloud compute tpus tpu-vm)

@@ -111,6 +111,8 @@ def test_plans_start_nothing(tmp_path, monkeypatch, capsys):
         (evaluate, ['--task', 'sqll'], 2, "did you mean 'sql'"),
         (collect, ['--data', 'gsm8k:/no/file.jsonl'], 3, '/no/file.jsonl'),
         (train, ['--objective', 'ar', '--root', 'ROOT'], 2, 'without data'),
+        (train, ['--loss.global-weight', '0', '--root', 'ROOT'], 2, 'use objective ar'),
+        (train, ['--texts', 'sql', '--noise.pairs', '--root', 'ROOT'], 2, 'no successor'),
         (train, ['--optimizer.accumulate', '3', '--root', 'ROOT'], 2, 'accumulate 3'),
         (export, ['--root', '/no/run'], 2, 'no such directory'),
     ],

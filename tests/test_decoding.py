@@ -310,12 +310,18 @@ class Scripted:
         return state
 
 
+def answers_in_place(case):
+    """`[B, S]` with AR's answer to each prompt in the slots where it belongs."""
+    script = np.full((ROWS, SLOTS), 3, np.int32)
+    for row, prompt, answer in zip(script, case.prompts, case.plain, strict=True):
+        row[len(prompt) : len(prompt) + len(answer)] = answer
+    return script
+
+
 def test_a_drafter_decides_the_forwards_and_never_the_answer():
     n = 4
     for case in cases(MILD):
-        script = np.full((ROWS, SLOTS), 3, np.int32)
-        for row, prompt, answer in zip(script, case.prompts, case.plain, strict=True):
-            row[len(prompt) : len(prompt) + len(answer)] = answer
+        script = answers_in_place(case)
         allowed = np.ones((ROWS, SLOTS), bool)
         every_third = (np.arange(SLOTS) % 3 > 0) & allowed
         accepted = {}
@@ -362,9 +368,7 @@ def test_the_prefill_verifies_a_draft_too(drafter, sampling):
 def test_a_right_draft_is_accepted_in_the_prefill():
     n = 4
     for case in cases(GREEDY):
-        script = np.full((ROWS, SLOTS), 3, np.int32)
-        for row, prompt, answer in zip(script, case.prompts, case.plain, strict=True):
-            row[len(prompt) : len(prompt) + len(answer)] = answer
+        script = answers_in_place(case)
         weights = jnp.asarray(script), jnp.ones((ROWS, SLOTS), bool)
         state = first(case, Scripted(n), GREEDY, weights)
         for accepted, answer in zip(answers(state, ROWS)[1], case.answers, strict=True):

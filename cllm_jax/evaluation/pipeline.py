@@ -31,29 +31,31 @@ from cllm_jax.trajectories.store import Record
 
 
 def collection_speed(
-    model: Model, source: Source, plan: CollectPlan, alone: int
+    model: Model, source: Source, plan: CollectPlan, alone: int, repeats: int = 3
 ) -> tuple[dict[str, float], list[Record]]:
     """Prompts and tokens per second of a collection, and of decoding one prompt at a time.
 
     Args:
-      model, source, plan: what is collected; every row of `source`, twice, once to compile.
+      model, source, plan: what is collected: every row of `source`.
       alone: how many of the prompts are decoded alone, by the paper's block schedule.
+      repeats: times each is timed, in turn, after a first one that compiles.
     """
-    collect_records(model, source, plan, range(len(source)))
-    begin = time.perf_counter()
-    records = collect_records(model, source, plan, range(len(source)))
-    together = time.perf_counter() - begin
     request = Request(Jacobi(plan.block, 'block'), plan.max_tokens, trace=True)
-    seconds = []
-    for i in range(min(alone, len(source))):
-        ids, keys = encode(model, source[i].prompt), row_keys(plan.seed, [i])
-        decode_batch(model, request, [ids], keys)
-        seconds.append(decode_batch(model, request, [ids], keys).seconds[0])
+    few = [(encode(model, source[i].prompt), row_keys(plan.seed, [i])) for i in range(alone)]
+    together, one_by_one = [], []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        records = collect_records(model, source, plan, range(len(source)))
+        together.append((time.perf_counter() - begin) / len(source))
+        results = [decode_batch(model, request, [ids], keys) for ids, keys in few]
+        one_by_one.append(sum(result.seconds[0] for result in results) / alone)
+    batched, single = (statistics.median(seconds[1:]) for seconds in (together, one_by_one))
+    tokens = sum(len(record.answer) for record in records) / len(source)
     return {
-        'prompts_per_second': len(records) / together,
-        'tokens_per_second': sum(len(r.answer) for r in records) / together,
-        'prompts_per_second_alone': len(seconds) / sum(seconds),
-        'ratio': len(records) / together * sum(seconds) / len(seconds),
+        'prompts_per_second': 1 / batched,
+        'tokens_per_second': tokens / batched,
+        'prompts_per_second_alone': 1 / single,
+        'ratio': single / batched,
     }, records
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from cllm_jax.parallel.rules import param_shardings
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
 MIXED = 'mixed'
+Precision = Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16']
 HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 # A repository may hold the same weights twice more, in subdirectories or as `consolidated`.
 HUB_FILES = ['*.json', '*.safetensors', 'tokenizer.model', '*.jinja', '*.txt']
@@ -45,8 +46,17 @@ class Model:
         return Llama(self.config, dtype, None if matrices == dtype else matrices)
 
 
-def default_dtype() -> str:
-    """float32 on CPU, where bfloat16 arithmetic is emulated; bfloat16 on accelerators."""
+def chosen(dtype: str) -> str:
+    """What 'auto' stands for: float32 on CPU, bfloat16 on accelerators. Other names stay.
+
+    Raises:
+      ConfigError: an unknown name.
+    """
+    if dtype not in get_args(Precision):
+        known = ', '.join(get_args(Precision))
+        raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {known}')
+    if dtype != 'auto':
+        return dtype
     return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
@@ -111,22 +121,19 @@ def read_tokenizer(directory: Path) -> Any:
         ) from None
 
 
-def load(name: str, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
+def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
     """Open a model: `embedded`, `embedded-target`, a model or run directory, or a hub id.
 
     Args:
       name: see `resolve`; a run directory means its best exported checkpoint.
       dtype: 'float32', 'bfloat16', 'float16', or 'mixed': bfloat16 matrices, cache and products,
-        float32 everywhere else. By default what suits the device.
+        float32 everywhere else. 'auto' is what suits the device.
       mesh: devices that share the weights (`parallel/`); None for one device.
 
     Raises:
       ConfigError, DataError: see `resolve`, `read_config` and `read_model`.
     """
-    dtype = dtype or default_dtype()
-    if dtype not in (*DTYPES, MIXED):
-        known = ', '.join((*DTYPES, MIXED))
-        raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {known}')
+    dtype = chosen(dtype)
     directory = resolve(name)
 
     def place(config: LlamaConfig) -> Any:
@@ -138,8 +145,19 @@ def load(name: str, dtype: str | None = None, mesh: Mesh | None = None) -> Model
     return Model(config, params, read_tokenizer(directory), name)
 
 
+def baseline(model: Model) -> Model:
+    """The same model in the precision in which it decodes one token at a time fastest.
+
+    A CPU multiplies a single row by a float32 matrix faster than by a bfloat16 one; many rows the
+    other way round. A speed-up counts from the faster of the two.
+    """
+    slow = model.module.compute is not None and jax.default_backend() == 'cpu'
+    return load(model.source, 'float32') if slow else model
+
+
 def storage(dtype: str) -> jnp.dtype:
     """The dtype of norms and residuals under a name that `load` accepts."""
+    dtype = chosen(dtype)
     return DTYPES['float32' if dtype == MIXED else dtype]
 
 

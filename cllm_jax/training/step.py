@@ -19,11 +19,11 @@ from cllm_jax.training.losses import cross_entropy, divergence
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """L = global_weight * GC + local_weight * LC + ar_weight * AR."""
+    """L = global_weight * GC + local_weight * LC + ar_weight * AR; objective ar has AR alone."""
 
     ar_weight: float = 1.0
     """Weight of the autoregressive loss on the clean answer."""
-    global_weight: float = 0.0
+    global_weight: float = 1.0
     """Weight of global consistency: any state -> the fixed point."""
     local_weight: float = 0.0
     """Weight of local consistency: a state -> its successor."""
