@@ -145,7 +145,7 @@ class Llama(nn.Module):
             slots_S = jnp.arange(cache.slots, dtype=jnp.int32)
             tables = rope_tables(slots_S[None], c.head_dim, c.rope_theta, c.rope_scaling)
             sin, cos = (table[0][positions_BT] for table in tables)
-        x_BTD = self.embed[tokens_BT].astype(self.dtype)
+        x_BTD = self._lookup(tokens_BT, cache is None).astype(self.dtype)
         kv_L = []
         for i, layer in enumerate(self.layers):
             old = None if cache is None else (cache.k_RSH[i], cache.v_RSH[i])
@@ -154,6 +154,13 @@ class Llama(nn.Module):
         if cache is not None:
             cache = Cache(*(tuple(column) for column in zip(*kv_L, strict=True)))
         return rms_norm(x_BTD, self.norm, c.norm_eps), cache
+
+    def _lookup(self, tokens_BT: jax.Array, differentiable: bool) -> jax.Array:
+        if differentiable or self.embed.dtype != jnp.bfloat16:
+            return self.embed[tokens_BT]
+        # XLA's CPU backend converts a bfloat16 table as a whole before it looks up a few rows.
+        bits_VD = jax.lax.bitcast_convert_type(self.embed, jnp.uint16)
+        return jax.lax.bitcast_convert_type(bits_VD[tokens_BT], jnp.bfloat16)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Vocabulary scores of the given hidden states, float32 `[B, T, V]`."""
