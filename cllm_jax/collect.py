@@ -13,8 +13,7 @@ from typing import Literal
 
 from cllm_jax.console import Console, print_plan, size
 from cllm_jax.datasets.sources import open_source
-from cllm_jax.models.config import read_config
-from cllm_jax.models.load import Precision, fingerprint, load, named_or, resolve, storage
+from cllm_jax.models.load import Precision, fingerprint, load, named_or, peek, storage
 from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
 from cllm_jax.rundir import open_run
 from cllm_jax.settings import guard, parse, to_json
@@ -64,7 +63,7 @@ def run() -> None:
     name = named_or(settings.model, f'{settings.root}/target', 'embedded-target')
     source = open_source(settings.data, split='train', seed=settings.seed, limit=settings.prompts)
     if flags.plan:
-        config = read_config(resolve(name))
+        config = peek(name)
         width = storage(settings.dtype).itemsize
         states = len(source) * settings.max_tokens
         facts = {

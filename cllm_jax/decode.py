@@ -30,8 +30,7 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.models.config import read_config
-from cllm_jax.models.load import Model, Precision, baseline, load, resolve, storage
+from cllm_jax.models.load import Model, Precision, baseline, load, peek, storage
 from cllm_jax.settings import guard, parse, to_json
 
 DEMO_PROMPTS = 6
@@ -139,7 +138,7 @@ def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
 
 def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
     """What decoding would need."""
-    config = read_config(resolve(settings.model))
+    config = peek(settings.model)
     width = storage(settings.dtype).itemsize
     cache = config.cache_values * width
     facts = {

@@ -34,6 +34,8 @@ class Flags:
     stage: str
     plan: bool
     debug: bool
+    devices: int = 0
+    compile: bool = False
 
 
 def parse(
@@ -43,12 +45,14 @@ def parse(
     description: str,
     stage: str,
     stages: Sequence[str] = (),
+    meshed: bool = False,
     argv: Sequence[str] | None = None,
 ) -> tuple[C, Flags]:
     """Settings of one run of a command: class defaults < recipe stage < command line.
 
     `program` and `description` head --help, `stage` is what runs when --stage is not given and
-    `stages` are those the command can run. `argv` defaults to the arguments of the process.
+    `stages` are those the command can run; one that is `meshed` can also plan for other devices
+    than those here. `argv` defaults to the arguments of the process.
     Raises ConfigError for a bad recipe or value; a malformed command line exits with code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -66,25 +70,31 @@ def parse(
         return Annotated[annotation, tyro.conf.arg(help=help_text, metavar=metavar)]
 
     flag = tyro.conf.FlagCreatePairsOff[bool]
+    options = {
+        'config': option(str | None, 'Recipe: a YAML file of settings by stage.', 'FILE'),
+        'stage': option(Literal[stages], 'Stage of the recipe to run.'),
+        'plan': option(flag, 'Print what would be done and what it needs, and stop.'),
+        'debug': option(flag, 'Show the traceback of an error.'),
+    }
+    if meshed:
+        options |= {
+            'devices': option(int, 'With --plan: for so many devices; 0 for those here.'),
+            'compile': option(flag, 'With --plan: compile the step too, and show what it takes.'),
+        }
     command = dataclasses.make_dataclass(
         'Command',
-        [
-            ('settings', Annotated[config_class, tyro.conf.arg(name='')]),
-            ('config', option(str | None, 'Recipe: a YAML file of settings by stage.', 'FILE')),
-            ('stage', option(Literal[stages], 'Stage of the recipe to run.')),
-            ('plan', option(flag, 'Print what would be done and what it needs, and stop.')),
-            ('debug', option(flag, 'Show the traceback of an error.')),
-        ],
+        [('settings', Annotated[config_class, tyro.conf.arg(name='')]), *options.items()],
     )
+    defaults = Flags(None, chosen, False, False)
     given: Any = tyro.cli(
         command,
         prog=program,
         description=description,
         args=argv,
-        default=command(base, None, chosen, False, False),
+        default=command(base, *(getattr(defaults, name) for name in options)),
     )
     to_json(given.settings)  # refuses what JSON cannot hold, such as --learning-rate nan
-    return given.settings, Flags(given.config, given.stage, given.plan, given.debug)
+    return given.settings, Flags(**{name: getattr(given, name) for name in options})
 
 
 def guard(main: Callable[[], None]) -> None:

@@ -16,19 +16,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cllm_jax.console import Console, print_plan, size
+from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
+from cllm_jax.decoding.generate import cache_slots
 from cllm_jax.errors import ConfigError
-from cllm_jax.models.config import LlamaConfig, read_config
+from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.llama import Llama, init_params
-from cllm_jax.models.load import DTYPES, Model, load, named_or, resolve, tokenizer_fingerprint
-from cllm_jax.parallel.mesh import MeshConfig, make_mesh
+from cllm_jax.models.load import DTYPES, Model, load, named_or, peek, tokenizer_fingerprint
+from cllm_jax.parallel.mesh import MeshConfig, make_mesh, pretend
 from cllm_jax.parallel.rules import check_batch
 from cllm_jax.rundir import open_run
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.training.batches import Noise, Sample
+from cllm_jax.training.needs import StepShape, compiled_needs, needs
 from cllm_jax.training.run import HeldOut, RunPlan, train
 from cllm_jax.training.step import LossWeights, OptimizerConfig, check_accumulation
 from cllm_jax.trajectories.clean import Cleaning, clean
@@ -107,6 +109,8 @@ class TrainConfig:
     """Which trajectories are left out."""
     held_out: HeldOut = HeldOut()
     """The test that chooses the checkpoint."""
+    remat: bool = False
+    """Compute each layer again in the backward pass instead of keeping its activations."""
     mesh: MeshConfig = MeshConfig()
     """Devices along data, fsdp and tensor. A run may continue on another mesh."""
     quick: bool = False
@@ -129,22 +133,10 @@ def quick(settings: TrainConfig) -> TrainConfig:
 
 def new_model(settings: TrainConfig, texts: list[str]) -> Model:
     """Random weights and a tokenizer trained on the texts."""
-    new, tokenizer = settings.new, train_tokenizer(texts, settings.new.vocab_size)
-    if new.dim % new.heads:
-        raise ConfigError(f'dim {new.dim}: must be a multiple of the {new.heads} heads')
-    config = LlamaConfig(
-        vocab_size=new.vocab_size,
-        dim=new.dim,
-        layers=new.layers,
-        heads=new.heads,
-        kv_heads=new.kv_heads,
-        head_dim=new.dim // new.heads,
-        mlp_dim=new.mlp_dim,
-        tied=True,
-        max_positions=new.max_positions,
-        eos_ids=(tokenizer.eos_token_id,),
-        pad_id=tokenizer.pad_token_id,
-    )
+    config = architecture(settings)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
+    config = dataclasses.replace(config, **special)
     dtype = DTYPES[settings.dtype]
     params = jax.jit(lambda key: init_params(Llama(config, dtype), key))(
         jax.random.key(settings.seed)
@@ -243,41 +235,78 @@ def prepare(
     return model, kept
 
 
-def plan(settings: TrainConfig, directory: Path, console: Console) -> None:
-    """What the run would need."""
-    if settings.model == 'new':
-        new = settings.new
-        head = new.dim // new.heads
-        config = LlamaConfig(
-            new.vocab_size,
-            new.dim,
-            new.layers,
-            new.heads,
-            new.kv_heads,
-            head,
-            new.mlp_dim,
-            tied=True,
-        )
-    else:
-        config = read_config(resolve(start_of(settings)))
-    width = DTYPES[settings.dtype].itemsize
+def architecture(settings: TrainConfig) -> LlamaConfig:
+    """That of the model to train; of a hub id only the config is fetched."""
+    if settings.model != 'new':
+        return peek(start_of(settings))
+    new = settings.new
+    if new.dim % new.heads:
+        raise ConfigError(f'dim {new.dim}: must be a multiple of the {new.heads} heads')
+    return LlamaConfig(
+        vocab_size=new.vocab_size,
+        dim=new.dim,
+        layers=new.layers,
+        heads=new.heads,
+        kv_heads=new.kv_heads,
+        head_dim=new.dim // new.heads,
+        mlp_dim=new.mlp_dim,
+        tied=True,
+        max_positions=new.max_positions,
+    )
+
+
+def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Console) -> None:
+    """What the run would need; with `compiled`, also as the compiler counts it.
+
+    Every sample is taken to be as long as `max_length` allows, an answer of held_out.max_tokens
+    at most.
+    """
+    config, mesh = architecture(settings), make_mesh(settings.mesh)
+    check_batch(settings.batch // settings.optimizer.accumulate, mesh)
+    answer = min(settings.held_out.max_tokens, settings.max_length // 2)
+    consistency = settings.objective == 'consistency'
+    shape = StepShape(
+        config,
+        DTYPES[settings.dtype],
+        DTYPES[settings.compute],
+        settings.remat,
+        settings.optimizer,
+        settings.loss,
+        settings.noise if consistency else None,
+        settings.batch,
+        settings.max_length - answer,
+        answer,
+        settings.held_out.block,
+    )
+    test = settings.held_out
+    slots = cache_slots(settings.max_length - answer, test.max_tokens, test.block)
+    cache = config.cache_values * DTYPES[settings.dtype].itemsize * slots
+    found = needs(shape, mesh)
     states = settings.noise.windows or 'cover the answer once'
     print_plan(
         console,
         to_json(settings),
         {
             'writes to': directory,
+            'mesh': ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items()),
             'parameters': f'{config.parameters:,}',
-            'weights': size(config.parameters * width),
-            'weights, gradients and Adam moments': size(config.parameters * width * 4),
-            'KV cache per token (held-out tests)': size(config.cache_values * width),
-            'states per answer': states if settings.objective == 'consistency' else 'none',
+            **{f'{name} per device': size(count) for name, count in found.items()},
+            'sum per device': size(sum(found.values())),
+            'KV cache per prompt (held-out tests)': size(cache),
+            'global batch': f'{settings.batch} samples of at most {settings.max_length} tokens',
+            'states per answer': states if consistency else 'none',
             'steps': settings.steps,
             'samples seen': settings.steps * settings.batch,
             'checkpoints': settings.steps // settings.save_every,
             'held-out tests': settings.steps // settings.held_out.every,
         },
     )
+    if compiled:
+        with console.status('compiling the step'):
+            seconds = (counted := compiled_needs(shape, mesh)).pop('seconds')
+        rows = [[f'{name} per device', size(count)] for name, count in counted.items()]
+        title = f'the compiled step, {seconds:.0f} s of compilation'
+        console.out.print(table(title, ['', ''], rows))
 
 
 def run() -> None:
@@ -287,23 +316,27 @@ def run() -> None:
         description=__doc__,
         stage='cllm',
         stages=('target', 'cllm'),
+        meshed=True,
     )
+    if (flags.devices or flags.compile) and not flags.plan:
+        raise ConfigError('devices and compile are for planning; add --plan, or leave them out')
+    if flags.devices:
+        pretend(flags.devices)
     if settings.quick:
         settings = quick(settings)
     settings = check_losses(settings)
     check_accumulation(settings.batch, settings.optimizer.accumulate)
+    directory, console = Path(settings.root) / flags.stage, Console()
+    if flags.plan:
+        plan(settings, directory, flags.compile, console)
+        return
     mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
     if mesh:
         check_batch(settings.batch // settings.optimizer.accumulate, mesh)
     consistency = settings.objective == 'consistency'
-    directory = Path(settings.root) / flags.stage
-    console = Console()
-    if flags.plan:
-        plan(settings, directory, console)
-        return
     test = settings.held_out
     held_out = open_source(settings.task, split='heldout', seed=test.seed, limit=test.prompts)
-    claimed = {key: value for key, value in to_json(settings).items() if key != 'mesh'}
+    claimed = {k: v for k, v in to_json(settings).items() if k not in ('mesh', 'remat')}
     with open_run(directory, claimed):
         model, samples = prepare(settings, mesh, console)
         console.note(
@@ -319,6 +352,7 @@ def run() -> None:
             noise=settings.noise if consistency else None,
             held_out=test,
             compute=DTYPES[settings.compute],
+            remat=settings.remat,
             mesh=mesh,
             log_every=settings.log_every,
             save_every=settings.save_every,

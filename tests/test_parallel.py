@@ -1,5 +1,7 @@
 """Eight devices compute what one computes, and every array lives where it should."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +25,14 @@ from cllm_jax.parallel.rules import (
     state_shardings,
 )
 from cllm_jax.training.batches import Noise, Sample, make_batch
+from cllm_jax.training.needs import StepShape, abstract_state, bytes_here, compiled_needs, needs
 from cllm_jax.training.step import (
     LossWeights,
     OptimizerConfig,
     make_optimizer,
     make_step,
     new_state,
+    state_places,
 )
 from tests.tiny import ragged_prompts, random_model, tiny_config
 
@@ -38,6 +42,20 @@ MESHES = {
     'fsdp 8': MeshConfig(data=1, fsdp=8),
     'data 2 fsdp 2 tensor 2': MeshConfig(data=2, fsdp=2, tensor=2),
 }
+
+SHAPE = StepShape(
+    CONFIG,
+    jnp.dtype('float32'),
+    jnp.dtype('float32'),
+    remat=False,
+    optimizer=OptimizerConfig(),
+    weights=LossWeights(),
+    noise=Noise(),
+    batch=16,
+    prompt=100,
+    answer=60,
+    block=8,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +105,32 @@ def test_a_step_is_that_of_one_device(name, kind):
     assert many._cache_size() == 1
     found = jax.tree.map(lambda x: x.sharding, spread)
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, found, everywhere))
+
+
+def test_a_device_keeps_its_share_and_no_more():
+    """In bytes of the compiled step: a batch for 8 devices takes each what its part takes one."""
+    part = dataclasses.replace(SHAPE, batch=2)
+    alone = compiled_needs(part, make_mesh(MeshConfig(), jax.devices()[:1]))
+    for mesh in (MeshConfig(data=8), MeshConfig(fsdp=8)):
+        spread = compiled_needs(SHAPE, make_mesh(mesh))
+        assert spread['temporary'] < 1.3 * alone['temporary']
+
+
+def test_planned_bytes_are_those_of_a_real_state():
+    mesh, params = make_mesh(MESHES['data 2 fsdp 2 tensor 2']), random_model(config=CONFIG).params
+    optimizer = make_optimizer(SHAPE.optimizer, 10)
+    places = state_places(optimizer, CONFIG, params, mesh)
+    state = new_state(optimizer, params, places)
+    here = jax.devices()[0]
+    parts = [
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(state)
+        for shard in leaf.addressable_shards
+        if shard.device == here
+    ]
+    planned = needs(SHAPE, mesh)
+    assert bytes_here(abstract_state(SHAPE, mesh)) == sum(parts)
+    assert planned['weights'] + planned['optimiser state'] + state.step.nbytes == sum(parts)
 
 
 def test_moments_live_where_their_parameters_do():

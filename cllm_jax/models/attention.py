@@ -1,5 +1,6 @@
 """Attention with an explicit mask: few queries (1..256 in decoding), many keys."""
 
+import math
 from functools import partial
 
 import jax
@@ -14,54 +15,56 @@ NEVER = -1e30
 
 def attend(
     q_BTNH: jax.Array,
-    k_RSH: jax.Array,
-    v_RSH: jax.Array,
+    k_KBSH: jax.Array,
+    v_KBSH: jax.Array,
     mask_BTS: jax.Array,
     compute: jnp.dtype | None = None,
 ) -> jax.Array:
     """Grouped-query attention; query t of a row sees exactly the keys its mask row allows.
 
-    Keys and values are rows of the cache (`cache.py`). Scores and softmax are float32 whatever the
-    inputs; `compute` is the dtype of what is multiplied (see `product`), None for the queries' own.
-    A query with no visible key (padding) averages all values; its result is never used.
+    Keys and values may have K and B as one axis, as the cache does (`cache.py`). Merged axes cannot
+    be divided among devices by B, so training keeps them apart. Scores and softmax are float32
+    whatever the inputs; `compute` is the dtype of what is multiplied (see `product`), None for the
+    queries' own. A query with no visible key (padding) averages all values; its result is never
+    used.
     """
-    (batch, queries, heads, width), rows = q_BTNH.shape, len(k_RSH)
-    groups = rows // batch
+    batch, queries, _, width = q_BTNH.shape
+    groups = math.prod(k_KBSH.shape[:-2]) // batch
     q_BTKGH = (q_BTNH * width**-0.5).reshape(batch, queries, groups, -1, width)
     # X = query heads of a group x T
-    q_RXH = q_BTKGH.transpose(2, 0, 3, 1, 4).reshape(rows, heads // groups * queries, width)
-    o_RXH = _attend(compute or q_BTNH.dtype, q_RXH, k_RSH, v_RSH, mask_BTS).astype(q_BTNH.dtype)
-    o_BTKGH = o_RXH.reshape(groups, batch, -1, queries, width).transpose(1, 3, 0, 2, 4)
-    return o_BTKGH.reshape(q_BTNH.shape)
+    q_KBXH = q_BTKGH.transpose(2, 0, 3, 1, 4).reshape(*k_KBSH.shape[:-2], -1, width)
+    o_KBXH = _attend(compute or q_BTNH.dtype, q_KBXH, k_KBSH, v_KBSH, mask_BTS)
+    o_KBGTH = o_KBXH.astype(q_BTNH.dtype).reshape(groups, batch, -1, queries, width)
+    return o_KBGTH.transpose(1, 3, 0, 2, 4).reshape(q_BTNH.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(compute, q_RXH, k_RSH, v_RSH, mask_BTS):
-    return _attend_forward(compute, q_RXH, k_RSH, v_RSH, mask_BTS)[0]
+def _attend(compute, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
+    return _attend_forward(compute, q_KBXH, k_KBSH, v_KBSH, mask_BTS)[0]
 
 
-def _attend_forward(compute, q_RXH, k_RSH, v_RSH, mask_BTS):
+def _attend_forward(compute, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
     batch, queries, slots = mask_BTS.shape
-    scores = product('RXH,RSH->RXS', q_RXH, k_RSH, compute)
-    by_mask = scores.reshape(len(k_RSH) // batch, batch, -1, queries, slots)
+    scores = product('...XH,...SH->...XS', q_KBXH, k_KBSH, compute)
+    by_mask = scores.reshape(-1, batch, q_KBXH.shape[-2] // queries, queries, slots)
     by_mask = jnp.where(mask_BTS[None, :, None], by_mask, NEVER)
-    p_RXS = jax.nn.softmax(by_mask, axis=-1).astype(compute).reshape(scores.shape)
-    o_RXH = product('RXS,RSH->RXH', p_RXS, v_RSH, compute)
-    return o_RXH, (q_RXH, k_RSH, v_RSH, p_RXS, o_RXH)
+    p_KBXS = jax.nn.softmax(by_mask, axis=-1).astype(compute).reshape(scores.shape)
+    o_KBXH = product('...XS,...SH->...XH', p_KBXS, v_KBSH, compute)
+    return o_KBXH, (q_KBXH, k_KBSH, v_KBSH, p_KBXS, o_KBXH)
 
 
-def _attend_backward(compute, saved, do_RXH):
+def _attend_backward(compute, saved, do_KBXH):
     # The softmax's own rule sums dp * p over the keys, which XLA's CPU backend does so slowly that
     # it took a quarter of a training step; do * o over the head width is the same number
     # (FlashAttention, arXiv 2205.14135, appendix B.2).
-    q_RXH, k_RSH, v_RSH, p_RXS, o_RXH = saved
-    dp_RXS = product('RXH,RSH->RXS', do_RXH, v_RSH, compute)
-    sums_RX1 = (do_RXH * o_RXH).sum(-1, keepdims=True)
-    ds_RXS = (p_RXS.astype(jnp.float32) * (dp_RXS - sums_RX1)).astype(compute)
-    dq_RXH = product('RXS,RSH->RXH', ds_RXS, k_RSH, compute)
-    dk_RSH = product('RSX,RXH->RSH', ds_RXS.swapaxes(1, 2), q_RXH, compute)
-    dv_RSH = product('RSX,RXH->RSH', p_RXS.swapaxes(1, 2), do_RXH, compute)
-    grads = zip((dq_RXH, dk_RSH, dv_RSH), (q_RXH, k_RSH, v_RSH), strict=True)
+    q_KBXH, k_KBSH, v_KBSH, p_KBXS, o_KBXH = saved
+    dp_KBXS = product('...XH,...SH->...XS', do_KBXH, v_KBSH, compute)
+    sums_KBX1 = (do_KBXH * o_KBXH).sum(-1, keepdims=True)
+    ds_KBXS = (p_KBXS.astype(jnp.float32) * (dp_KBXS - sums_KBX1)).astype(compute)
+    dq_KBXH = product('...XS,...SH->...XH', ds_KBXS, k_KBSH, compute)
+    dk_KBSH = product('...SX,...XH->...SH', ds_KBXS.swapaxes(-1, -2), q_KBXH, compute)
+    dv_KBSH = product('...SX,...XH->...SH', p_KBXS.swapaxes(-1, -2), do_KBXH, compute)
+    grads = zip((dq_KBXH, dk_KBSH, dv_KBSH), (q_KBXH, k_KBSH, v_KBSH), strict=True)
     return (*(d.astype(x.dtype) for d, x in grads), None)
 
 

@@ -35,20 +35,19 @@ def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) ->
     return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in 'kv'))
 
 
-def rows(x_BTKH: jax.Array) -> jax.Array:
-    """Keys or values as the cache has them, `[R, T, H]`."""
-    batch, length, heads, width = x_BTKH.shape
-    return x_BTKH.transpose(2, 0, 1, 3).reshape(heads * batch, length, width)
+def heads_first(x_BTKH: jax.Array) -> jax.Array:
+    """Keys or values as attention multiplies them, `[K, B, T, H]`."""
+    return x_BTKH.transpose(2, 0, 1, 3)
 
 
-def write(cache_RSH: jax.Array, new_RTH: jax.Array, start_B: jax.Array) -> jax.Array:
+def write(cache_RSH: jax.Array, new_KBTH: jax.Array, start_B: jax.Array) -> jax.Array:
     """Put the T new rows of one layer at slots `start .. start + T` of each sequence.
 
     They are rounded to the cache's dtype.
     `dynamic_update_slice` clamps: the caller guarantees `start + T <= S`.
     """
     dtype = cache_RSH.dtype
-    new_RTH = new_RTH.astype(dtype)
+    new_RTH = new_KBTH.reshape(len(cache_RSH), *new_KBTH.shape[2:]).astype(dtype)
     if dtype == jnp.bfloat16:  # XLA's CPU backend updates it as float32, converting all of it twice
         cache_RSH, new_RTH = (
             jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache_RSH, new_RTH)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from cllm_jax.models.attention import attend, rope_tables, rotate
-from cllm_jax.models.cache import Cache, rows, write
+from cllm_jax.models.cache import Cache, heads_first, write
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.linear import linear
 
@@ -71,12 +71,10 @@ class Block(nn.Module):
         c, ones = self.config, nn.initializers.ones
         h_BTD = rms_norm(x_BTD, self._vector('attn_norm', ones, ('embed',), c.dim), c.norm_eps)
         q_BTNH, *kv_BTKH = self._qkv(h_BTD, sin, cos)
-        new_RTH = [rows(x_BTKH) for x_BTKH in kv_BTKH]
-        if kv_RSH is None:
-            kv_RSH = new_RTH
-        else:
-            kv_RSH = [write(*pair, start_B) for pair in zip(kv_RSH, new_RTH, strict=True)]
-        o_BTNH = attend(q_BTNH, *kv_RSH, mask_BTS, self.compute)
+        kv = [heads_first(x_BTKH) for x_BTKH in kv_BTKH]
+        if kv_RSH is not None:
+            kv = [write(*pair, start_B) for pair in zip(kv_RSH, kv, strict=True)]
+        o_BTNH = attend(q_BTNH, *kv, mask_BTS, self.compute)
         o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
         o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
         x_BTD = x_BTD + linear(o_BTA, o.reshape(-1, c.dim), self.compute)
@@ -86,7 +84,7 @@ class Block(nn.Module):
         up = self._weight('up', ('embed', 'mlp'), c.dim, c.mlp_dim)
         down = self._weight('down', ('mlp', 'embed'), c.mlp_dim, c.dim)
         h_BTF = nn.silu(linear(h_BTD, gate, self.compute)) * linear(h_BTD, up, self.compute)
-        return x_BTD + linear(h_BTF, down, self.compute), kv_RSH
+        return x_BTD + linear(h_BTF, down, self.compute), kv
 
 
 class Llama(nn.Module):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.models.config import LlamaConfig, one_line
+from cllm_jax.models.config import LlamaConfig, one_line, read_config
 from cllm_jax.models.hf import DTYPES, abstract_params, read_model
 from cllm_jax.models.llama import Llama, param_axes
 from cllm_jax.parallel.rules import param_shardings
@@ -60,11 +61,12 @@ def chosen(dtype: str) -> str:
     return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
     """The local directory behind a model's name.
 
     `embedded` and `embedded-target` ship with the package. A path never touches the network. A name
-    of the form `owner/name` that is no directory is fetched with `huggingface_hub`.
+    of the form `owner/name` that is no directory is fetched with `huggingface_hub`: those of its
+    files that match `files`.
 
     Raises:
       ConfigError: no such directory, and not a hub id; or the hub does not deliver it.
@@ -95,12 +97,21 @@ def resolve(name: str) -> Path:
     from huggingface_hub import snapshot_download  # network code, only for a hub id
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIP))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=HUB_SKIP))
     except Exception as e:  # the hub client raises many types: offline, gated, absent
         raise ConfigError(
             f'{shown}: no such directory, and the hub did not deliver it '
             f'({type(e).__name__}: {one_line(e, 160)}); check the name or download it yourself'
         ) from None
+
+
+def peek(name: str) -> LlamaConfig:
+    """The architecture behind a model's name; of a hub id only that file is fetched.
+
+    Raises:
+      ConfigError, DataError: see `resolve` and `read_config`.
+    """
+    return read_config(resolve(name, ['config.json']))
 
 
 def read_tokenizer(directory: Path) -> Any:

@@ -51,3 +51,17 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
+
+
+def pretend(devices: int) -> None:
+    """Stand in for a machine with so many devices, to plan and compile for it; nothing can run.
+
+    To be called before anything else uses JAX.
+
+    Raises:
+      ConfigError: the number is not positive.
+    """
+    if devices < 1:
+        raise ConfigError(f'devices {devices}: must be at least 1')
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', devices)

@@ -20,10 +20,10 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import Interrupted, NumericalError
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.models.hf import write_model
-from cllm_jax.models.llama import Llama, param_axes
+from cllm_jax.models.llama import Llama
 from cllm_jax.models.load import Model
 from cllm_jax.parallel.distributed import fetch, is_main
-from cllm_jax.parallel.rules import param_shardings, place_batch, state_shardings
+from cllm_jax.parallel.rules import place_batch
 from cllm_jax.rundir import append_metrics, rewind_metrics
 from cllm_jax.training.batches import Noise, Sample, make_batch
 from cllm_jax.training.checkpoint import open_checkpoints, restore, save
@@ -33,6 +33,7 @@ from cllm_jax.training.step import (
     make_optimizer,
     make_step,
     new_state,
+    state_places,
 )
 
 
@@ -68,20 +69,12 @@ class RunPlan:
     noise: Noise | None
     held_out: HeldOut
     compute: Any = None
+    remat: bool = False
     mesh: Mesh | None = None
     """Devices to train on; None for one."""
     log_every: int = 20
     save_every: int = 200
     max_skipped: int = 20
-
-
-def _shardings(optimizer, model: Model, mesh: Mesh | None):
-    """Where the training state lives."""
-    if mesh is None:
-        return None
-    places = param_shardings(param_axes(model.config), model.params, mesh)
-    abstract = jax.eval_shape(partial(new_state, optimizer), model.params)
-    return state_shardings(abstract, model.params, places, mesh)
 
 
 def held_out_test(model: Model, source: Source, test: HeldOut, reference: Sequence | None) -> dict:
@@ -128,8 +121,8 @@ def train(
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     optimizer = make_optimizer(plan.optimizer, plan.steps)
-    module = Llama(model.config, model.params['norm'].dtype, plan.compute)
-    shardings = _shardings(optimizer, model, plan.mesh)
+    module = Llama(model.config, model.params['norm'].dtype, plan.compute, plan.remat)
+    shardings = plan.mesh and state_places(optimizer, model.config, model.params, plan.mesh)
     state = new_state(optimizer, model.params, shardings)
     log = directory / 'metrics.jsonl'
     test = partial(held_out_test, source=source, test=plan.held_out)

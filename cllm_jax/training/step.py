@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 from optax.contrib import MuonDimensionNumbers, muon
 
 from cllm_jax.errors import ConfigError
-from cllm_jax.models.llama import Llama
+from cllm_jax.models.config import LlamaConfig
+from cllm_jax.models.llama import Llama, param_axes
+from cllm_jax.parallel.rules import param_shardings, state_shardings
 from cllm_jax.training.batches import Batch
 from cllm_jax.training.losses import cross_entropy, divergence
 
@@ -173,6 +176,15 @@ def new_state(
         params = jax.device_get(params) if local else params
         return jax.jit(first, out_shardings=shardings)(params)
     return jax.jit(first)(jax.tree.map(jnp.copy, params))
+
+
+def state_places(
+    optimizer: optax.GradientTransformation, config: LlamaConfig, params: Any, mesh: Mesh
+) -> TrainState:
+    """Where the training state of a model lives, for parameters or their shapes."""
+    places = param_shardings(param_axes(config), params, mesh)
+    abstract = jax.eval_shape(partial(new_state, optimizer), params)
+    return state_shardings(abstract, params, places, mesh)
 
 
 def make_step(
