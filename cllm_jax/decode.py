@@ -31,6 +31,7 @@ from cllm_jax.evaluation.speed import (
     tokens_per_second,
 )
 from cllm_jax.models.load import Model, Precision, baseline, load, peek, storage
+from cllm_jax.parallel.mesh import tensor_mesh
 from cllm_jax.settings import guard, parse, to_json
 
 DEMO_PROMPTS = 6
@@ -72,6 +73,8 @@ class DecodeConfig:
     """Print the text as it is produced; for one prompt."""
     compare: bool = True
     """Decode autoregressively too, and time both."""
+    tensor: int = 1
+    """Devices that share every layer of the models."""
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
 
@@ -106,15 +109,19 @@ def rows_of(prompts: list[str], result: DecodeResult) -> Iterator[dict]:
 def compare(
     console: Console,
     model: Model,
+    single: Model,
     request: Request,
     prompts: list[str],
     result: DecodeResult,
 ) -> None:
-    """Autoregressive decoding beside the result: identity, tokens/forward, speed-up."""
+    """Autoregressive decoding beside the result: identity, tokens/forward, speed-up.
+
+    `single` is the model in the precision in which AR is timed (see `baseline`).
+    """
     ar = dataclasses.replace(request, drafter=AutoRegressive())
     with console.status('AR and Jacobi, timed in turn'):
         plain = decode_all(model, ar, prompts)
-        ways = {'AR': Way(baseline(model), ar), 'Jacobi': Way(model, request)}
+        ways = {'AR': Way(single, ar), 'Jacobi': Way(model, request)}
         speed = tokens_per_second(ways, prompts[:DEMO_PROMPTS])
     rows = [
         ['AR', 1.0, speed['AR'], 1.0],
@@ -171,7 +178,8 @@ def run() -> None:
         settings.stop,
         settings.batch,
     )
-    model = load(settings.model, settings.dtype)
+    mesh = tensor_mesh(settings.tensor)
+    model = load(settings.model, settings.dtype, mesh)
     if settings.stream:
         for piece in stream(model, request, prompts[0]):
             print(piece, end='', flush=True)
@@ -184,7 +192,7 @@ def run() -> None:
     else:
         show(console, prompts, result)
     if settings.compare and settings.drafter == 'jacobi':
-        compare(console, model, request, prompts, result)
+        compare(console, model, baseline(model, mesh), request, prompts, result)
 
 
 def _write(path: Path, rows: Iterator[dict]) -> None:

@@ -25,6 +25,7 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.evaluation.speed import Way, share_identical, tokens_per_forward, tokens_per_second
 from cllm_jax.models.load import Precision, baseline, chosen, load, named_or
+from cllm_jax.parallel.mesh import tensor_mesh
 from cllm_jax.rundir import write_atomic
 from cllm_jax.settings import guard, parse, to_json
 
@@ -59,6 +60,8 @@ class EvaluateConfig:
     """Prompts whose decoding is timed, at batch 1."""
     repeats: int = 3
     """Times each of them is timed; the median counts."""
+    tensor: int = 1
+    """Devices that share every layer of the models."""
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
     json: str = ''
@@ -69,14 +72,14 @@ class EvaluateConfig:
 
 def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict[str, Any]:
     """Everything about one task."""
-    dtype = settings.dtype
-    cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'), dtype)
+    dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
+    cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'), dtype, mesh)
     name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
-    target = load(name, dtype)
+    target = load(name, dtype, mesh)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
     jacobi = dataclasses.replace(ar, drafter=Jacobi(settings.block, settings.mode))
     ways = {
-        'target AR': Way(baseline(target), ar),
+        'target AR': Way(baseline(target, mesh), ar),
         'target Jacobi': Way(target, jacobi),
         'CLLM AR': Way(cllm, ar),
         'CLLM Jacobi': Way(cllm, jacobi),
@@ -125,6 +128,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'timed': len(timed),
         'models': {'cllm': cllm.source, 'target': target.source},
         'dtype': chosen(dtype),
+        'tensor': settings.tensor,
         'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind} ({platform.machine()})',
         'versions': {name: version(name) for name in VERSIONED},
     }

@@ -106,6 +106,8 @@ def test_plans_start_nothing(tmp_path, monkeypatch, capsys):
     [
         (decode, ['--model', '/no/such/model'], 2, 'no such directory'),
         (decode, ['--prompts', 'a', '--input', 'b.jsonl'], 2, 'give one of them'),
+        (decode, ['--tensor', '9', '--prompts', 'a'], 2, 'tensor 9: must be 1 to 8'),
+        (train, ['--devices', '8', '--root', 'ROOT'], 2, 'add --plan'),
         (decode, ['--block', '0', '--prompts', 'a'], 2, 'block 0'),
         (decode, ['--input', '/no/such.jsonl'], 3, '/no/such.jsonl'),
         (evaluate, ['--task', 'sqll'], 2, "did you mean 'sql'"),
@@ -127,6 +129,18 @@ def test_bad_requests_end_with_one_line_and_a_code(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error')]
     assert e.value.code == code
     assert len(lines) == 1 and words in lines[0]
+
+
+def test_decoding_over_several_devices_writes_the_same_answer(monkeypatch, tmp_path):
+    rows = []
+    for tensor in (1, 4):
+        call(
+            monkeypatch, decode, '--prompts', 'Question: how many', '--max-tokens', '8',
+            '--no-compare', '--tensor', tensor, '--output', tmp_path / f'{tensor}.jsonl',
+        )  # fmt: skip
+        rows.append(json.loads((tmp_path / f'{tensor}.jsonl').read_text()))
+        rows[-1].pop('seconds')
+    assert rows[0] == rows[1]
 
 
 def test_stream_takes_one_prompt(monkeypatch):

@@ -53,6 +53,22 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     )
 
 
+def tensor_mesh(tensor: int) -> Mesh | None:
+    """The first devices, sharing every layer of a model among them; None for a single one.
+
+    Raises:
+      ConfigError: the number is not positive, or there are fewer devices.
+    """
+    devices = jax.devices()
+    if not 1 <= tensor <= len(devices):
+        raise ConfigError(
+            f'tensor {tensor}: must be 1 to {len(devices)}, the devices that are here'
+        )
+    if tensor == 1:
+        return None
+    return make_mesh(MeshConfig(data=1, tensor=tensor), devices[:tensor])
+
+
 def pretend(devices: int) -> None:
     """Stand in for a machine with so many devices, to plan and compile for it; nothing can run.
 
