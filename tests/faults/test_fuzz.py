@@ -1,0 +1,197 @@
+"""Files that hold anything: every reader returns, or refuses in one line, and stays where it is.
+
+    pytest tests/faults/test_fuzz.py -m faults -s
+
+CLLM_FUZZ_SECONDS sets for how long each reader is tried (20).
+"""
+
+import gzip
+import json
+import os
+import resource
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cllm_jax.datasets.sources import FORMATS, open_source
+from cllm_jax.errors import CllmError
+from cllm_jax.models.config import read_config
+from cllm_jax.models.hf import read_model
+from cllm_jax.models.load import read_tokenizer
+from cllm_jax.recipe import from_mapping, read_recipe
+from cllm_jax.train import TrainConfig
+from tests.tiny_model import tiny_tokenizer, write_sharded, write_single
+
+SECONDS = float(os.environ.get('CLLM_FUZZ_SECONDS', '20'))
+ROUND = 200
+"""Examples between two looks at the clock."""
+LONGEST = 10.0
+"""Seconds that reading a file of a few KiB may take on a busy machine."""
+GROWTH = 1 << 30
+"""Bytes by which the process may grow."""
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+ROWS = [
+    {'prompt': 'a', 'answer': 'b', 'question': 'c', 'query': 'd', 'db_id': 'e'},
+    {'question': 'How many?', 'answer': '1 + 1 = <<1+1=2>>2\n#### 2'},
+    {'table': 't', 'columns': ['a', 'b'], 'question': 'which?', 'sql': 'SELECT a FROM t'},
+    {'conversations': [{'from': 'human', 'value': 'hi'}, {'from': 'gpt', 'value': 'ho'}]},
+    {'docstring': 'adds', 'code': 'def f(): ...', 'code_tokens': ['def'], 'partition': 'train'},
+]
+
+pytestmark = pytest.mark.faults
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(['llama', 'linear', 'llama3', 10**30, -1, 0, 1e308, '1e5', '../x', '\0'])
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def edited(valid: bytes) -> st.SearchStrategy[bytes]:
+    """A file with up to four pieces cut out and others put in their place."""
+    edit = st.tuples(
+        st.floats(0, 1),
+        st.integers(0, 64),
+        st.binary(max_size=16)
+        | st.sampled_from([b'{', b'[' * 2000, b'"', b'&a *a', b'\xff', b'1e999', b'9' * 5000]),
+    )
+
+    def apply(edits):
+        found = valid
+        for where, length, piece in edits:
+            at = int(where * len(found))
+            found = found[:at] + piece + found[at + length :]
+        return found
+
+    return st.lists(edit, min_size=1, max_size=4).map(apply)
+
+
+def changed(valid: dict) -> st.SearchStrategy[bytes]:
+    """A JSON object with some of its values exchanged, and keys it should not have."""
+    keys = st.sampled_from(sorted(valid)) | st.text(max_size=8)
+    return st.dictionaries(keys, values, max_size=4).map(
+        lambda changes: json.dumps(valid | changes).encode()
+    )
+
+
+def tried(name: str, read, contents: st.SearchStrategy, put) -> Counter:
+    """Read what `put(contents)` leaves, over and over; returns how often it was refused."""
+    counts: Counter = Counter()
+
+    @settings(max_examples=ROUND, deadline=None, database=None)
+    @given(contents)
+    def once(content):
+        put(content)
+        begin = time.monotonic()
+        try:
+            read()
+            counts['read'] += 1
+        except CllmError as error:
+            assert '\n' not in str(error), str(error)
+            counts['refused'] += 1
+        assert time.monotonic() - begin < LONGEST
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    end = time.monotonic() + SECONDS
+    while not counts or time.monotonic() < end:
+        once()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    print(f'{name}: {sum(counts.values())} files in {SECONDS:.0f} s, {dict(counts)}')
+    assert grown < GROWTH
+    assert counts['refused']
+    return counts
+
+
+def test_config(tmp_path):
+    path = write_single(tmp_path / 'model') / 'config.json'
+    valid = path.read_bytes()
+    contents = edited(valid) | changed(json.loads(valid))
+    tried('config.json', lambda: read_config(path.parent), contents, path.write_bytes)
+
+
+def test_weights(tmp_path):
+    model = write_single(tmp_path / 'model')
+    path = model / 'model.safetensors'
+    valid = path.read_bytes()
+    head = edited(valid[:4096]).map(lambda head: head + valid[4096:])
+    tried('model.safetensors', lambda: read_model(model), head, path.write_bytes)
+
+
+def test_weight_index(tmp_path):
+    """Names that lead out of the directory are never opened, though a readable file is there."""
+    model = write_sharded(tmp_path / 'model')
+    outside = tmp_path / 'outside.safetensors'
+    shutil.copy(next(model.glob('*-00001-*.safetensors')), outside)
+    (model / 'link.safetensors').symlink_to(outside)
+    index = model / 'model.safetensors.index.json'
+    whole = json.loads(index.read_bytes())
+    inside = sorted(set(whole['weight_map'].values()))
+    ways_out = ['../outside.safetensors', str(outside), 'link.safetensors', 'x/../../outside', '']
+    mapped = st.dictionaries(
+        st.sampled_from(sorted(whole['weight_map'])),
+        st.sampled_from(inside + ways_out) | values,
+        min_size=1,
+        max_size=4,
+    ).map(lambda changes: json.dumps({'weight_map': whole['weight_map'] | changes}).encode())
+
+    def read():
+        named = index.read_bytes()
+        read_model(model)
+        assert not any(json.dumps(way).encode() in named for way in ways_out)
+
+    tried('weight index', read, edited(index.read_bytes()) | mapped, index.write_bytes)
+
+
+def test_tokenizer(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / 'tokenizer.json'
+    contents = edited(path.read_bytes()) | changed(json.loads(path.read_bytes()))
+    tried('tokenizer.json', lambda: read_tokenizer(tmp_path), contents, path.write_bytes)
+
+
+@pytest.mark.parametrize('kind', sorted(set(FORMATS) - {'tfds'}))
+def test_rows(kind, tmp_path):
+    lines = [json.dumps(row) for row in ROWS]
+    plain, packed = tmp_path / 'rows.jsonl', tmp_path / 'rows.jsonl.gz'
+    row = st.sampled_from(ROWS).flatmap(changed)
+    text = edited('\n'.join(lines).encode()) | st.lists(row, max_size=3).map(b'\n'.join)
+    zipped = st.tuples(text.map(gzip.compress), st.booleans()).flatmap(
+        lambda pair: edited(pair[0]) if pair[1] else st.just(pair[0])
+    )
+    for path, contents in ((plain, text), (packed, zipped)):
+        tried(
+            f'{kind} {path.suffix}',
+            lambda path=path: open_source(f'{kind}:{path}#all'),
+            contents,
+            path.write_bytes,
+        )
+
+
+def test_recipe(tmp_path):
+    path = tmp_path / 'recipe.yaml'
+    valid = (CONFIGS / 'embedded.yaml').read_bytes()
+    stage = yaml.safe_load(valid)['cllm']
+
+    def read():
+        for name, found in read_recipe(path).items():
+            from_mapping(TrainConfig, found, name)
+
+    contents = edited(valid) | changed(stage).map(lambda text: b'cllm: ' + text)
+    tried('recipe', read, contents, path.write_bytes)
