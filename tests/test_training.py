@@ -22,7 +22,7 @@ from cllm_jax.sums import SUMS
 from cllm_jax.training import run as training_run
 from cllm_jax.training.batches import Noise, Sample, make_batch, samples_of_step
 from cllm_jax.training.losses import divergence
-from cllm_jax.training.run import HeldOut, RunPlan, train
+from cllm_jax.training.run import HeldOut, RunPlan, alarm, train
 from cllm_jax.training.step import (
     LossWeights,
     OptimizerConfig,
@@ -316,6 +316,12 @@ def test_the_gradient_of_attention_is_the_derived_one(compute):
     near = 0.03 if compute else 1e-5
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(derived), strict=True):
         assert float(jnp.abs(a - b).max()) <= near * float(jnp.abs(b).max())
+
+
+def test_repetition_that_grows_is_reported():
+    before = {'repetitive': 0.1}
+    assert alarm({'repetitive': 0.3}, before) is None
+    assert '31% of the held-out answers repeat' in alarm({'repetitive': 0.31}, before)
 
 
 def tiny_run(steps: int = 6, **changes):

@@ -36,6 +36,9 @@ from cllm_jax.training.step import (
     state_places,
 )
 
+COLLAPSE = 0.2
+"""Share of the held-out answers by which repetition may grow before a warning."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
@@ -102,6 +105,21 @@ def score(found: dict, first_quality: float, weights: LossWeights, test: HeldOut
     return found['tokens_per_forward'] * (1 - lost) ** 20
 
 
+def alarm(found: dict, before: dict) -> str | None:
+    """What a held-out test says about collapse, for one that repeats itself far more than before.
+
+    Consistency training on bad trajectories can end in a model that repeats a few tokens, whose
+    loss and tokens/forward look excellent.
+    """
+    if found['repetitive'] <= before['repetitive'] + COLLAPSE:
+        return None
+    return (
+        f'{found["repetitive"]:.0%} of the held-out answers repeat themselves, '
+        f'{before["repetitive"]:.0%} before training: the model may be collapsing; the best one so '
+        'far is kept, clean the trajectories or raise loss.ar_weight'
+    )
+
+
 def train(
     directory: Path,
     model: Model,
@@ -142,7 +160,7 @@ def train(
             _record(log, report, 0, {k: v for k, v in reference.items() if k != 'tokens'})
         step = int(state.step)
         if plan.steps == 0:  # the model as it is, in the form of a run
-            _test_and_keep(directory, model, state, test, reference, plan, progress, report)
+            _test_and_keep(directory, model, state, test, reference, plan, progress, report, note)
         step_fn = make_step(module, optimizer, plan.weights, plan.optimizer.accumulate, shardings)
         batch_of = partial(make_batch, samples, plan.batch, plan.seed, noise=plan.noise)
         with ThreadPoolExecutor(1) as pool:
@@ -168,7 +186,9 @@ def train(
                     _record(log, report, step, numbers)
                     begin, tokens = time.perf_counter(), 0
                 if tested:
-                    _test_and_keep(directory, model, state, test, reference, plan, progress, report)
+                    _test_and_keep(
+                        directory, model, state, test, reference, plan, progress, report, note
+                    )
                     begin, tokens = time.perf_counter(), 0
                 stop = stopped.at(step)
                 if step % plan.save_every == 0 or step == plan.steps or stop:
@@ -179,7 +199,7 @@ def train(
             following.cancel()
 
 
-def _test_and_keep(directory, model, state, test, reference, plan, progress, report) -> None:
+def _test_and_keep(directory, model, state, test, reference, plan, progress, report, note) -> None:
     """Test on held-out prompts, and keep the weights if they are the best so far."""
     step = int(state.step)
     params = jax.tree.map(jnp.copy, state.params)
@@ -190,6 +210,8 @@ def _test_and_keep(directory, model, state, test, reference, plan, progress, rep
     _record(
         directory / 'metrics.jsonl', report, step, {f'held_out_{k}': v for k, v in numbers.items()}
     )
+    if warning := alarm(found, reference):
+        note(f'warning: step {step}: {warning}')
     if found['score'] > progress['best']:
         progress['best'] = found['score']
         whole = fetch(params)
