@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import jax
+
 from cllm_jax.console import Console, print_plan, size
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.models.load import Precision, fingerprint, load, named_or, peek, storage
 from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
+from cllm_jax.parallel.mesh import MeshConfig, make_mesh
 from cllm_jax.rundir import open_run
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.trajectories.collect import CollectPlan, collect
@@ -44,6 +47,8 @@ class CollectConfig:
     """Longest answer; one that does not end by then is counted as truncated."""
     batch: int = 64
     """Prompts decoded together."""
+    tensor: int = 1
+    """Devices that share every layer of the model; each such group has its own prompts."""
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
     shard: int = 512
@@ -78,7 +83,9 @@ def run() -> None:
         }
         print_plan(console, to_json(settings), facts)
         return
-    model = load(name, settings.dtype)
+    groups = MeshConfig(tensor=settings.tensor)
+    mesh = None if settings.tensor == 1 else make_mesh(groups, jax.local_devices())
+    model = load(name, settings.dtype, mesh)
     plan = CollectPlan(
         block=settings.block,
         mode=settings.mode,

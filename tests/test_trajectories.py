@@ -2,15 +2,21 @@
 
 import dataclasses
 from itertools import pairwise
+from unittest.mock import patch
 
+import jax
 import numpy as np
 import pytest
 
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
-from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.generate import Request, decode_all, stop_ids
 from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.models.llama import param_axes
+from cllm_jax.parallel.mesh import MeshConfig, make_mesh
+from cllm_jax.parallel.rules import RULES, param_shardings
 from cllm_jax.trajectories import collect as collecting
 from cllm_jax.trajectories.clean import Cleaning, clean
 from cllm_jax.trajectories.collect import CollectPlan, collect
@@ -37,6 +43,41 @@ def collected(tmp_path_factory):
     directory = tmp_path_factory.mktemp('collected')
     counts = collect(directory, MODEL, source(), PLAN, identity())
     return directory, counts
+
+
+def compiled(model) -> str:
+    mesh = collecting.mesh_of(model)
+    rows = mesh.shape['data']
+    run = collecting._collector(model.module, Jacobi(8, 'block'), mesh, 64, 32)
+    lengths, keys = np.ones(rows, np.int32), jax.random.split(jax.random.key(0), rows)
+    prompts = np.ones((rows, 16), np.int32)
+    return (
+        run.lower(model.params, stop_ids(model), prompts, lengths, lengths, keys)
+        .compile()
+        .as_text()
+    )
+
+
+def shared(model):
+    """The same model with every layer on two devices; its vocabulary of 261 is not divided."""
+    mesh = make_mesh(MeshConfig(tensor=2))
+    with patch.dict(RULES, vocab=None):
+        places = param_shardings(param_axes(model.config), model.params, mesh)
+    return dataclasses.replace(model, params=jax.device_put(model.params, places))
+
+
+def test_devices_with_a_model_each_do_not_communicate():
+    names = ('all-reduce', 'all-gather', 'all-to-all', 'collective-permute', 'reduce-scatter')
+    assert jax.device_count() == 8
+    assert not any(name in compiled(MODEL) for name in names)
+    assert 'all-reduce' in compiled(shared(MODEL))
+
+
+def test_devices_that_share_a_model_collect_the_same(collected, tmp_path):
+    collect(tmp_path, shared(MODEL), source(), PLAN, identity())
+    for a, b in zip(read_records(tmp_path), read_records(collected[0]), strict=True):
+        assert a.id == b.id and a.answer.tolist() == b.answer.tolist()
+        assert a.states.tolist() == b.states.tolist() and a.start.tolist() == b.start.tolist()
 
 
 def test_answers_are_those_of_ar(collected):

@@ -1,7 +1,8 @@
 """Collecting Jacobi trajectories: the decoding loop itself, one copy per device, states kept.
 
 Each process takes every n-th shard of the prompts, and each of its devices its own rows of a batch
-under `jax.shard_map`; the loops end on their own and nothing is communicated. Shards of records are
+under `jax.shard_map`; the loops end on their own and nothing is communicated, but inside a group of
+devices that share a model. Shards of records are
 written as they are finished (`store.py`), and a prompt's random guesses depend on the run's seed
 and the prompt's id alone, so that a collection ends with the same bytes, whether it was interrupted
 or not, and however many processes shared it.
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
@@ -32,6 +33,7 @@ from cllm_jax.evaluation.quality import is_repetitive
 from cllm_jax.models.llama import Llama
 from cllm_jax.models.load import Model
 from cllm_jax.parallel.distributed import barrier, is_main
+from cllm_jax.parallel.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories.store import (
     UNKNOWN,
     Record,
@@ -55,10 +57,12 @@ class CollectPlan:
     """Prompts per shard; a shard is the unit of resumption."""
 
 
-def data_mesh() -> Mesh:
-    """One axis over all devices of this process."""
-    devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ('data',), (AxisType.Auto,), devices=devices)
+def mesh_of(model: Model) -> Mesh:
+    """The mesh that shares the model, or all devices of this process, each with a copy of it."""
+    place = jax.tree.leaves(model.params)[0].sharding
+    if isinstance(place, NamedSharding) and 'data' in place.mesh.axis_names:
+        return place.mesh
+    return make_mesh(MeshConfig(), jax.local_devices())
 
 
 @lru_cache
@@ -100,6 +104,7 @@ def _collector(module: Llama, drafter: Jacobi, mesh: Mesh, slots: int, steps: in
             mesh=mesh,
             in_specs=(whole, whole, rows, rows, rows, rows),
             out_specs=rows,
+            axis_names={'data'},  # what shares a model is left to the compiler
             check_vma=False,
         )
     )
@@ -152,7 +157,7 @@ def _decode(
 ) -> list[tuple[np.ndarray, int, np.ndarray, np.ndarray]]:
     """Answer, forwards, states and offsets of one batch of prompts."""
     steps = bucket(plan.max_tokens)
-    size = -(-plan.batch // mesh.size) * mesh.size
+    size = -(-plan.batch // mesh.shape['data']) * mesh.shape['data']
     prompt_BP = np.zeros((size, width), np.int32)
     prompt_len_B, max_tokens_B = np.ones(size, np.int32), np.zeros(size, np.int32)
     for i, (_, prompt) in enumerate(rows):
@@ -249,7 +254,7 @@ def collect_records(
     Rows of a batch wait for the slowest, so each batch gets rows of about the same length, as the
     reference answers tell it.
     """
-    mesh, room = data_mesh(), model.config.max_positions - plan.max_tokens
+    mesh, room = mesh_of(model), model.config.max_positions - plan.max_tokens
     examples = [source[i] for i in rows]
     pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
     order = [i for i, (prompt, _) in enumerate(pairs) if len(prompt) <= room]
