@@ -26,6 +26,37 @@ from tests.tiny import copy_model, ragged_prompts, random_model, tiny_config
 ROWS, WIDTH, STEPS, SLOTS, VOCAB, STOPS = 8, 16, 48, 128, 29, 3
 PERIOD = 12
 MODULE = Llama(tiny_config())
+
+
+@dataclasses.dataclass(frozen=True)
+class Bush:
+    """A random tree, another in each row; two of three nodes repeat what was written PERIOD ago."""
+
+    nodes: int
+    seed: int = 0
+
+    def init(self, weights, sequences):
+        return ()
+
+    def draft(self, weights, state, sequences):
+        rng = np.random.default_rng(self.seed)
+        shape = len(sequences.length_B), self.nodes
+        parent_BN = np.full(shape, -1, np.int32)
+        depth_BN = np.zeros(shape, np.int32)
+        for i in range(1, self.nodes):
+            parent_BN[:, i] = rng.integers(max(0, i - 3), i, shape[0])
+            depth_BN[:, i] = 1 + np.take_along_axis(depth_BN, parent_BN[:, i : i + 1], 1)[:, 0]
+        back_BN = np.where(rng.random(shape) < 0.7, PERIOD, rng.integers(1, PERIOD, shape))
+        slots_BN = sequences.length_B[:, None] + depth_BN - np.maximum(back_BN, depth_BN)
+        guess_BN = jnp.take_along_axis(sequences.tokens_BS, jnp.maximum(slots_BN, 0), axis=1)
+        tokens_BN = guess_BN.at[:, 0].set(sequences.window(1)[:, 0])
+        valid_BN = jnp.asarray(rng.random(shape) < 0.9)
+        return Draft(tokens_BN, valid_BN, jnp.asarray(parent_BN), int(depth_BN.max())), state
+
+    def update(self, weights, state, draft, verdict, sequences):
+        return state
+
+
 AR = AutoRegressive()
 GREEDY, MILD, FREE = Sampling(), Sampling(0.7, top_k=10, top_p=0.9), Sampling(1.0)
 SIZES = (1, 2, 3, 5, 8, 16, 31, 64)
@@ -37,7 +68,13 @@ SAMPLED_RUNS = [
     (Jacobi(16, 'block'), FREE),
 ]
 TRACED_RUNS = [(AR, GREEDY), *GREEDY_RUNS, *SAMPLED_RUNS]
-RUNS = [*TRACED_RUNS, (PromptLookup(6), GREEDY), (PromptLookup(4, ngram=2), FREE)]
+RUNS = [
+    *TRACED_RUNS,
+    (PromptLookup(6), GREEDY),
+    (PromptLookup(4, ngram=2), FREE),
+    (Bush(12), GREEDY),
+    (Bush(9, seed=1), MILD),
+]
 BLOCK_RUNS = [r for r in RUNS if isinstance(r[0], Jacobi) and r[0].mode == 'block']
 choose_jit = jax.jit(choose, static_argnums=3)
 
@@ -47,6 +84,8 @@ def name(value) -> str:
         return f'T{value.temperature}'
     if isinstance(value, PromptLookup):
         return f'lookup{value.block}'
+    if isinstance(value, Bush):
+        return f'bush{value.nodes}'
     return f'{value.mode}{value.block}' if isinstance(value, Jacobi) else type(value).__name__
 
 
@@ -195,7 +234,13 @@ def test_a_block_takes_at_most_n_forwards(drafter, sampling):
 
 @pytest.mark.parametrize(
     ('drafter', 'sampling'),
-    [(AR, GREEDY), (Jacobi(64), GREEDY), (Jacobi(8), MILD), (Jacobi(5, 'block'), MILD)],
+    [
+        (AR, GREEDY),
+        (Jacobi(64), GREEDY),
+        (Jacobi(8), MILD),
+        (Jacobi(5, 'block'), MILD),
+        (Bush(12), GREEDY),
+    ],
     ids=name,
 )
 def test_cache_holds_what_a_fresh_prefill_computes(drafter, sampling):
@@ -306,7 +351,7 @@ class Scripted:
         tokens_BN = script_BN.at[:, 0].set(sequences.window(1)[:, 0])
         return Draft(tokens_BN, valid_BN), state
 
-    def update(self, weights, state, draft, y_BN, sequences):
+    def update(self, weights, state, draft, verdict, sequences):
         return state
 
 
@@ -347,7 +392,12 @@ def test_a_drafter_decides_the_forwards_and_never_the_answer():
 
 @pytest.mark.parametrize(
     ('drafter', 'sampling'),
-    [(Jacobi(8), MILD), (Jacobi(5, 'block'), GREEDY), (PromptLookup(6), GREEDY)],
+    [
+        (Jacobi(8), MILD),
+        (Jacobi(5, 'block'), GREEDY),
+        (PromptLookup(6), GREEDY),
+        (Bush(12), GREEDY),
+    ],
     ids=name,
 )
 def test_the_prefill_verifies_a_draft_too(drafter, sampling):

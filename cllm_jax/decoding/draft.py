@@ -1,10 +1,11 @@
-"""What a drafter proposes and what the target accepts of it.
+"""What a drafter proposes and what it learns of the target's verdict.
 
-A draft is a chain of N nodes. Node 0 is the pending token: already committed, not yet in the KV
-cache. Node i+1 follows node i. The target's own choice after node i is `y[i]`; node i+1 is accepted
-when its whole chain is and its token equals `y[i]`. Whatever is drafted, the committed tokens are
-`y[0..a]`, the target's choices, so a drafter can change how many forwards an answer takes and
-never the answer.
+A draft is a chain or a tree of N nodes. Node 0 is the pending token: already committed, not yet in
+the KV cache. In a chain node i+1 follows node i; in a tree each node says which one it follows. The
+target's own choice after node i is `y[i]`; a node is accepted when all it follows are and its token
+equals the `y` of the one before it. Whatever is drafted, the committed tokens are the target's
+choices along the longest accepted path, so a drafter can change how many forwards an answer takes
+and never the answer.
 """
 
 from typing import Any, Protocol
@@ -20,6 +21,24 @@ class Draft:
 
     tokens_BN: jax.Array
     valid_BN: jax.Array
+    parent_BN: jax.Array | None = None
+    """For a tree: the node that each follows, of a smaller number; -1 for node 0."""
+    depth: int = struct.field(pytree_node=False, default=0)
+    """For a tree: the most steps from node 0 to any other."""
+
+
+@struct.dataclass
+class Verdict:
+    """What the target said about a draft. P is N for a chain, else `depth + 1`."""
+
+    y_BN: jax.Array
+    """The target's choice after each node."""
+    hidden_BND: jax.Array
+    """The target's last hidden state (behind the final norm) at each node."""
+    path_BP: jax.Array
+    """The nodes of the accepted path, the pending token first."""
+    count_B: jax.Array
+    """Tokens committed: as many of the path's nodes entered the cache. 0 for a finished row."""
 
 
 @struct.dataclass
@@ -59,7 +78,7 @@ class Drafter(Protocol):
         """Propose N nodes; node 0 is the pending token."""
 
     def update(
-        self, weights: Any, state: Any, draft: Draft, y_BN: jax.Array, sequences: Sequences
+        self, weights: Any, state: Any, draft: Draft, verdict: Verdict, sequences: Sequences
     ) -> Any:
         """Learn from the verification; `sequences` is as it was when `draft` was made."""
 
@@ -78,9 +97,3 @@ def put(
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
         buffer_BS, new_BN, start_B
     )
-
-
-def accepted(draft: Draft, y_BN: jax.Array) -> jax.Array:
-    """How many drafted nodes after the pending one are accepted, int32 `[B]`, 0..N-1."""
-    match_BN = (draft.tokens_BN[:, 1:] == y_BN[:, :-1]) & draft.valid_BN[:, 1:]
-    return jnp.cumprod(match_BN.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)

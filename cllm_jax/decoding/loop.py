@@ -2,11 +2,12 @@
 
 Invariants:
   I1  the cache holds exactly `length` tokens of a row; one more, the pending token, is committed.
-  I2  node 0 of every draft is the pending token; node i sits at position `length + i`.
+  I2  node 0 of every draft is the pending token; a node stands at position `length + depth` and
+      sees the cache and what it follows (`tree.py`).
   I3  a choice depends on (params, committed prefix, row key, position) alone (`sampling.py`).
   I4  the committed tokens are the target's choices: 1..N per forward.
   I5  rejected keys need no rollback: `length` is the only commit pointer, and the slots beyond it
-      are overwritten before they are seen.
+      are overwritten before they are seen. Of a tree the accepted path is moved together first.
   I6  a row stops at its first stop token or exactly at its limit, and is frozen from then on.
 """
 
@@ -17,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cllm_jax.decoding.draft import Draft, Sequences, accepted, put
+from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put
 from cllm_jax.decoding.sampling import Sampling, choose
-from cllm_jax.models.cache import Cache, init_cache
+from cllm_jax.decoding.tree import Layout, accept, layout, mask
+from cllm_jax.models.cache import Cache, compact, init_cache
 from cllm_jax.models.llama import Llama
 
 
@@ -108,11 +110,17 @@ def prefill(
         else None,
     )
     tokens_BT = jnp.pad(prompt_BP, ((0, 0), (0, nodes - 1)))
-    tokens_BT = put(tokens_BT, sequences.length_B, draft.tokens_BN, jnp.ones_like(draft.valid_BN))
-    positions_BT = jnp.broadcast_to(
-        jnp.arange(width + nodes - 1, dtype=jnp.int32)[None], tokens_BT.shape
-    )
+    everywhere, length_B = jnp.ones_like(draft.valid_BN), sequences.length_B
+    tokens_BT = put(tokens_BT, length_B, draft.tokens_BN, everywhere)
+    steps_T = jnp.arange(width + nodes - 1, dtype=jnp.int32)
+    positions_BT = jnp.broadcast_to(steps_T[None], tokens_BT.shape)
     mask_BTS = jnp.arange(slots, dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
+    where = layout(draft)
+    if where.sees_BNN is not None:
+        positions_BT = put(positions_BT, length_B, length_B[:, None] + where.depth_BN, everywhere)
+        rows_BN = length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
+        each_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        mask_BTS = mask_BTS.at[each_B1, rows_BN].set(mask(where, length_B, slots))
     hidden_BTD, cache = model.apply(
         {'params': params},
         tokens_BT,
@@ -121,11 +129,12 @@ def prefill(
         state.cache,
         jnp.zeros_like(live_B, jnp.int32),
     )
-    at_BN = sequences.length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
+    at_BN = length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
     hidden_BND = jnp.take_along_axis(hidden_BTD, at_BN[:, :, None], axis=1)
     logits_BNV = model.apply({'params': params}, hidden_BND, method='logits')
+    state = state.replace(cache=cache)
     return _commit(
-        drafter, weights, sampling, stop_ids_E, state.replace(cache=cache), draft, logits_BNV
+        drafter, weights, sampling, stop_ids_E, state, draft, where, hidden_BND, logits_BNV
     )
 
 
@@ -136,17 +145,21 @@ def _commit(
     stop_ids_E: jax.Array,
     state: DecodeState,
     draft: Draft,
+    where: Layout,
+    hidden_BND: jax.Array,
     logits_BNV: jax.Array,
 ) -> DecodeState:
     """Accept what the model chose after the nodes of `draft`, which are in the cache by now."""
-    seq, nodes = state.sequences, drafter.nodes
-    steps_N = jnp.arange(nodes, dtype=jnp.int32)[None]
-    y_BN = choose(logits_BNV, seq.keys_B, seq.length_B[:, None] + 1 + steps_N, sampling)
+    seq = state.sequences
+    y_BN = choose(logits_BNV, seq.keys_B, seq.length_B[:, None] + 1 + where.depth_BN, sampling)
+    accepted_B, chosen_BP, path_BP = accept(draft, where, y_BN)
+    length = chosen_BP.shape[1]
+    steps_P = jnp.arange(length, dtype=jnp.int32)[None]
 
-    stop_BN = _is_stop(y_BN, stop_ids_E)
-    until_stop_B = jnp.where(stop_BN.any(1), jnp.argmax(stop_BN, axis=1) + 1, nodes + 1)
+    stop_BP = _is_stop(chosen_BP, stop_ids_E)
+    until_stop_B = jnp.where(stop_BP.any(1), jnp.argmax(stop_BP, axis=1) + 1, length + 1)
     room_B = state.limit_B - (seq.length_B + 1)
-    count_B = jnp.minimum(accepted(draft, y_BN) + 1, jnp.minimum(until_stop_B, room_B))
+    count_B = jnp.minimum(accepted_B + 1, jnp.minimum(until_stop_B, room_B))
     finished_B = state.finished_B | (count_B == until_stop_B) | (count_B == room_B)
     count_B = jnp.where(state.finished_B, 0, count_B)
 
@@ -157,13 +170,16 @@ def _commit(
             jax.lax.dynamic_update_slice(trace.tokens_BIN, draft.tokens_BN[:, None], at),
             jax.lax.dynamic_update_slice(trace.position_BI, seq.length_B[:, None], at[:2]),
         )
+    cache = state.cache if path_BP is None else compact(state.cache, seq.length_B, path_BP)
+    path_BP = jnp.broadcast_to(steps_P, chosen_BP.shape) if path_BP is None else path_BP
+    verdict = Verdict(y_BN, hidden_BND, path_BP, count_B)
     return DecodeState(
-        cache=state.cache,
+        cache=cache,
         sequences=seq.replace(
-            tokens_BS=put(seq.tokens_BS, seq.length_B + 1, y_BN, steps_N < count_B[:, None]),
+            tokens_BS=put(seq.tokens_BS, seq.length_B + 1, chosen_BP, steps_P < count_B[:, None]),
             length_B=seq.length_B + count_B,
         ),
-        drafter=drafter.update(weights, state.drafter, draft, y_BN, seq),
+        drafter=drafter.update(weights, state.drafter, draft, verdict, seq),
         limit_B=state.limit_B,
         finished_B=finished_B,
         forwards_B=state.forwards_B + (count_B > 0).astype(jnp.int32),
@@ -191,22 +207,23 @@ def advance(
     `until` is a traced number: streaming calls this with small steps and shares the compilation
     with decoding in one go. Nothing is read back to the host inside. `state` is donated.
     """
-    steps_N = jnp.arange(drafter.nodes, dtype=jnp.int32)[None]
 
     def unfinished(state: DecodeState) -> jax.Array:
         return ~state.finished_B.all() & (state.iteration < until)
 
     def iterate(state: DecodeState) -> DecodeState:
         seq = state.sequences
-        slots_S = jnp.arange(state.cache.slots, dtype=jnp.int32)
         draft, drafter_state = drafter.draft(weights, state.drafter, seq)
-        positions_BN = seq.length_B[:, None] + steps_N
-        mask_BNS = slots_S[None, None] <= positions_BN[:, :, None]
+        where = layout(draft)
+        positions_BN = seq.length_B[:, None] + where.depth_BN
+        mask_BNS = mask(where, seq.length_B, state.cache.slots)
         hidden_BND, cache = model.apply(
             {'params': params}, draft.tokens_BN, positions_BN, mask_BNS, state.cache, seq.length_B
         )
         logits_BNV = model.apply({'params': params}, hidden_BND, method='logits')
         state = state.replace(cache=cache, drafter=drafter_state)
-        return _commit(drafter, weights, sampling, stop_ids_E, state, draft, logits_BNV)
+        return _commit(
+            drafter, weights, sampling, stop_ids_E, state, draft, where, hidden_BND, logits_BNV
+        )
 
     return jax.lax.while_loop(unfinished, iterate, state)

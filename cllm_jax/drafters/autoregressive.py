@@ -22,5 +22,5 @@ class AutoRegressive:
         tokens_B1 = sequences.window(1)
         return Draft(tokens_B1, jnp.ones_like(tokens_B1, bool)), state
 
-    def update(self, weights, state, draft, y_BN, sequences):
+    def update(self, weights, state, draft, verdict, sequences):
         return state

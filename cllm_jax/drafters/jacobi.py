@@ -52,8 +52,8 @@ class Jacobi:
         tokens_BN = jnp.concatenate([pending_B1, guess_BN[:, 1:]], axis=1)
         return Draft(tokens_BN, self._inside(sequences, 0)), state
 
-    def update(self, weights, state, draft, y_BN, sequences):
-        return put(state, sequences.length_B + 1, y_BN, self._inside(sequences, 1))
+    def update(self, weights, state, draft, verdict, sequences):
+        return put(state, sequences.length_B + 1, verdict.y_BN, self._inside(sequences, 1))
 
     def _inside(self, sequences: Sequences, shift: int) -> jax.Array:
         """Which of the positions pending + shift + (0..n-1) the current window may touch."""

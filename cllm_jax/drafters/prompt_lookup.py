@@ -56,5 +56,5 @@ class PromptLookup:
         valid_BN = jnp.broadcast_to(found_B1, tokens_BN.shape)
         return Draft(tokens_BN, valid_BN), state
 
-    def update(self, weights, state, draft, y_BN, sequences):
+    def update(self, weights, state, draft, verdict, sequences):
         return state

@@ -36,7 +36,7 @@ class Stall:
         tokens_BN = jnp.broadcast_to(sequences.window(1), (len(sequences.length_B), self.nodes))
         return Draft(tokens_BN, jnp.zeros_like(tokens_BN, bool)), state
 
-    def update(self, weights, state, draft, y_BN, sequences):
+    def update(self, weights, state, draft, verdict, sequences):
         return state
 
 

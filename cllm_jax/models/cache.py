@@ -55,6 +55,21 @@ def write(cache_RSH: jax.Array, new_KBTH: jax.Array, start_B: jax.Array) -> jax.
     return jax.lax.bitcast_convert_type(_write(cache_RSH, new_RTH, start_B), dtype)
 
 
+def compact(cache: Cache, start_B: jax.Array, path_BP: jax.Array) -> Cache:
+    """Move the rows of an accepted path, at `start + path`, together to `start ..`."""
+
+    def one(cache_RSH: jax.Array) -> jax.Array:
+        bits_RSH = cache_RSH
+        if cache_RSH.dtype == jnp.bfloat16:  # see `write`
+            bits_RSH = jax.lax.bitcast_convert_type(cache_RSH, jnp.uint16)
+        copies = len(cache_RSH) // len(start_B)
+        at_RP = jnp.tile(start_B[:, None] + path_BP, (copies, 1))
+        new_RPH = jnp.take_along_axis(bits_RSH, at_RP[:, :, None], axis=1)
+        return jax.lax.bitcast_convert_type(_write(bits_RSH, new_RPH, start_B), cache_RSH.dtype)
+
+    return jax.tree.map(one, cache)
+
+
 def _write(cache_RSH: jax.Array, new_RTH: jax.Array, start_B: jax.Array) -> jax.Array:
     if len(start_B) == 1:  # mapped over rows it is a scatter, which copies
         return jax.lax.dynamic_update_slice(cache_RSH, new_RTH, (0, start_B[0], 0))
