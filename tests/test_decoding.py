@@ -74,6 +74,8 @@ RUNS = [
     (PromptLookup(4, ngram=2), FREE),
     (Bush(12), GREEDY),
     (Bush(9, seed=1), MILD),
+    (Jacobi(8, recycle=3), GREEDY),
+    (Jacobi(5, 'block', recycle=2), MILD),
 ]
 BLOCK_RUNS = [r for r in RUNS if isinstance(r[0], Jacobi) and r[0].mode == 'block']
 choose_jit = jax.jit(choose, static_argnums=3)
@@ -86,7 +88,9 @@ def name(value) -> str:
         return f'lookup{value.block}'
     if isinstance(value, Bush):
         return f'bush{value.nodes}'
-    return f'{value.mode}{value.block}' if isinstance(value, Jacobi) else type(value).__name__
+    if isinstance(value, Jacobi):
+        return f'{value.mode}{value.block}' + (f'+{value.recycle}' if value.recycle else '')
+    return type(value).__name__
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

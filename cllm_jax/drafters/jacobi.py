@@ -10,13 +10,28 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
-from cllm_jax.decoding.draft import Draft, Sequences, put, windows
+from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put, windows
 from cllm_jax.errors import ConfigError
 
 MAX_BLOCK = 1024
 GUESSES = 2**32 - 1
 """Folded into a row's key for its guesses; sampling noise folds in positions, which are smaller."""
+
+
+RECYCLED = 8
+"""Tokens of a chain of dropped guesses."""
+
+
+@struct.dataclass
+class Guesses:
+    """One guess for every slot, and what the model said in the last forwards."""
+
+    guess_BS: jax.Array
+    said_BGn: jax.Array | None
+    """The newest first; -1 where there was no forward yet. None without recycling."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,33 +42,81 @@ class Jacobi:
     schedule: the answer is cut into blocks of n tokens, and no guess beyond the current block is
     used or kept until that block has reached its fixed point. Trajectories in the paper's sense
     are those of `block`.
+
+    `recycle` tries dropped guesses again (rejection recycling, Jacobi Forcing, arXiv 2512.14681):
+    guesses are often right and only in the wrong place. Each of the last `recycle` forwards before
+    the newest gives a chain, what the model had said there behind its first mention of the pending
+    token, and all are verified beside the window in the same forward.
     """
 
     block: int = 16
     mode: Literal['sliding', 'block'] = 'sliding'
+    recycle: int = 0
 
     def __post_init__(self):
         if not 1 <= self.block <= MAX_BLOCK:
             raise ConfigError(f'block {self.block}: must be 1 (autoregressive) to {MAX_BLOCK}')
         if self.mode not in ('sliding', 'block'):
             raise ConfigError(f"mode {self.mode!r}: must be 'sliding' or 'block'")
+        if self.recycle < 0 or (self.recycle and self.block == 1):
+            raise ConfigError(
+                f'recycle {self.recycle} with block {self.block}: must be 0 or more chains, '
+                'and there are guesses to recycle only with a block of at least 2'
+            )
 
     @property
     def nodes(self) -> int:
-        return self.block
+        return self.block + self.recycle * self._length
+
+    @property
+    def _length(self) -> int:
+        return min(RECYCLED, self.block - 1)
 
     def init(self, weights, sequences):
-        return initial_guesses(sequences)
+        guess_BS, said = initial_guesses(sequences), None
+        if self.recycle:
+            said = jnp.full((len(guess_BS), self.recycle + 1, self.block), -1, jnp.int32)
+        return Guesses(guess_BS, said)
 
     def draft(self, weights, state, sequences):
-        guess_BS = state
         pending_B1 = sequences.window(1)
-        guess_BN = windows(guess_BS, sequences.length_B, self.block)
+        guess_BN = windows(state.guess_BS, sequences.length_B, self.block)
         tokens_BN = jnp.concatenate([pending_B1, guess_BN[:, 1:]], axis=1)
-        return Draft(tokens_BN, self._inside(sequences, 0)), state
+        inside_BN = self._inside(sequences, 0)
+        if not self.recycle:
+            return Draft(tokens_BN, inside_BN), state
+        rows, length = len(tokens_BN), self._length
+        chain_BGL = _behind(state.said_BGn[:, 1:], pending_B1, length)
+        valid_BGL = (chain_BGL >= 0) & inside_BN[:, None, 1 : length + 1]
+        tokens_BN = jnp.concatenate([tokens_BN, jnp.maximum(chain_BGL, 0).reshape(rows, -1)], 1)
+        valid_BN = jnp.concatenate([inside_BN, valid_BGL.reshape(rows, -1)], axis=1)
+        parent_BN = jnp.broadcast_to(jnp.asarray(self._parents())[None], tokens_BN.shape)
+        return Draft(tokens_BN, valid_BN, parent_BN, self.block - 1), state
 
     def update(self, weights, state, draft, verdict, sequences):
-        return put(state, sequences.length_B + 1, verdict.y_BN, self._inside(sequences, 1))
+        said, y_Bn = state.said_BGn, verdict.y_BN
+        if self.recycle:
+            y_Bn = jnp.take_along_axis(y_Bn, self._branch(verdict), axis=1)
+            said = jnp.concatenate([y_Bn[:, None], said[:, :-1]], axis=1)
+        guess_BS = put(state.guess_BS, sequences.length_B + 1, y_Bn, self._inside(sequences, 1))
+        return Guesses(guess_BS, said)
+
+    def _parents(self) -> np.ndarray:
+        """The window is a chain, and so is each of the recycled ones, all from node 0."""
+        chains = np.arange(self.nodes - self.block).reshape(self.recycle, -1) + self.block - 1
+        chains[:, 0] = 0
+        return np.concatenate([np.arange(self.block) - 1, chains.ravel()]).astype(np.int32)
+
+    def _branch(self, verdict: Verdict) -> jax.Array:
+        """The node whose choice is the new guess at each of the n places, int32 `[B, n]`.
+
+        Those of the accepted chain, and of the window where that chain ends.
+        """
+        steps_1n = jnp.arange(self.block, dtype=jnp.int32)[None]
+        first_B1 = verdict.path_BP[:, 1:2]
+        taken_B1 = (verdict.count_B[:, None] > 1) & (first_B1 >= self.block)
+        on_chain_Bn = taken_B1 & (steps_1n > 0) & (steps_1n <= self._length)
+        return jnp.where(on_chain_Bn, first_B1 + steps_1n - 1, steps_1n)
 
     def _inside(self, sequences: Sequences, shift: int) -> jax.Array:
         """Which of the positions pending + shift + (0..n-1) the current window may touch."""
@@ -63,6 +126,16 @@ class Jacobi:
         if self.mode == 'block':
             room_B = self.block - offset_B % self.block
         return steps_N[None] < room_B[:, None]
+
+
+def _behind(said_BGn: jax.Array, token_B1: jax.Array, length: int) -> jax.Array:
+    """The `length` tokens behind the first mention of a token in each text, -1 where none is."""
+    width = said_BGn.shape[2]
+    found_BGn = said_BGn == token_B1[:, None]
+    begin_BG1 = jnp.where(found_BGn.any(-1), jnp.argmax(found_BGn, axis=-1), width)[..., None]
+    at_BGL = begin_BG1 + 1 + jnp.arange(length, dtype=begin_BG1.dtype)[None, None]
+    tokens_BGL = jnp.take_along_axis(said_BGn, jnp.minimum(at_BGL, width - 1), axis=2)
+    return jnp.where(at_BGL < width, tokens_BGL, -1)
 
 
 def initial_guesses(sequences: Sequences) -> jax.Array:
