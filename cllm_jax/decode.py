@@ -55,6 +55,8 @@ class DecodeConfig:
     """Jacobi window (n)."""
     mode: Literal['sliding', 'block'] = 'sliding'
     """Keep the window full, or let each block converge before the next (the paper's schedule)."""
+    recycle: int = 0
+    """Chains of dropped guesses that are tried again in the same forward."""
     max_tokens: int = 128
     """Longest answer."""
     temperature: float = 0.0
@@ -169,7 +171,7 @@ def run() -> None:
     if flags.plan:
         plan(settings, console, prompts)
         return
-    jacobi = Jacobi(settings.block, settings.mode)
+    jacobi = Jacobi(settings.block, settings.mode, settings.recycle)
     request = Request(
         AutoRegressive() if settings.drafter == 'ar' else jacobi,
         settings.max_tokens,

@@ -52,6 +52,8 @@ class EvaluateConfig:
     """Jacobi window (n)."""
     mode: Literal['sliding', 'block'] = 'sliding'
     """Jacobi schedule."""
+    recycle: int = 0
+    """Chains of dropped guesses that are tried again in the same forward."""
     max_tokens: int = 128
     """Longest answer."""
     batch: int = 32
@@ -77,7 +79,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
     target = load(name, dtype, mesh)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
-    jacobi = dataclasses.replace(ar, drafter=Jacobi(settings.block, settings.mode))
+    jacobi = dataclasses.replace(ar, drafter=Jacobi(settings.block, settings.mode, settings.recycle))
     ways = {
         'target AR': Way(baseline(target, mesh), ar),
         'target Jacobi': Way(target, jacobi),
@@ -125,6 +127,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'mean_tokens': sum(map(len, results['CLLM Jacobi'].tokens)) / len(prompts),
         'block': settings.block,
         'mode': settings.mode,
+        'recycle': settings.recycle,
         'timed': len(timed),
         'models': {'cllm': cllm.source, 'target': target.source},
         'dtype': chosen(dtype),
