@@ -79,7 +79,8 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
     target = load(name, dtype, mesh)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
-    jacobi = dataclasses.replace(ar, drafter=Jacobi(settings.block, settings.mode, settings.recycle))
+    drafter = Jacobi(settings.block, settings.mode, settings.recycle)
+    jacobi = dataclasses.replace(ar, drafter=drafter)
     ways = {
         'target AR': Way(baseline(target, mesh), ar),
         'target Jacobi': Way(target, jacobi),
