@@ -16,6 +16,7 @@ from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.errors import CllmError, ConfigError, DataError
 from cllm_jax.models.config import LlamaConfig
@@ -30,6 +31,7 @@ __all__ = [
     'DecodeResult',
     'Jacobi',
     'LlamaConfig',
+    'Lookahead',
     'Model',
     'PromptLookup',
     'Trajectory',

@@ -24,6 +24,8 @@ from cllm_jax.datasets.sources import open_source
 from cllm_jax.decoding.generate import Request, decode_all
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.lookahead import Lookahead
+from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
 from cllm_jax.evaluation.pipeline import collection_speed, step_cost
 from cllm_jax.evaluation.quality import share_right
@@ -154,6 +156,17 @@ def decoding(
             f'target, Jacobi {block}': Way(target, jacobi),
             f'CLLM, Jacobi {block}': Way(cllm, jacobi),
         }
+    others = {
+        'target, prompt lookup': Way(target, dataclasses.replace(ar, drafter=PromptLookup())),
+        'target, lookahead': Way(target, dataclasses.replace(ar, drafter=Lookahead())),
+    }
+    block = max(settings.blocks)
+    for name, drafter in (
+        (f'CLLM, Jacobi {block}, recycling', Jacobi(block, recycle=2)),
+        (f'CLLM, Jacobi {block}, lookahead', Lookahead(5, 4, 5, block)),
+    ):
+        others[name] = Way(cllm, dataclasses.replace(ar, drafter=drafter))
+    ways |= others
     results = {}
     for name, way in ways.items():
         with console.status(f'{source.name}: {name}'):

@@ -18,11 +18,14 @@ from rich.markup import escape
 from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.readers import read_jsonl
 from cllm_jax.datasets.sources import open_source
+from cllm_jax.decoding.draft import Drafter
 from cllm_jax.decoding.generate import Request, decode_all, stream
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.lookahead import Lookahead
+from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.speed import (
     Way,
@@ -35,6 +38,7 @@ from cllm_jax.parallel.mesh import tensor_mesh
 from cllm_jax.settings import guard, parse, to_json
 
 DEMO_PROMPTS = 6
+NAMES = {Jacobi: 'Jacobi', PromptLookup: 'prompt lookup', Lookahead: 'lookahead'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,10 @@ class DecodeConfig:
     """JSONL file (.gz too) with a prompt per line, instead of prompts."""
     output: str = ''
     """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds."""
-    drafter: Literal['jacobi', 'ar'] = 'jacobi'
-    """Jacobi iteration, or one token per forward."""
+    drafter: Literal['jacobi', 'ar', 'lookup', 'lookahead'] = 'jacobi'
+    """Jacobi iteration, one token per forward, prompt lookup, or lookahead beside Jacobi."""
     block: int = 16
-    """Jacobi window (n)."""
+    """Tokens of the window or guess (n)."""
     mode: Literal['sliding', 'block'] = 'sliding'
     """Keep the window full, or let each block converge before the next (the paper's schedule)."""
     recycle: int = 0
@@ -79,6 +83,15 @@ class DecodeConfig:
     """Devices that share every layer of the models."""
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
+
+
+def drafter_of(settings: DecodeConfig) -> Drafter:
+    """The drafter that the settings name."""
+    if settings.drafter == 'jacobi':
+        return Jacobi(settings.block, settings.mode, settings.recycle)
+    if settings.drafter == 'lookup':
+        return PromptLookup(settings.block)
+    return Lookahead(block=settings.block) if settings.drafter == 'lookahead' else AutoRegressive()
 
 
 def read_prompts(settings: DecodeConfig) -> list[str]:
@@ -121,19 +134,20 @@ def compare(
     `single` is the model in the precision in which AR is timed (see `baseline`).
     """
     ar = dataclasses.replace(request, drafter=AutoRegressive())
-    with console.status('AR and Jacobi, timed in turn'):
+    name = NAMES[type(request.drafter)]
+    with console.status(f'AR and {name}, timed in turn'):
         plain = decode_all(model, ar, prompts)
-        ways = {'AR': Way(single, ar), 'Jacobi': Way(model, request)}
+        ways = {'AR': Way(single, ar), name: Way(model, request)}
         speed = tokens_per_second(ways, prompts[:DEMO_PROMPTS])
     rows = [
         ['AR', 1.0, speed['AR'], 1.0],
-        ['Jacobi', tokens_per_forward(result), speed['Jacobi'], speed['Jacobi'] / speed['AR']],
+        [name, tokens_per_forward(result), speed[name], speed[name] / speed['AR']],
     ]
     columns = ['', 'tokens/forward', 'tokens/s', 'speed-up']
     console.out.print(table('', columns, rows))
     same = share_identical(result, plain)
     verdict = 'IDENTICAL' if same == 1 else 'DIFFERENT'
-    console.result(f'{verdict}: Jacobi and AR agree token for token on {same:.0%} of the prompts')
+    console.result(f'{verdict}: {name} and AR agree token for token on {same:.0%} of the prompts')
 
 
 def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
@@ -171,9 +185,8 @@ def run() -> None:
     if flags.plan:
         plan(settings, console, prompts)
         return
-    jacobi = Jacobi(settings.block, settings.mode, settings.recycle)
     request = Request(
-        AutoRegressive() if settings.drafter == 'ar' else jacobi,
+        drafter_of(settings),
         settings.max_tokens,
         Sampling(settings.temperature, settings.top_k, settings.top_p),
         settings.seed,
@@ -193,7 +206,7 @@ def run() -> None:
         console.note(f'{settings.output}: {len(prompts)} answers')
     else:
         show(console, prompts, result)
-    if settings.compare and settings.drafter == 'jacobi':
+    if settings.compare and settings.drafter != 'ar':
         compare(console, model, baseline(model, mesh), request, prompts, result)
 
 

@@ -19,6 +19,7 @@ from cllm_jax.decoding.loop import DecodeState, Trace, advance, prefill
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
+from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.models.llama import Llama, forward
 from tests.tiny import copy_model, ragged_prompts, random_model, tiny_config
@@ -76,6 +77,8 @@ RUNS = [
     (Bush(9, seed=1), MILD),
     (Jacobi(8, recycle=3), GREEDY),
     (Jacobi(5, 'block', recycle=2), MILD),
+    (Lookahead(window=4, ngram=3, guesses=3), GREEDY),
+    (Lookahead(window=3, ngram=4, guesses=2, block=6), MILD),
 ]
 BLOCK_RUNS = [r for r in RUNS if isinstance(r[0], Jacobi) and r[0].mode == 'block']
 choose_jit = jax.jit(choose, static_argnums=3)
@@ -86,6 +89,8 @@ def name(value) -> str:
         return f'T{value.temperature}'
     if isinstance(value, PromptLookup):
         return f'lookup{value.block}'
+    if isinstance(value, Lookahead):
+        return f'lookahead{value.window},{value.block}'
     if isinstance(value, Bush):
         return f'bush{value.nodes}'
     if isinstance(value, Jacobi):

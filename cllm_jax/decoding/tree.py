@@ -32,7 +32,7 @@ def layout(draft: Draft) -> Layout:
     here_N = jnp.arange(nodes, dtype=jnp.int32)
     sees_BNN = draft.parent_BN[:, :, None] == here_N[None, None]
     sees_BNN |= jnp.eye(nodes, dtype=bool)[None]
-    for _ in range(math.ceil(math.log2(max(draft.depth, 1))) + 1):
+    for _ in range(math.ceil(math.log2(max(draft.depth, 1)))):
         step_BNN = sees_BNN.astype(jnp.float32)
         sees_BNN = jnp.einsum('bij,bjk->bik', step_BNN, step_BNN) > 0
     depth_BN = sees_BNN.sum(axis=2, dtype=jnp.int32) - 1
