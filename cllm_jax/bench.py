@@ -84,6 +84,8 @@ class BenchConfig:
     """Length of the random prompts of the cost measurement."""
     blocks: tuple[int, ...] = (8, 16, 32)
     """Jacobi windows (n)."""
+    others: bool = True
+    """Also prompt lookup, lookahead and recycling."""
     max_tokens: int = 128
     """Longest answer."""
     repeats: int = 5
@@ -156,17 +158,15 @@ def decoding(
             f'target, Jacobi {block}': Way(target, jacobi),
             f'CLLM, Jacobi {block}': Way(cllm, jacobi),
         }
-    others = {
-        'target, prompt lookup': Way(target, dataclasses.replace(ar, drafter=PromptLookup())),
-        'target, lookahead': Way(target, dataclasses.replace(ar, drafter=Lookahead())),
-    }
     block = max(settings.blocks)
-    for name, drafter in (
-        (f'CLLM, Jacobi {block}, recycling', Jacobi(block, recycle=2)),
-        (f'CLLM, Jacobi {block}, lookahead', Lookahead(5, 4, 5, block)),
-    ):
-        others[name] = Way(cllm, dataclasses.replace(ar, drafter=drafter))
-    ways |= others
+    others = {
+        'target, prompt lookup': (target, PromptLookup()),
+        'target, lookahead': (target, Lookahead()),
+        f'CLLM, Jacobi {block}, recycling': (cllm, Jacobi(block, recycle=2)),
+        f'CLLM, Jacobi {block}, lookahead': (cllm, Lookahead(5, 4, 5, block)),
+    }
+    for name, (model, drafter) in others.items() if settings.others else ():
+        ways[name] = Way(model, dataclasses.replace(ar, drafter=drafter))
     results = {}
     for name, way in ways.items():
         with console.status(f'{source.name}: {name}'):
@@ -268,6 +268,7 @@ def tiny(settings: BenchConfig) -> BenchConfig:
         batches=(1,),
         prompt=16,
         blocks=(4,),
+        others=False,
         max_tokens=24,
         repeats=1,
         collected=min(settings.collected, 4),

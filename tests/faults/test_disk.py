@@ -1,6 +1,6 @@
 """What a disk does to files: flipped bits, cut files, no space left. Every fault is found.
 
-pytest tests/faults -m faults
+pytest tests/faults -m faults -n 0 -s
 """
 
 import random

@@ -1,6 +1,6 @@
 """Files that hold anything: every reader returns, or refuses in one line, and stays where it is.
 
-    pytest tests/faults/test_fuzz.py -m faults -s
+    pytest tests/faults/test_fuzz.py -m faults -n 0 -s
 
 CLLM_FUZZ_SECONDS sets for how long each reader is tried (20).
 """

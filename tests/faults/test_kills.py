@@ -1,6 +1,6 @@
 """Collection and training are killed at random moments, over and over, and lose nothing.
 
-    pytest tests/faults -m faults
+    pytest tests/faults -m faults -n 0 -s
 
 CLLM_KILLS sets how often each of them is killed (20).
 """
