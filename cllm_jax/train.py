@@ -122,12 +122,12 @@ def quick(settings: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         settings,
         examples=400,
-        steps=20,
+        steps=6,
         batch=8,
-        save_every=10,
-        log_every=5,
+        save_every=3,
+        log_every=2,
         new=dataclasses.replace(settings.new, dim=64, layers=2, mlp_dim=128),
-        held_out=dataclasses.replace(settings.held_out, every=10, prompts=4, max_tokens=48),
+        held_out=dataclasses.replace(settings.held_out, every=3, prompts=4, max_tokens=48),
     )
 
 

@@ -41,6 +41,7 @@ def test_costs_run_to_the_end_whatever_the_model_says(batch):
     assert bandwidth(1 << 16, repeats=1) > 0
 
 
+@pytest.mark.slow
 def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion('standard'):  # optax relies on it

@@ -37,15 +37,11 @@ def call(monkeypatch, module, *arguments: str) -> None:
 def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     common = ('--config', RECIPE, '--root', '.', '--quick')  # relative, as in the README
-    call(monkeypatch, train, *common, '--stage', 'target')
+    fast = ('--optimizer.kind', 'adamw')  # to compile
+    call(monkeypatch, train, *common, *fast, '--stage', 'target')
     call(monkeypatch, collect, *common)
-    call(
-        monkeypatch,
-        train,
-        *common,
-        '--cleaning.no-truncated',
-        '--cleaning.no-repetitive',
-    )
+    keep = ('--cleaning.no-truncated', '--cleaning.no-repetitive')
+    call(monkeypatch, train, *common, *fast, *keep)
     call(monkeypatch, export, *common)
     call(monkeypatch, evaluate, *common, '--task', 'sql', '--json', tmp_path / 'result.json')
     found = json.loads((tmp_path / 'result.json').read_text())

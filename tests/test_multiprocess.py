@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+from cllm_jax import collect, train
 from cllm_jax.rundir import read_metrics
 from cllm_jax.trajectories.store import read_records
 
@@ -49,13 +51,21 @@ def run(*arguments) -> None:
     assert code == 0, process.args
 
 
+def here(monkeypatch, module, *arguments) -> None:
+    """The same command in this process, on its eight devices."""
+    monkeypatch.setattr(sys, 'argv', [module.__name__, *map(str, arguments)])
+    with jax.numpy_dtype_promotion('standard'):  # optax relies on it
+        module.run()
+
+
 def collected(directory: Path) -> dict[str, bytes]:
     names = [p for p in directory.iterdir() if p.name not in ('lock', 'settings.json')]
     return {p.name: p.read_bytes() for p in names}
 
 
-def test_a_collection_has_the_same_bytes_on_one_two_and_four_processes(tmp_path):
-    for processes, devices in ((1, 1), (2, 2), (4, 1)):
+def test_a_collection_has_the_same_bytes_on_one_two_and_four_processes(tmp_path, monkeypatch):
+    here(monkeypatch, collect, *COLLECT, '--out', tmp_path / '1')
+    for processes, devices in ((2, 2), (4, 1)):
         run(processes, devices, 'collect', *COLLECT, '--out', tmp_path / str(processes))
     one, two, four = (collected(tmp_path / name) for name in ('1', '2', '4'))
     assert one == two == four
@@ -67,9 +77,9 @@ def metrics(root: Path) -> list[dict]:
     return [{k: v for k, v in m.items() if k != 'tokens_per_second'} for m in found]
 
 
-def test_training_on_two_processes_is_training_on_one_and_survives_sigterm(tmp_path):
+def test_training_on_two_processes_is_training_on_one_and_survives_sigterm(tmp_path, monkeypatch):
     """A SIGTERM to one process stops both after a step; one process continues on another mesh."""
-    run(1, 1, 'train', *TRAIN, '--root', tmp_path / 'one')
+    here(monkeypatch, train, *TRAIN, '--root', tmp_path / 'one')
     first = start(2, 4, 'train', *TRAIN, '--root', tmp_path / 'two', '--mesh.fsdp', '2')
     log = tmp_path / 'two/target/metrics.jsonl'
     while first.poll() is None and not (log.exists() and log.read_text().count('\n') > 1):
@@ -80,7 +90,7 @@ def test_training_on_two_processes_is_training_on_one_and_survives_sigterm(tmp_p
     os.kill(int(children.stdout.split()[-1]), signal.SIGTERM)
     code = finish(first)
     assert code in (0, 75)  # it may have been at its last step
-    run(1, 8, 'train', *TRAIN, '--root', tmp_path / 'two', '--mesh.fsdp', '4')
+    here(monkeypatch, train, *TRAIN, '--root', tmp_path / 'two', '--mesh.fsdp', '4')
     one, two = metrics(tmp_path / 'one'), metrics(tmp_path / 'two')
     assert [m['step'] for m in one] == [m['step'] for m in two]
     for a, b in zip(one, two, strict=True):

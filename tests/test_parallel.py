@@ -80,6 +80,7 @@ def placed(config, params, mesh):
     return param_shardings(param_axes(config), params, mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'kind'),
     [('data 8', 'adamw'), ('fsdp 8', 'adamw'), ('data 2 fsdp 2 tensor 2', 'muon')],

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,9 @@ def mixed_dtypes():
         yield
 
 
+@cache
 def params_of(seed: int = 0):
-    params = init_params(Llama(CONFIG), jax.random.key(seed))
+    params = jax.jit(partial(init_params, Llama(CONFIG)))(jax.random.key(seed))
     return jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
 
 
@@ -143,7 +144,7 @@ def test_converged_states_have_no_gradient():
     batch = make_batch(data, 4, 0, 0, Noise(windows=2))
     weights = LossWeights(ar_weight=0.0, global_weight=1.0)
     loss = partial(losses, Llama(CONFIG), weights)
-    grads = jax.grad(lambda p: loss(p, batch, batch_totals(batch))[0])(params_of())
+    grads = jax.jit(jax.grad(lambda p: loss(p, batch, batch_totals(batch))[0]))(params_of())
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) == 0
 
 
@@ -311,8 +312,8 @@ def test_the_gradient_of_attention_is_the_derived_one(compute):
     def expected(q, k, v):
         return (reference_attention(q, k, v, mask) * weight).sum()
 
-    found = jax.value_and_grad(value, (0, 1, 2))(q, k, v)
-    derived = jax.value_and_grad(expected, (0, 1, 2))(q, k, v)
+    found = jax.jit(jax.value_and_grad(value, (0, 1, 2)))(q, k, v)
+    derived = jax.jit(jax.value_and_grad(expected, (0, 1, 2)))(q, k, v)
     near = 0.03 if compute else 1e-5
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(derived), strict=True):
         assert float(jnp.abs(a - b).max()) <= near * float(jnp.abs(b).max())
@@ -349,6 +350,7 @@ def without_speed(directory):
     return [{k: v for k, v in line.items() if k not in drop} for line in lines]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(mixed_dtypes, tmp_path, monkeypatch):
     model, data, source, plan = tiny_run()
     train(tmp_path / 'whole', model, data, source, plan)
