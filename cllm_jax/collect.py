@@ -30,9 +30,10 @@ class CollectConfig:
     root: str = 'runs/embedded'
     """Directory of the recipe's runs."""
     out: str = ''
-    """Where trajectories go; default ROOT/trajectories."""
+    """Where trajectories go; default ROOT/trajectories, of stage recollect ROOT/retrajectories."""
     model: str = ''
-    """The target model; default ROOT/target, else embedded-target."""
+    """The model whose trajectories these are; default ROOT/target, else embedded-target. Stage
+    recollect: ROOT/cllm, else embedded."""
     data: str = 'sql+arithmetic'
     """Dataset whose prompts are answered (see the README)."""
     prompts: int | None = None
@@ -59,13 +60,19 @@ class CollectConfig:
 
 def run() -> None:
     settings, flags = parse(
-        CollectConfig, program='python -m cllm_jax.collect', description=__doc__, stage='collect'
+        CollectConfig,
+        program='python -m cllm_jax.collect',
+        description=__doc__,
+        stage='collect',
+        stages=('collect', 'recollect'),
     )
     if settings.quick:
         settings = dataclasses.replace(settings, prompts=32, max_tokens=48, batch=8, shard=16)
     console = Console()
-    directory = Path(settings.out or f'{settings.root}/trajectories')
-    name = named_or(settings.model, f'{settings.root}/target', 'embedded-target')
+    again = flags.stage == 'recollect'
+    directory = Path(settings.out or f'{settings.root}/{"re" if again else ""}trajectories')
+    made_by = ('cllm', 'embedded') if again else ('target', 'embedded-target')
+    name = named_or(settings.model, f'{settings.root}/{made_by[0]}', made_by[1])
     source = open_source(settings.data, split='train', seed=settings.seed, limit=settings.prompts)
     if flags.plan:
         config = peek(name)

@@ -29,13 +29,20 @@ class ExportConfig:
     root: str = 'runs/embedded'
     """Directory of the recipe's runs."""
     runs: tuple[str, ...] = ('target', 'cllm')
-    """Which runs below ROOT to export."""
+    """Which runs below ROOT to export. Of cllm its refinement, ROOT/refine, if there is one."""
     out: str = ''
     """Where the model directories go; default ROOT/export."""
     dtype: Literal['bfloat16', 'float32', 'float16'] = 'bfloat16'
     """Of the exported weights."""
     quick: bool = False
     """Accepted for launch/local.sh; an export is quick anyway."""
+
+
+def exported(settings: ExportConfig) -> dict[str, Path]:
+    """The run directory behind each name."""
+    root = Path(settings.root)
+    refined = (root / 'refine' / 'model').is_dir()
+    return {n: root / ('refine' if n == 'cllm' and refined else n) for n in settings.runs}
 
 
 def best_numbers(run: Path) -> dict[str, Any]:
@@ -56,7 +63,6 @@ def card(name: str, run: Path, dtype: str, parameters: int) -> str:
         for k, v in best.items()
         if k.startswith('held_out_')
     )
-    stage = 'target' if settings['objective'] == 'ar' else 'cllm'
     return f"""---
 license: apache-2.0
 library_name: cllm_jax
@@ -64,7 +70,7 @@ library_name: cllm_jax
 # {name}
 
 A LLaMA of {parameters / 1e6:.2f}M parameters ({dtype}), trained by `cllm_jax` with the command
-`python -m cllm_jax.train --config RECIPE --stage {stage}` and exported by
+`python -m cllm_jax.train --config RECIPE --stage {run.name}` and exported by
 `python -m cllm_jax.export`. The weights are those of step {best['step']}, chosen by the held-out
 test during training:
 
@@ -87,11 +93,11 @@ def run() -> None:
     out = Path(settings.out or f'{settings.root}/export')
     if flags.plan:
         width = DTYPES[settings.dtype].itemsize
-        total = sum(read_config(resolve(f'{settings.root}/{r}')).parameters for r in settings.runs)
+        runs = exported(settings).values()
+        total = sum(read_config(resolve(str(run))).parameters for run in runs)
         print_plan(console, to_json(settings), {'writes to': out, 'bytes': size(total * width)})
         return
-    for name in settings.runs:
-        run_dir = Path(settings.root) / name
+    for name, run_dir in exported(settings).items():
         model = load(str(run_dir), 'float32')
         text = card(name, run_dir, settings.dtype, model.config.parameters)
         write_model(

@@ -27,7 +27,10 @@ from cllm_jax.errors import ConfigError
 
 C = TypeVar('C')
 
-STAGES = ('target', 'collect', 'cllm', 'export', 'evaluate', 'decode', 'bench', 'report')
+STAGES = (
+    'target', 'collect', 'cllm', 'recollect', 'refine', 'export', 'evaluate', 'decode', 'bench',
+    'report',
+)  # fmt: skip
 MAX_RECIPE_BYTES = 1_000_000
 _KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text'}
 

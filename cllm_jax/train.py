@@ -70,12 +70,12 @@ class TrainConfig:
     """Learn texts, or learn to jump from any Jacobi state to its fixed point."""
     model: str = ''
     """Model to start from; 'new' for random weights. Default: embedded-target, or for consistency
-    ROOT/target where there is one."""
+    ROOT/target where there is one (stage refine: ROOT/cllm, else embedded)."""
     new: NewModel = NewModel()
     """The architecture if model is 'new'."""
     data: str = ''
     """Dataset (see the README) for ar; trajectory directory for consistency, default
-    ROOT/trajectories."""
+    ROOT/trajectories (stage refine: ROOT/retrajectories)."""
     texts: str = ''
     """Consistency: a dataset whose answers are trained on beside the trajectories, with states of
     right and random tokens. It keeps the quality up, and costs no collection."""
@@ -146,7 +146,7 @@ def new_model(settings: TrainConfig, texts: list[str]) -> Model:
 
 def trajectory_samples(settings: TrainConfig, model: Model, console: Console) -> list[Sample]:
     """The cleaned trajectories of a collection; refused if made with another tokenizer."""
-    directory = Path(settings.data or f'{settings.root}/trajectories')
+    directory = Path(settings.data)
     made_with = read_manifest(directory)['identity']['tokenizer']
     if made_with != tokenizer_fingerprint(model.tokenizer):
         raise ConfigError(
@@ -201,11 +201,20 @@ def check_losses(settings: TrainConfig) -> TrainConfig:
     return settings
 
 
-def start_of(settings: TrainConfig) -> str:
-    """The name of the model that training starts from."""
+def with_names(settings: TrainConfig, stage: str) -> TrainConfig:
+    """The settings with the model and the trajectories that a stage takes if none are named."""
     if settings.objective == 'ar':
-        return settings.model or 'embedded-target'
-    return named_or(settings.model, f'{settings.root}/target', 'embedded-target')
+        return dataclasses.replace(settings, model=settings.model or 'embedded-target')
+    run, shipped, collected = (
+        ('cllm', 'embedded', 'retrajectories')
+        if stage == 'refine'
+        else ('target', 'embedded-target', 'trajectories')
+    )
+    return dataclasses.replace(
+        settings,
+        model=named_or(settings.model, f'{settings.root}/{run}', shipped),
+        data=settings.data or f'{settings.root}/{collected}',
+    )
 
 
 def prepare(
@@ -213,7 +222,7 @@ def prepare(
 ) -> tuple[Model, list[Sample]]:
     """The model to start from and its training samples."""
     if settings.objective == 'consistency':
-        model = load(start_of(settings), settings.dtype, mesh)
+        model = load(settings.model, settings.dtype, mesh)
         samples = trajectory_samples(settings, model, console)
         if settings.texts and samples:
             examples = read_examples(settings, settings.texts, console)
@@ -228,7 +237,7 @@ def prepare(
             chosen = random.Random(settings.seed).sample(examples, rows)
             model = new_model(settings, [e.prompt + e.answer for e in chosen])
         else:
-            model = load(start_of(settings), settings.dtype, mesh)
+            model = load(settings.model, settings.dtype, mesh)
         samples = text_samples(model, examples, console)
     kept = [s for s in samples if len(s) <= settings.max_length]
     console.note(f'{len(kept)} samples, {len(samples) - len(kept)} too long left out')
@@ -238,7 +247,7 @@ def prepare(
 def architecture(settings: TrainConfig) -> LlamaConfig:
     """That of the model to train; of a hub id only the config is fetched."""
     if settings.model != 'new':
-        return peek(start_of(settings))
+        return peek(settings.model)
     new = settings.new
     if new.dim % new.heads:
         raise ConfigError(f'dim {new.dim}: must be a multiple of the {new.heads} heads')
@@ -315,7 +324,7 @@ def run() -> None:
         program='python -m cllm_jax.train',
         description=__doc__,
         stage='cllm',
-        stages=('target', 'cllm'),
+        stages=('target', 'cllm', 'refine'),
         meshed=True,
     )
     if (flags.devices or flags.compile) and not flags.plan:
@@ -327,6 +336,8 @@ def run() -> None:
     settings = check_losses(settings)
     check_accumulation(settings.batch, settings.optimizer.accumulate)
     directory, console = Path(settings.root) / flags.stage, Console()
+    claimed = {k: v for k, v in to_json(settings).items() if k not in ('mesh', 'remat')}
+    settings = with_names(settings, flags.stage)
     if flags.plan:
         plan(settings, directory, flags.compile, console)
         return
@@ -336,7 +347,6 @@ def run() -> None:
     consistency = settings.objective == 'consistency'
     test = settings.held_out
     held_out = open_source(settings.task, split='heldout', seed=test.seed, limit=test.prompts)
-    claimed = {k: v for k, v in to_json(settings).items() if k not in ('mesh', 'remat')}
     with open_run(directory, claimed):
         model, samples = prepare(settings, mesh, console)
         console.note(

@@ -85,5 +85,9 @@ step() {
 step train --stage target
 step collect
 step train --stage cllm
+if grep -q '^refine:' "$config"; then
+    step collect --stage recollect
+    step train --stage refine
+fi
 step export
 step evaluate

@@ -11,7 +11,7 @@ from cllm_jax.decoding.generate import Request, decode_all
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.evaluation.cost import Stall, bandwidth, costs, weight_bytes
 from cllm_jax.models.config import config_json
-from tests.tiny import ragged_prompts, random_model, tiny_config
+from tests.tiny import model_directory, ragged_prompts, random_model, tiny_config
 
 
 def call(monkeypatch, *arguments: str) -> None:
@@ -45,7 +45,9 @@ def test_costs_run_to_the_end_whatever_the_model_says(batch):
 def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion('standard'):  # optax relies on it
-        call(monkeypatch, '--quick', '--no-torch', '--json', 'out/bench.json')
+        model = model_directory(tmp_path / 'tiny')
+        models = ('--model', model, '--target', model)
+        call(monkeypatch, '--quick', '--no-torch', *models, '--json', 'out/bench.json')
     found = json.loads((tmp_path / 'out/bench.json').read_text())
     assert found['cost']['per_batch']['1']['1']['c'] == 1
     (task,) = found['tasks']

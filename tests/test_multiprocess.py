@@ -15,14 +15,13 @@ import pytest
 from cllm_jax import collect, train
 from cllm_jax.rundir import read_metrics
 from cllm_jax.trajectories.store import read_records
+from tests.tiny import model_directory
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ROOT / 'launch/local_multiprocess.sh'
-COLLECT = shlex.split(
-    '--model embedded-target --data sql+arithmetic --prompts 24 --max-tokens 24 --batch 4 --shard 4'
-)
+COLLECT = shlex.split('--data sql+arithmetic --prompts 24 --max-tokens 24 --batch 4 --shard 4')
 TRAIN = shlex.split(
-    '--objective ar --model embedded-target --data sql --task sql --examples 64 --steps 4 '
+    '--objective ar --data sql --task sql --examples 64 --steps 4 '
     '--batch 8 --log-every 1 --save-every 2 --held-out.every 4 --held-out.prompts 2 '
     '--held-out.max-tokens 8 --stage target'
 )
@@ -64,9 +63,10 @@ def collected(directory: Path) -> dict[str, bytes]:
 
 
 def test_a_collection_has_the_same_bytes_on_one_two_and_four_processes(tmp_path, monkeypatch):
-    here(monkeypatch, collect, *COLLECT, '--out', tmp_path / '1')
+    arguments = (*COLLECT, '--model', model_directory(tmp_path / 'tiny'), '--out')
+    here(monkeypatch, collect, *arguments, tmp_path / '1')
     for processes, devices in ((2, 2), (4, 1)):
-        run(processes, devices, 'collect', *COLLECT, '--out', tmp_path / str(processes))
+        run(processes, devices, 'collect', *arguments, tmp_path / str(processes))
     one, two, four = (collected(tmp_path / name) for name in ('1', '2', '4'))
     assert one == two == four
     assert len(read_records(tmp_path / '1')) == 24
@@ -79,8 +79,9 @@ def metrics(root: Path) -> list[dict]:
 
 def test_training_on_two_processes_is_training_on_one_and_survives_sigterm(tmp_path, monkeypatch):
     """A SIGTERM to one process stops both after a step; one process continues on another mesh."""
-    here(monkeypatch, train, *TRAIN, '--root', tmp_path / 'one')
-    first = start(2, 4, 'train', *TRAIN, '--root', tmp_path / 'two', '--mesh.fsdp', '2')
+    arguments = (*TRAIN, '--model', model_directory(tmp_path / 'tiny'), '--root')
+    here(monkeypatch, train, *arguments, tmp_path / 'one')
+    first = start(2, 4, 'train', *arguments, tmp_path / 'two', '--mesh.fsdp', '2')
     log = tmp_path / 'two/target/metrics.jsonl'
     while first.poll() is None and not (log.exists() and log.read_text().count('\n') > 1):
         time.sleep(0.1)
@@ -90,7 +91,7 @@ def test_training_on_two_processes_is_training_on_one_and_survives_sigterm(tmp_p
     os.kill(int(children.stdout.split()[-1]), signal.SIGTERM)
     code = finish(first)
     assert code in (0, 75)  # it may have been at its last step
-    here(monkeypatch, train, *TRAIN, '--root', tmp_path / 'two', '--mesh.fsdp', '4')
+    here(monkeypatch, train, *arguments, tmp_path / 'two', '--mesh.fsdp', '4')
     one, two = metrics(tmp_path / 'one'), metrics(tmp_path / 'two')
     assert [m['step'] for m in one] == [m['step'] for m in two]
     for a, b in zip(one, two, strict=True):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cllm_jax.models.config import LlamaConfig
+from cllm_jax.models.hf import write_model
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.load import Model
 
@@ -84,6 +85,13 @@ def text_config(**changes) -> LlamaConfig:
     """The sizes that go with `byte_tokenizer`."""
     ids = {'bos_id': 0, 'eos_ids': (1,), 'pad_id': 2}
     return tiny_config(len(byte_tokenizer()), 64, **(ids | changes))
+
+
+def model_directory(directory) -> str:
+    """A model of one layer for commands, which compile it quickly."""
+    model = random_model(config=text_config(layers=1, max_positions=1024))
+    write_model(directory, model.config, model.params, byte_tokenizer())
+    return str(directory)
 
 
 def ragged_prompts(seed: int, lengths: Sequence[int], vocab: int = 29) -> list[list[int]]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cllm_jax.models.config import RopeScaling
-from cllm_jax.models.linear import product
+from cllm_jax.models.linear import product, transposed
 
 NEVER = -1e30
 """Score of a masked key: its weight underflows to exactly 0, and no row becomes NaN."""
@@ -62,10 +62,17 @@ def _attend_backward(compute, saved, do_KBXH):
     sums_KBX1 = (do_KBXH * o_KBXH).sum(-1, keepdims=True)
     ds_KBXS = (p_KBXS.astype(jnp.float32) * (dp_KBXS - sums_KBX1)).astype(compute)
     dq_KBXH = product('...XS,...SH->...XH', ds_KBXS, k_KBSH, compute)
-    dk_KBSH = product('...SX,...XH->...SH', ds_KBXS.swapaxes(-1, -2), q_KBXH, compute)
-    dv_KBSH = product('...SX,...XH->...SH', p_KBXS.swapaxes(-1, -2), do_KBXH, compute)
+    dk_KBSH = key_gradient(ds_KBXS, q_KBXH, compute)
+    dv_KBSH = key_gradient(p_KBXS, do_KBXH, compute)
     grads = zip((dq_KBXH, dk_KBSH, dv_KBSH), (q_KBXH, k_KBSH, v_KBSH), strict=True)
     return (*(d.astype(x.dtype) for d, x in grads), None)
+
+
+def key_gradient(w_KBXS: jax.Array, x_KBXH: jax.Array, compute: jnp.dtype) -> jax.Array:
+    """Sum over the queries of their weight for a key times what they have, `[..., S, H]`."""
+    # Of the possible orders the one that transposes small arrays.
+    y_KBHS = product('...HX,...XS->...HS', transposed(x_KBXH.astype(compute)), w_KBXS, compute)
+    return transposed(y_KBHS)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

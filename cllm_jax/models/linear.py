@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def linear(
@@ -31,6 +32,20 @@ def product(spec: str, a: jax.Array, b: jax.Array, compute: jnp.dtype) -> jax.Ar
     if a.dtype == b.dtype == compute:
         return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
     return _rounded(spec, compute, a, b)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """`x` with its last two axes swapped, on CPUs in memory too.
+
+    XLA's CPU backend would fold the swap into the product before or after, and then has no bfloat16
+    kernel for it: it converts the operands to float32, which takes three times as long, or fails.
+    """
+    rows = Layout(major_to_minor=tuple(range(x.ndim)))
+
+    def copied(x):
+        return with_layout_constraint(with_layout_constraint(x, rows).swapaxes(-1, -2), rows)
+
+    return jax.lax.platform_dependent(x, cpu=copied, default=lambda x: x.swapaxes(-1, -2))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

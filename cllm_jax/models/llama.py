@@ -19,6 +19,7 @@ from cllm_jax.models.attention import attend, rope_tables, rotate
 from cllm_jax.models.cache import Cache, heads_first, write
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.linear import linear
+from cllm_jax.models.packed import PackedMask, attend_packed
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
@@ -74,7 +75,8 @@ class Block(nn.Module):
         kv = [heads_first(x_BTKH) for x_BTKH in kv_BTKH]
         if kv_RSH is not None:
             kv = [write(*pair, start_B) for pair in zip(kv_RSH, kv, strict=True)]
-        o_BTNH = attend(q_BTNH, *kv, mask_BTS, self.compute)
+        attention = attend_packed if isinstance(mask_BTS, PackedMask) else attend
+        o_BTNH = attention(q_BTNH, *kv, mask_BTS, self.compute)
         o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
         o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
         x_BTD = x_BTD + linear(o_BTA, o.reshape(-1, c.dim), self.compute)
@@ -116,7 +118,7 @@ class Llama(nn.Module):
         self,
         tokens_BT: jax.Array,
         positions_BT: jax.Array | None = None,
-        mask_BTS: jax.Array | None = None,
+        mask_BTS: jax.Array | PackedMask | None = None,
         cache: Cache | None = None,
         start_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:

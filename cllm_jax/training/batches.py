@@ -87,6 +87,8 @@ class Batch:
     local_weight_BW: Any
     offset_BW: Any
     """How far a state token is behind the first wrong one; -1 before it."""
+    block: int = struct.field(pytree_node=False, default=0)
+    """Tokens of a state; 0 without states."""
 
 
 @lru_cache(maxsize=2)
@@ -136,7 +138,7 @@ def make_batch(
             rng = np.random.default_rng((seed, step, number))
             _add_states(row, sample, noise, rng, length, answer, windows)
         rows.append(row)
-    return Batch(**{k: np.stack([row[k] for row in rows]) for k in rows[0]})
+    return Batch(**{k: np.stack([row[k] for row in rows]) for k in rows[0]}, block=width)
 
 
 def _up(size: int, step: int) -> int:

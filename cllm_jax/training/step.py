@@ -15,6 +15,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.llama import Llama, param_axes
+from cllm_jax.models.packed import PackedMask
 from cllm_jax.parallel.rules import param_shardings, state_shardings
 from cllm_jax.training.batches import Batch
 from cllm_jax.training.losses import cross_entropy, divergence
@@ -105,12 +106,27 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def visible(batch: Batch) -> jax.Array:
-    """The attention mask of packed rows, bool `[B, T, T]` (see `batches.py`)."""
-    segment_k, segment_q = batch.segment_BT[:, None, :], batch.segment_BT[:, :, None]
-    position_k, position_q = batch.positions_BT[:, None, :], batch.positions_BT[:, :, None]
-    before = (segment_k == 0) & (position_k < batch.context_BT[:, :, None])
-    return before | ((segment_k == segment_q) & (position_k <= position_q))
+def visible(batch: Batch) -> jax.Array | PackedMask:
+    """The attention mask of packed rows (see `batches.py`); bool `[B, T, T]` without states."""
+    noisy = batch.offset_BW.shape[1]
+
+    def split(x_BT):
+        return x_BT[:, : x_BT.shape[1] - noisy], x_BT[:, x_BT.shape[1] - noisy :]
+
+    def own(segment_q, position_q, segment_k, position_k):
+        same = segment_q[..., :, None] == segment_k[..., None, :]
+        return same & (position_k[..., None, :] <= position_q[..., :, None])
+
+    clean, state = zip(split(batch.segment_BT), split(batch.positions_BT), strict=True)
+    if not noisy:
+        return own(*clean, *clean)
+    context_BW = split(batch.context_BT)[1]
+    blocks = [x_BW.reshape(len(x_BW), -1, batch.block) for x_BW in state]
+    return PackedMask(
+        own(*clean, *clean),
+        (clean[0] == 0)[:, None, :] & (clean[1][:, None, :] < context_BW[:, :, None]),
+        own(*blocks, *blocks),
+    )
 
 
 def losses(
