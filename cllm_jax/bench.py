@@ -56,6 +56,8 @@ from cllm_jax.training.step import LossWeights
 from cllm_jax.trajectories.collect import CollectPlan
 
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax')
+BATCH = 16
+"""Prompts decoded together where batches are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +176,10 @@ def decoding(
     with console.progress(f'{source.name}: timing', len(prompts)) as bar:
         speed = tokens_per_second(ways, prompts, settings.repeats, bar)
     base = speed['target, AR']
+    plain = ['target, AR', *(f'CLLM, Jacobi {block}' for block in settings.blocks)]
+    with console.status(f'{source.name}: batches of {BATCH}'):
+        together = {name: ways[name] for name in plain}
+        batched = tokens_per_second(together, prompts, settings.repeats, batch=BATCH)
     rows = {}
     for name, result in results.items():
         own_ar = results[f'{name.split(",")[0]}, AR']
@@ -186,10 +192,16 @@ def decoding(
             'identical': share_identical(result, own_ar),
             'quality': share_right(source, result.texts) if source.checkable else None,
         }
-    found = {'task': source.name, 'n': len(prompts), 'ways': rows}
+    found = {'task': source.name, 'n': len(prompts), 'ways': rows, 'batched': batched}
     if settings.torch and find_spec('torch'):
         with console.status(f'{source.name}: transformers generate'):
             found['transformers'] = generate_speed(target, prompts, settings.max_tokens)
+            batched |= {
+                f'transformers, {name}': value
+                for name, value in generate_speed(
+                    target, prompts, settings.max_tokens, BATCH
+                ).items()
+            }
     return found
 
 
@@ -239,6 +251,10 @@ def report(console: Console, found: dict[str, Any]) -> None:
             for name, value in task.get('transformers', {}).items()
         ]
         console.out.print(table(f'{task["task"]}: {task["n"]} prompts, batch 1', columns, rows))
+        batched = task['batched']
+        rows = [[name, value, value / batched['target, AR']] for name, value in batched.items()]
+        title = f'{task["task"]}: the same prompts in batches of {BATCH}'
+        console.out.print(table(title, ['', 'tokens/s', 'speed-up'], rows))
     for part in found.get('pipeline', ()):
         collect, train = part['collect'], part['train']
         console.result(

@@ -29,7 +29,6 @@ C = TypeVar('C')
 
 STAGES = (
     'target', 'collect', 'cllm', 'recollect', 'refine', 'export', 'evaluate', 'decode', 'bench',
-    'report',
 )  # fmt: skip
 MAX_RECIPE_BYTES = 1_000_000
 _KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text'}

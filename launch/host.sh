@@ -9,7 +9,8 @@ usage: bash launch/host.sh CONFIG --root DIR [--steps LIST] [--dry-run] [-- OVER
 Runs the steps of the recipe CONFIG in order, with the Python $PYTHON (default: python).
 
   --root DIR      directory of the runs; with several hosts one that all of them see
-  --steps LIST    steps in order, separated by commas; default train:target,collect,train:cllm;
+  --steps LIST    steps in order, separated by commas; default train:target,collect,train:cllm,
+                  then collect:recollect,train:refine if the recipe has a stage refine;
                   export and evaluate are steps too
   --dry-run       only print the commands
   -- OVERRIDE...  settings for the train steps, such as -- --mesh.fsdp 8
@@ -25,7 +26,7 @@ refuse() {
     exit 2
 }
 
-config='' root='' steps=train:target,collect,train:cllm dry_run=false
+config='' root='' steps='' dry_run=false
 while (($#)); do
     case $1 in
         --dry-run) dry_run=true ;;
@@ -58,11 +59,15 @@ done
 [[ -n $root ]] || refuse 'no --root given; name the directory of the runs'
 [[ ${RESTART_CODE-} =~ ^[0-9]*$ ]] || refuse "RESTART_CODE is '$RESTART_CODE': it must be a number"
 
+if [[ -z $steps ]]; then
+    steps=train:target,collect,train:cllm
+    ! grep -q '^refine:' "$config" || steps+=,collect:recollect,train:refine
+fi
 IFS=, read -ra list <<<"$steps"
 for step in "${list[@]}"; do
     case $step in
-        train:target | train:cllm | collect | export | evaluate) ;;
-        *) refuse "no step '$step'; there are train:target, train:cllm, collect, export, evaluate" ;;
+        train:target | train:cllm | train:refine | collect | collect:recollect | export | evaluate) ;;
+        *) refuse "no step '$step'; there are train:target, collect, train:cllm, collect:recollect, train:refine, export, evaluate" ;;
     esac
 done
 
@@ -82,7 +87,8 @@ finish() {
 
 for step in "${list[@]}"; do
     command=("${PYTHON:-python}" -m "cllm_jax.${step%:*}" --config "$config" --root "$root")
-    [[ $step != train:* ]] || command+=(--stage "${step#*:}" "$@")
+    [[ $step != *:* ]] || command+=(--stage "${step#*:}")
+    [[ $step != train:* ]] || command+=("$@")
     printf '+'
     printf ' %q' "${command[@]}"
     printf '\n'

@@ -77,6 +77,7 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
     from cllm_jax.collect import CollectConfig
     from cllm_jax.evaluate import EvaluateConfig
     from cllm_jax.export import ExportConfig
+    from cllm_jax.recipe import read_recipe
     from cllm_jax.settings import parse
     from cllm_jax.train import TrainConfig
 
@@ -84,6 +85,8 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
         'target': TrainConfig, 'collect': CollectConfig, 'cllm': TrainConfig,
         'export': ExportConfig, 'evaluate': EvaluateConfig,
     }  # fmt: skip
+    if 'refine' in read_recipe(CONFIGS / config):
+        classes |= {'recollect': CollectConfig, 'refine': TrainConfig}
     for stage, kind in classes.items():
         argv = ['--config', str(CONFIGS / config), '--stage', stage]
         parse(kind, program='x', description='x', stage=stage, stages=(stage,), argv=argv)
@@ -95,6 +98,22 @@ def test_plans_start_nothing(tmp_path, monkeypatch, capsys):
     parameters = 1536 * 192 + 4 * (4 * 192 * 192 + 3 * 192 * 640 + 2 * 192) + 192
     assert f'{parameters:,}' in out and 'steps' in out and 'learning_rate' in out
     assert not any(tmp_path.iterdir())
+
+
+def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
+    for run in ('target', 'cllm'):
+        (tmp_path / run / 'model').mkdir(parents=True)
+    settings = train.TrainConfig(root=str(tmp_path))
+    for stage, model, data in (
+        ('cllm', 'target', 'trajectories'),
+        ('refine', 'cllm', 'retrajectories'),
+    ):
+        found = train.with_names(settings, stage)
+        assert (found.model, found.data) == (f'{tmp_path}/{model}', f'{tmp_path}/{data}')
+    runs = export.ExportConfig(root=str(tmp_path))
+    assert export.exported(runs) == {n: tmp_path / n for n in ('target', 'cllm')}
+    (tmp_path / 'refine' / 'model').mkdir(parents=True)
+    assert export.exported(runs)['cllm'] == tmp_path / 'refine'
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,20 @@ def test_local_runs_every_stage_in_order():
     assert all(r'some\ where' in line or "'some where'" in line for line in lines)
 
 
+def test_a_recipe_with_a_refinement_gets_its_two_steps(tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(''.join(f'{s}: {{}}\n' for s in ('target', 'collect', 'cllm', 'refine')))
+    for line in (
+        f'launch/local.sh {recipe} --dry-run',
+        f'launch/host.sh {recipe} --root r --dry-run -- --mesh.fsdp 8',
+    ):
+        done = bash(*line.split(), tools=tmp_path)
+        assert done.returncode == 0, done.stderr
+        steps = [line.split(' --stage ')[1].split() for line in done.stdout.splitlines()[2:5]]
+        assert [step[0] for step in steps] == ['cllm', 'recollect', 'refine']
+        assert len({len(step) for step in steps if step[0] != 'recollect'}) == 1
+
+
 def test_local_refuses_what_it_does_not_know():
     for arguments in ([], ['nowhere.yaml'], ['configs/embedded.yaml', '--fast']):
         done = launch(*arguments)
@@ -110,6 +124,7 @@ DRY_RUNS = {
     'gke_xpk_run': f'gke_xpk.sh run {RECIPE} --dry-run -- --mesh.fsdp 16',
     'gke_xpk_list': 'gke_xpk.sh list --dry-run',
     'gke_xpk_delete': 'gke_xpk.sh delete --dry-run',
+    'ablations': f'ablations.sh {RECIPE} --root runs/gsm8k --dry-run',
     'slurm': f'slurm.sh {RECIPE} --root /shared/gsm8k --dry-run -- --mesh.fsdp 8',
 }
 

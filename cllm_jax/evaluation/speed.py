@@ -40,26 +40,27 @@ def tokens_per_second(
     prompts: Sequence[str | Sequence[int]],
     repeats: int = 3,
     progress: Callable[[int], None] = lambda prompts: None,
+    batch: int = 1,
 ) -> dict[str, float]:
-    """End-to-end speed of each way at batch 1: tokens over wall-clock, prefill included.
+    """End-to-end speed of each way: tokens over wall-clock, prefill included.
 
-    Each prompt is decoded `repeats` times by every way in turn; its time is the median.
+    Each batch of prompts is decoded `repeats` times by every way in turn; its time is the median.
     """
     totals = {name: [0, 0.0] for name in ways}
-    for index, prompt in enumerate(prompts):
+    for begin in range(0, len(prompts), batch):
+        rows = range(begin, min(begin + batch, len(prompts)))
         for name, way in ways.items():
-            ids, keys = encode(way.model, prompt), row_keys(way.request.seed, [index])
-            totals[name][0] += len(_once(way, ids, keys).tokens[0])
+            totals[name][0] += sum(map(len, _once(way, prompts, rows).tokens))
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repeats):
             for name, way in ways.items():
-                ids, keys = encode(way.model, prompt), row_keys(way.request.seed, [index])
-                seconds[name].append(_once(way, ids, keys).seconds[0])
+                seconds[name].append(_once(way, prompts, rows).seconds[0])
         for name in ways:
             totals[name][1] += statistics.median(seconds[name])
-        progress(1)
+        progress(len(rows))
     return {name: tokens / max(time, 1e-9) for name, (tokens, time) in totals.items()}
 
 
-def _once(way: Way, ids: list[int], keys) -> DecodeResult:
-    return decode_batch(way.model, way.request, [ids], keys, way.weights)
+def _once(way: Way, prompts: Sequence[str | Sequence[int]], rows: range) -> DecodeResult:
+    ids, keys = [encode(way.model, prompts[i]) for i in rows], row_keys(way.request.seed, rows)
+    return decode_batch(way.model, way.request, ids, keys, way.weights)
