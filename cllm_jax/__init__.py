@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 
+from cllm_jax.decoding.draft import Loaded
 from cllm_jax.decoding.generate import Request, decode_all
 from cllm_jax.decoding.generate import stream as _stream
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.draft_model import draft_model
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
@@ -34,8 +36,10 @@ __all__ = [
     'Lookahead',
     'Model',
     'PromptLookup',
+    'Sampling',
     'Trajectory',
     'decode',
+    'draft_model',
     'forward',
     'load',
     'stream',
@@ -77,18 +81,24 @@ def decode(
     Raises:
       ConfigError: a setting or a prompt that cannot be decoded.
     """
-    drafter = Jacobi() if drafter is None else drafter
+    drafter, weights = _parts(drafter)
     sampling = Sampling(temperature, top_k, top_p)
     request = Request(drafter, max_tokens, sampling, seed, tuple(stop), batch, trace)
-    return decode_all(model, request, prompts)
+    return decode_all(model, request, prompts, weights)
 
 
 def stream(model: Model, prompt: str | Sequence[int], drafter: Any = None, **options: Any):
     """Yield the answer to one prompt in pieces that are never taken back; see `decode`."""
     sampling = Sampling(*(options.pop(k, d) for k, d in _SAMPLING))
     options['stop'] = tuple(options.get('stop', ()))
-    request = Request(Jacobi() if drafter is None else drafter, sampling=sampling, **options)
-    return _stream(model, request, prompt)
+    drafter, weights = _parts(drafter)
+    return _stream(model, Request(drafter, sampling=sampling, **options), prompt, weights)
+
+
+def _parts(drafter: Any) -> tuple[Any, Any]:
+    if isinstance(drafter, Loaded):
+        return drafter.drafter, drafter.weights
+    return Jacobi() if drafter is None else drafter, ()
 
 
 _SAMPLING = (('temperature', 0.0), ('top_k', 0), ('top_p', 1.0))

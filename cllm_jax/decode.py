@@ -11,18 +11,19 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.markup import escape
 
 from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.readers import read_jsonl
 from cllm_jax.datasets.sources import open_source
-from cllm_jax.decoding.draft import Drafter
+from cllm_jax.decoding.draft import Loaded
 from cllm_jax.decoding.generate import Request, decode_all, stream
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.draft_model import DraftModel, draft_model
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
@@ -35,10 +36,14 @@ from cllm_jax.evaluation.speed import (
 )
 from cllm_jax.models.load import Model, Precision, baseline, load, peek, storage
 from cllm_jax.parallel.mesh import tensor_mesh
+from cllm_jax.recipe import no_such
 from cllm_jax.settings import guard, parse, to_json
 
 DEMO_PROMPTS = 6
-NAMES = {Jacobi: 'Jacobi', PromptLookup: 'prompt lookup', Lookahead: 'lookahead'}
+DRAFTERS = ('jacobi', 'ar', 'lookup', 'lookahead', 'model')
+NAMES = {
+    Jacobi: 'Jacobi', PromptLookup: 'prompt lookup', Lookahead: 'lookahead', DraftModel: 'drafted',
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +58,9 @@ class DecodeConfig:
     """JSONL file (.gz too) with a prompt per line, instead of prompts."""
     output: str = ''
     """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds."""
-    drafter: Literal['jacobi', 'ar', 'lookup', 'lookahead'] = 'jacobi'
-    """Jacobi iteration, one token per forward, prompt lookup, or lookahead beside Jacobi."""
+    drafter: str = 'jacobi'
+    """jacobi; ar: one token per forward; lookup: prompt lookup; lookahead, beside Jacobi; or
+    model:DIR: a smaller model drafts."""
     block: int = 16
     """Tokens of the window or guess (n)."""
     mode: Literal['sliding', 'block'] = 'sliding'
@@ -85,13 +91,38 @@ class DecodeConfig:
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
 
 
-def drafter_of(settings: DecodeConfig) -> Drafter:
-    """The drafter that the settings name."""
-    if settings.drafter == 'jacobi':
-        return Jacobi(settings.block, settings.mode, settings.recycle)
-    if settings.drafter == 'lookup':
-        return PromptLookup(settings.block)
-    return Lookahead(block=settings.block) if settings.drafter == 'lookahead' else AutoRegressive()
+def sampling_of(settings: DecodeConfig) -> Sampling:
+    return Sampling(settings.temperature, settings.top_k, settings.top_p)
+
+
+def drafter_of(settings: DecodeConfig, model: Model) -> Loaded:
+    """The drafter that the settings name.
+
+    Raises:
+      ConfigError: there is none of that name, or it does not fit the model.
+    """
+    name, _, directory = settings.drafter.partition(':')
+    check_drafter(settings.drafter)
+    if name == 'model':
+        small = load(directory, settings.dtype)
+        return draft_model(model, small, settings.block, sampling_of(settings))
+    drafters = {
+        'jacobi': Jacobi(settings.block, settings.mode, settings.recycle),
+        'ar': AutoRegressive(),
+        'lookup': PromptLookup(settings.block),
+        'lookahead': Lookahead(block=settings.block),
+    }
+    return Loaded(drafters[name], ())
+
+
+def check_drafter(text: str) -> None:
+    """Raise ConfigError unless the text names a drafter, with a directory where it needs one."""
+    name, colon, directory = text.partition(':')
+    if name not in DRAFTERS:
+        raise ConfigError(f'drafter: {no_such("drafter", name, DRAFTERS)}')
+    if bool(directory) != (name == 'model') or (colon and not directory):
+        right = 'model:DIR' if name == 'model' else name
+        raise ConfigError(f'drafter {text!r}: write {right}')
 
 
 def read_prompts(settings: DecodeConfig) -> list[str]:
@@ -126,6 +157,7 @@ def compare(
     model: Model,
     single: Model,
     request: Request,
+    weights: Any,
     prompts: list[str],
     result: DecodeResult,
 ) -> None:
@@ -137,7 +169,7 @@ def compare(
     name = NAMES[type(request.drafter)]
     with console.status(f'AR and {name}, timed in turn'):
         plain = decode_all(model, ar, prompts)
-        ways = {'AR': Way(single, ar), name: Way(model, request)}
+        ways = {'AR': Way(single, ar), name: Way(model, request, weights)}
         speed = tokens_per_second(ways, prompts[:DEMO_PROMPTS])
     rows = [
         ['AR', 1.0, speed['AR'], 1.0],
@@ -185,29 +217,32 @@ def run() -> None:
     if flags.plan:
         plan(settings, console, prompts)
         return
+    mesh = tensor_mesh(settings.tensor)
+    check_drafter(settings.drafter)
+    model = load(settings.model, settings.dtype, mesh)
+    loaded = drafter_of(settings, model)
     request = Request(
-        drafter_of(settings),
+        loaded.drafter,
         settings.max_tokens,
-        Sampling(settings.temperature, settings.top_k, settings.top_p),
+        sampling_of(settings),
         settings.seed,
         settings.stop,
         settings.batch,
     )
-    mesh = tensor_mesh(settings.tensor)
-    model = load(settings.model, settings.dtype, mesh)
     if settings.stream:
-        for piece in stream(model, request, prompts[0]):
+        for piece in stream(model, request, prompts[0], loaded.weights):
             print(piece, end='', flush=True)
         print()
         return
-    result = decode_all(model, request, prompts)
+    result = decode_all(model, request, prompts, loaded.weights)
     if settings.output:
         _write(Path(settings.output), rows_of(prompts, result))
         console.note(f'{settings.output}: {len(prompts)} answers')
     else:
         show(console, prompts, result)
     if settings.compare and settings.drafter != 'ar':
-        compare(console, model, baseline(model, mesh), request, prompts, result)
+        single = baseline(model, mesh)
+        compare(console, model, single, request, loaded.weights, prompts, result)
 
 
 def _write(path: Path, rows: Iterator[dict]) -> None:

@@ -8,6 +8,7 @@ choices along the longest accepted path, so a drafter can change how many forwar
 and never the answer.
 """
 
+import dataclasses
 from typing import Any, Protocol
 
 import jax
@@ -81,6 +82,14 @@ class Drafter(Protocol):
         self, weights: Any, state: Any, draft: Draft, verdict: Verdict, sequences: Sequences
     ) -> Any:
         """Learn from the verification; `sequences` is as it was when `draft` was made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A drafter that has weights, with them."""
+
+    drafter: Drafter
+    weights: Any
 
 
 def windows(buffer_BS: jax.Array, start_B: jax.Array, width: int) -> jax.Array:

@@ -1,0 +1,105 @@
+"""Speculative decoding with a smaller model (arXiv 2211.17192, 2302.01318).
+
+The draft model writes a few tokens one by one, and the target verifies them in one forward. It
+chooses with the target's own noise (`decoding/sampling.py`), so at any temperature a draft is
+accepted as far as both models choose alike, and the answer stays the target's.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from cllm_jax.decoding.draft import Draft, Loaded, Sequences, windows
+from cllm_jax.decoding.sampling import Sampling, choose
+from cllm_jax.errors import ConfigError
+from cllm_jax.models.cache import Cache, init_cache
+from cllm_jax.models.llama import Llama
+from cllm_jax.models.load import Model, tokenizer_fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftModel:
+    """Propose what another model would write next; its parameters are the drafter's weights."""
+
+    module: Llama
+    block: int = 5
+    """Tokens verified per forward: the pending one, and `block - 1` of the draft model."""
+    sampling: Sampling = Sampling()
+    """How it chooses: most is accepted if that is how the target chooses."""
+
+    def __post_init__(self):
+        if self.block < 1:
+            raise ConfigError(f'block {self.block}: must be at least 1')
+
+    @property
+    def nodes(self) -> int:
+        return self.block
+
+    def init(self, weights, sequences: Sequences) -> Cache:
+        batch, slots = sequences.tokens_BS.shape
+        dtype = self.module.compute or self.module.dtype
+        cache = init_cache(self.module.config, batch, slots, dtype)
+        start_B = jnp.zeros(batch, jnp.int32)
+        return self._forward(weights, sequences.tokens_BS, start_B, cache)[1]
+
+    def draft(self, weights, cache: Cache, sequences: Sequences) -> tuple[Draft, Cache]:
+        length_B = sequences.length_B
+        pending_BN = sequences.window(1)
+        if self.block == 1:
+            return Draft(pending_BN, jnp.ones_like(pending_BN, bool)), cache
+        # Of a draft that was accepted as a whole the last token has not been seen yet: begin there.
+        start_B = jnp.maximum(length_B - 1, 0)
+        last_B2 = windows(sequences.tokens_BS, start_B, 2)
+        hidden_BND, cache = self._forward(weights, last_B2, start_B, cache)
+        at_B11 = (length_B - start_B)[:, None, None]
+        token_B1 = self._choose(
+            weights, jnp.take_along_axis(hidden_BND, at_B11, axis=1), sequences, length_B
+        )
+
+        def step(carry, ahead):
+            token_B1, cache = carry
+            hidden_B1D, cache = self._forward(weights, token_B1, length_B + ahead, cache)
+            return (self._choose(weights, hidden_B1D, sequences, length_B + ahead), cache), token_B1
+
+        ahead = jnp.arange(1, self.block - 1, dtype=jnp.int32)
+        (token_B1, cache), before = jax.lax.scan(step, (token_B1, cache), ahead)
+        tokens_BN = jnp.concatenate([pending_BN, before[:, :, 0].T, token_B1], axis=1)
+        return Draft(tokens_BN, jnp.ones_like(tokens_BN, bool)), cache
+
+    def update(self, weights, cache, draft, verdict, sequences):
+        return cache  # what was rejected is overwritten before it is seen
+
+    def _forward(self, weights, tokens_BT, start_B, cache):
+        steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        positions_BT = start_B[:, None] + steps_T[None]
+        slots_S = jnp.arange(cache.slots, dtype=jnp.int32)
+        mask_BTS = slots_S[None, None] <= positions_BT[:, :, None]
+        return self.module.apply(
+            {'params': weights}, tokens_BT, positions_BT, mask_BTS, cache, start_B
+        )
+
+    def _choose(self, weights, hidden_B1D, sequences, length_B):
+        logits_B1V = self.module.apply({'params': weights}, hidden_B1D, method='logits')
+        return choose(logits_B1V, sequences.keys_B, length_B[:, None] + 1, self.sampling)
+
+
+def draft_model(
+    target: Model, small: Model, block: int = 5, sampling: Sampling | None = None
+) -> Loaded:
+    """`small` as the draft model of `target`; `sampling`, greedy if absent, as it will decode.
+
+    Raises:
+      ConfigError: they do not share a vocabulary.
+    """
+    if small.config.vocab_size != target.config.vocab_size:
+        raise ConfigError(
+            f'{small.source} has {small.config.vocab_size} tokens, {target.source} '
+            f'{target.config.vocab_size}: a draft model shares the vocabulary of its target'
+        )
+    both = [model.tokenizer for model in (small, target) if model.tokenizer is not None]
+    if len(both) == 2 and len(set(map(tokenizer_fingerprint, both))) == 2:
+        raise ConfigError(
+            f'{small.source} has another tokenizer than {target.source}; a draft model shares it'
+        )
+    return Loaded(DraftModel(small.module, block, sampling or Sampling()), small.params)

@@ -1,0 +1,72 @@
+"""Speculative decoding with a draft model: exact whatever it writes, fast if it writes the same."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import cllm_jax as cllm
+from cllm_jax.datasets.tokens import train_tokenizer
+from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.loop import advance
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.draft_model import DraftModel
+from tests.tiny import byte_tokenizer, ragged_prompts, random_model, text_config, tiny_config
+
+PROMPTS = ragged_prompts(0, (1, 2, 9, 5))
+
+
+def answers(model, drafter, sampling, weights=(), batch=4, **changes):
+    return decode_all(model, Request(drafter, 24, sampling, batch=batch), PROMPTS, weights)
+
+
+@pytest.mark.parametrize(
+    ('block', 'sampling'),
+    [(1, Sampling()), (5, Sampling()), (2, Sampling(0.7, top_k=10, top_p=0.9)), (5, Sampling(1.0))],
+    ids=lambda value: f'T{value.temperature}' if isinstance(value, Sampling) else str(value),
+)
+def test_the_answer_is_that_of_the_target(block, sampling):
+    """For a draft model of another size, and for the target itself, of which all is accepted."""
+    target = random_model(config=tiny_config(eos_ids=(3, 7)))
+    other = random_model(seed=5, config=tiny_config(layers=1))
+    plain = answers(target, AutoRegressive(), sampling)
+    for model in (other, target):
+        drafter = DraftModel(model.module, block, sampling)
+        found = answers(target, drafter, sampling, model.params)
+        assert found.tokens == plain.tokens
+        if model is target:
+            full = [-(-len(tokens) // block) for tokens in plain.tokens]
+            assert found.forwards == full
+
+
+def test_a_wrong_draft_costs_a_forward_per_token():
+    target = random_model()
+    plain = answers(target, AutoRegressive(), Sampling())
+    wrong = jax.tree.map(np.array, target.params)
+    wrong['head'] = -wrong['head']  # the least likely token
+    found = answers(target, DraftModel(target.module, 4), Sampling(), wrong)
+    assert found.tokens == plain.tokens and found.forwards == plain.forwards
+
+
+def test_batches_of_one_shape_share_a_compilation():
+    target, other = random_model(), random_model(seed=5)
+    drafter = DraftModel(other.module, 4)
+    answers(target, drafter, Sampling(), other.params)
+    before = advance._cache_size()
+    answers(target, drafter, Sampling(), random_model(seed=6).params)
+    assert advance._cache_size() == before
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused():
+    target = random_model(config=text_config(layers=1), tokenizer=byte_tokenizer())
+    drafter = cllm.draft_model(target, target, block=4)
+    found = cllm.decode(target, ['a b'], drafter=drafter, max_tokens=8)
+    assert found.tokens == cllm.decode(target, ['a b'], cllm.AutoRegressive(), 8).tokens
+    with pytest.raises(cllm.ConfigError, match='29 tokens'):
+        cllm.draft_model(target, random_model())
+    other = train_tokenizer(['some other text'] * 9, len(byte_tokenizer()))
+    same_size = dataclasses.replace(target, tokenizer=other)
+    with pytest.raises(cllm.ConfigError, match='another tokenizer'):
+        cllm.draft_model(target, same_size)
