@@ -19,7 +19,7 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import draft_model
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
-from cllm_jax.drafters.prompt_lookup import PromptLookup
+from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
 from cllm_jax.errors import CllmError, ConfigError, DataError
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.llama import forward as _forward
@@ -43,6 +43,7 @@ __all__ = [
     'forward',
     'load',
     'stream',
+    'with_references',
 ]
 
 

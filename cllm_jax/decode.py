@@ -26,7 +26,7 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import DraftModel, draft_model
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
-from cllm_jax.drafters.prompt_lookup import PromptLookup
+from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
 from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.speed import (
     Way,
@@ -61,6 +61,8 @@ class DecodeConfig:
     drafter: str = 'jacobi'
     """jacobi; ar: one token per forward; lookup: prompt lookup; lookahead, beside Jacobi; or
     model:DIR: a smaller model drafts."""
+    reference: tuple[str, ...] = ()
+    """With drafter lookup: text files that answers may quote (LLMA)."""
     block: int = 16
     """Tokens of the window or guess (n)."""
     mode: Literal['sliding', 'block'] = 'sliding'
@@ -102,10 +104,12 @@ def drafter_of(settings: DecodeConfig, model: Model) -> Loaded:
       ConfigError: there is none of that name, or it does not fit the model.
     """
     name, _, directory = settings.drafter.partition(':')
-    check_drafter(settings.drafter)
     if name == 'model':
         small = load(directory, settings.dtype)
         return draft_model(model, small, settings.block, sampling_of(settings))
+    if settings.reference:
+        texts = [Path(path).read_text('utf-8', errors='replace') for path in settings.reference]
+        return with_references(model, texts, settings.block)
     drafters = {
         'jacobi': Jacobi(settings.block, settings.mode, settings.recycle),
         'ar': AutoRegressive(),
@@ -115,9 +119,11 @@ def drafter_of(settings: DecodeConfig, model: Model) -> Loaded:
     return Loaded(drafters[name], ())
 
 
-def check_drafter(text: str) -> None:
+def check_drafter(text: str, references: bool = False) -> None:
     """Raise ConfigError unless the text names a drafter, with a directory where it needs one."""
     name, colon, directory = text.partition(':')
+    if references and name != 'lookup':
+        raise ConfigError(f'reference with drafter {text!r}: only lookup reads references')
     if name not in DRAFTERS:
         raise ConfigError(f'drafter: {no_such("drafter", name, DRAFTERS)}')
     if bool(directory) != (name == 'model') or (colon and not directory):
@@ -218,7 +224,7 @@ def run() -> None:
         plan(settings, console, prompts)
         return
     mesh = tensor_mesh(settings.tensor)
-    check_drafter(settings.drafter)
+    check_drafter(settings.drafter, bool(settings.reference))
     model = load(settings.model, settings.dtype, mesh)
     loaded = drafter_of(settings, model)
     request = Request(

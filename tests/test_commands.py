@@ -127,6 +127,8 @@ def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
         (decode, ['--drafter', 'jakobi', '--prompts', 'a'], 2, "did you mean 'jacobi'"),
         (decode, ['--drafter', 'model', '--prompts', 'a'], 2, 'write model:DIR'),
         (decode, ['--drafter', 'ar:x', '--prompts', 'a'], 2, 'write ar'),
+        (decode, ['--reference', 'a.txt', '--prompts', 'a'], 2, 'only lookup'),
+        (decode, ['--reference', '/no.txt', '--drafter', 'lookup', '--prompts', 'a'], 3, '/no.txt'),
         (decode, ['--drafter', 'model:/no/such', '--prompts', 'a'], 2, 'no such directory'),
         (decode, ['--input', '/no/such.jsonl'], 3, '/no/such.jsonl'),
         (evaluate, ['--task', 'sqll'], 2, "did you mean 'sql'"),

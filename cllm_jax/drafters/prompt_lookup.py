@@ -1,23 +1,33 @@
 """Prompt lookup (github.com/apoorvumang/prompt-lookup-decoding): what followed the last time.
 
 The last few committed tokens are searched for in the prompt and the answer so far, and what came
-after them there is proposed again. Nothing is trained and no model is asked.
+after them there is proposed again. Nothing is trained and no model is asked. With reference
+documents (LLMA, arXiv 2304.04487) they are searched too: an answer that quotes them, such as an
+edited or retrieved text, is copied many tokens at a time.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
-from cllm_jax.decoding.draft import Draft
+from cllm_jax.decoding.draft import Draft, Loaded
+from cllm_jax.decoding.generate import bucket, encode
 from cllm_jax.errors import ConfigError
+from cllm_jax.models.load import Model
+
+BETWEEN = -1
+"""What stands between two references; no token is equal to it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
     """Propose the `block - 1` tokens behind the latest place that matches the longest suffix.
 
-    A match of `ngram` tokens is preferred to one of fewer, down to a single token. Where the match
-    is closer than `block` tokens, the text from it on is taken as a pattern that goes on.
+    A match of `ngram` tokens is preferred to one of fewer, down to a single token, and one in the
+    text so far to one in a reference. Where the match is closer than `block` tokens, the text from
+    it on is taken as a pattern that goes on. Its weights are the tokens of the references, if any.
     """
 
     block: int = 8
@@ -38,6 +48,10 @@ class PromptLookup:
 
     def draft(self, weights, state, sequences):
         tokens_BS, length_B1 = sequences.tokens_BS, sequences.length_B[:, None]
+        if len(weights):
+            weights_BR = jnp.broadcast_to(weights[None], (len(tokens_BS), len(weights)))
+            tokens_BS = jnp.concatenate([weights_BR, tokens_BS], axis=1)
+            length_B1 = length_B1 + len(weights)
         slots_1S = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
         same_BS = slots_1S < length_B1
         matched_BS = jnp.zeros_like(tokens_BS)
@@ -53,8 +67,21 @@ class PromptLookup:
         period_B1 = jnp.maximum(length_B1 - start_B1, 1)
         guess_BN = jnp.take_along_axis(tokens_BS, start_B1 + 1 + steps_1N % period_B1, axis=1)
         tokens_BN = jnp.concatenate([sequences.window(1), guess_BN], axis=1)
-        valid_BN = jnp.broadcast_to(found_B1, tokens_BN.shape)
-        return Draft(tokens_BN, valid_BN), state
+        return Draft(jnp.maximum(tokens_BN, 0), found_B1 & (tokens_BN >= 0)), state
 
     def update(self, weights, state, draft, verdict, sequences):
         return state
+
+
+def with_references(
+    model: Model, references: Sequence[str | Sequence[int]], block: int = 8, ngram: int = 3
+) -> Loaded:
+    """Prompt lookup in texts (or token ids) too, the same for every prompt of a call.
+
+    Raises:
+      ConfigError: a reference that is empty or has no tokens of this model.
+    """
+    ids = [i for text in references for i in (*encode(model, text), BETWEEN)]
+    padded = np.full(bucket(len(ids)), BETWEEN, np.int32)  # few lengths to compile
+    padded[len(padded) - len(ids) :] = ids
+    return Loaded(PromptLookup(block, ngram), jnp.asarray(padded))
