@@ -29,8 +29,8 @@ def answers(model, drafter, sampling, weights=(), batch=4, **changes):
 )
 def test_the_answer_is_that_of_the_target(block, sampling):
     """For a draft model of another size, and for the target itself, of which all is accepted."""
-    target = random_model(config=tiny_config(eos_ids=(3, 7)))
-    other = random_model(seed=5, config=tiny_config(layers=1))
+    target = random_model(config=tiny_config(layers=1, eos_ids=(3, 7)))
+    other = random_model(seed=5, config=tiny_config(layers=1, mlp_dim=8))
     plain = answers(target, AutoRegressive(), sampling)
     for model in (other, target):
         drafter = DraftModel(model.module, block, sampling)
@@ -42,7 +42,7 @@ def test_the_answer_is_that_of_the_target(block, sampling):
 
 
 def test_a_wrong_draft_costs_a_forward_per_token():
-    target = random_model()
+    target = random_model(config=tiny_config(layers=1))
     plain = answers(target, AutoRegressive(), Sampling())
     wrong = jax.tree.map(np.array, target.params)
     wrong['head'] = -wrong['head']  # the least likely token
@@ -51,11 +51,12 @@ def test_a_wrong_draft_costs_a_forward_per_token():
 
 
 def test_batches_of_one_shape_share_a_compilation():
-    target, other = random_model(), random_model(seed=5)
-    drafter = DraftModel(other.module, 4)
-    answers(target, drafter, Sampling(), other.params)
+    shallow = tiny_config(layers=1)
+    target, *others = (random_model(seed, shallow) for seed in (0, 5, 6))
+    drafter = DraftModel(target.module, 4)
+    answers(target, drafter, Sampling(), others[0].params)
     before = advance._cache_size()
-    answers(target, drafter, Sampling(), random_model(seed=6).params)
+    answers(target, drafter, Sampling(), others[1].params)
     assert advance._cache_size() == before
 
 

@@ -36,7 +36,7 @@ from cllm_jax.training.step import (
 )
 from tests.tiny import byte_tokenizer, text_config
 
-CONFIG = text_config(layers=2)
+CONFIG, SHALLOW = text_config(layers=2), text_config(layers=1)
 BLOCK = 8
 
 
@@ -48,8 +48,8 @@ def mixed_dtypes():
 
 
 @cache
-def params_of(seed: int = 0):
-    params = jax.jit(partial(init_params, Llama(CONFIG)))(jax.random.key(seed))
+def params_of(config=CONFIG):
+    params = jax.jit(partial(init_params, Llama(config)))(jax.random.key(0))
     return jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
 
 
@@ -327,7 +327,7 @@ def test_repetition_that_grows_is_reported():
 
 def tiny_run(steps: int = 6, **changes):
     """A model, samples, held-out prompts and a plan small enough for a test."""
-    model = Model(CONFIG, params_of(), byte_tokenizer(), 'tiny')
+    model = Model(SHALLOW, params_of(SHALLOW), byte_tokenizer(), 'tiny')
     rows = [Example(str(i), 'abc'[i % 3] * 3, 'x') for i in range(3)]
     source = Source('held', rows, lambda example, text: text.startswith('x'))
     plan = RunPlan(
@@ -375,7 +375,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(mixed_dtypes, tmp_pat
         tmp_path / 'whole' / weights
     ).read_bytes()
     loaded = load(str(tmp_path / 'whole'))
-    assert loaded.config == CONFIG
+    assert loaded.config == SHALLOW
 
 
 def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, monkeypatch):
