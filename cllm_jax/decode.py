@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from jax.sharding import Mesh
 from rich.markup import escape
 
 from cllm_jax.console import Console, print_plan, size, table
@@ -97,7 +98,7 @@ def sampling_of(settings: DecodeConfig) -> Sampling:
     return Sampling(settings.temperature, settings.top_k, settings.top_p)
 
 
-def drafter_of(settings: DecodeConfig, model: Model) -> Loaded:
+def drafter_of(settings: DecodeConfig, model: Model, mesh: Mesh | None) -> Loaded:
     """The drafter that the settings name.
 
     Raises:
@@ -105,18 +106,16 @@ def drafter_of(settings: DecodeConfig, model: Model) -> Loaded:
     """
     name, _, directory = settings.drafter.partition(':')
     if name == 'model':
-        small = load(directory, settings.dtype)
+        small = load(directory, settings.dtype, mesh)
         return draft_model(model, small, settings.block, sampling_of(settings))
     if settings.reference:
         texts = [Path(path).read_text('utf-8', errors='replace') for path in settings.reference]
         return with_references(model, texts, settings.block)
-    drafters = {
-        'jacobi': Jacobi(settings.block, settings.mode, settings.recycle),
-        'ar': AutoRegressive(),
-        'lookup': PromptLookup(settings.block),
-        'lookahead': Lookahead(block=settings.block),
-    }
-    return Loaded(drafters[name], ())
+    if name == 'jacobi':
+        return Loaded(Jacobi(settings.block, settings.mode, settings.recycle), ())
+    if name == 'lookup':
+        return Loaded(PromptLookup(settings.block), ())
+    return Loaded(Lookahead(block=settings.block) if name == 'lookahead' else AutoRegressive(), ())
 
 
 def check_drafter(text: str, references: bool = False) -> None:
@@ -217,6 +216,7 @@ def run() -> None:
         DecodeConfig, program='python -m cllm_jax.decode', description=__doc__, stage='decode'
     )
     console = Console()
+    check_drafter(settings.drafter, bool(settings.reference))
     prompts = read_prompts(settings)
     if settings.stream and len(prompts) != 1:
         raise ConfigError(f'stream with {len(prompts)} prompts: give exactly one prompt')
@@ -224,9 +224,8 @@ def run() -> None:
         plan(settings, console, prompts)
         return
     mesh = tensor_mesh(settings.tensor)
-    check_drafter(settings.drafter, bool(settings.reference))
     model = load(settings.model, settings.dtype, mesh)
-    loaded = drafter_of(settings, model)
+    loaded = drafter_of(settings, model, mesh)
     request = Request(
         loaded.drafter,
         settings.max_tokens,

@@ -4,30 +4,29 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash launch/ablations.sh CONFIG --root DIR [--steps N] [--dry-run]
+usage: bash launch/ablations.sh CONFIG --root DIR [--steps N] [--dry-run] [-- OVERRIDE...]
 
 Trains a CLLM for every row of the table below, each from DIR/target (made by
 `bash launch/local.sh CONFIG --out DIR`) with one setting of CONFIG's stage cllm changed, evaluates
-it, and prints the table of docs/ablations.md. What is done already is not done again.
+it, and prints a table of all rows. What is done already is not done again.
 
-  --root DIR   directory with the run `target`; rows go to DIR/ablations
-  --steps N    optimisation steps of each row (default 400)
-  --dry-run    only print the commands
+  --root DIR      directory with the run `target`; rows go to DIR/ablations
+  --steps N       optimisation steps of each row (default 400)
+  --dry-run       only print the commands
+  -- OVERRIDE...  settings for every training
 TEXT
 }
 
-refuse() {
-    printf 'error: %s\n' "$1" >&2
-    usage >&2
-    exit 2
-}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
 
 # name | collection (directory of trajectories, made if it is not there) | settings
 rows=(
     'the recipe|sliding-16|'
-    'local consistency in place of global|sliding-16|--loss.global-weight 0 --loss.local-weight 1 --noise.pairs --texts= '
-    'global and local consistency|sliding-16|--loss.local-weight 1 --noise.pairs --texts= '
-    'no texts|sliding-16|--texts= '
+    'local consistency in place of global|sliding-16|--loss.global-weight 0 --loss.local-weight 1 --noise.pairs --texts='
+    'global and local consistency|sliding-16|--loss.local-weight 1 --noise.pairs --texts='
+    'no texts|sliding-16|--texts='
     'AR weight 1|sliding-16|--loss.ar-weight 1'
     'AR weight 2|sliding-16|--loss.ar-weight 2'
     'AR weight 12|sliding-16|--loss.ar-weight 12'
@@ -45,43 +44,15 @@ rows=(
     'AdamW in place of Muon|sliding-16|--optimizer.kind adamw --optimizer.learning-rate 1e-3'
 )
 
-config='' root='' steps=400 dry_run=false
-while (($#)); do
-    case $1 in
-        --dry-run) dry_run=true ;;
-        --root | --steps)
-            [[ -n ${2-} && $2 != -* ]] || refuse "$1 needs a value"
-            case $1 in
-                --root) root=$2 ;;
-                --steps) steps=$2 ;;
-            esac
-            shift
-            ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        -*) refuse "no option '$1'" ;;
-        *)
-            [[ -z $config ]] || refuse "two recipes, '$config' and '$1'; give one"
-            config=$1
-            ;;
-    esac
-    shift
-done
-[[ -f $config ]] || refuse "no recipe '$config', such as configs/embedded.yaml"
+parse "$@"
+steps=${steps:-400}
+[[ -n $config ]] || refuse 'no recipe given, such as configs/embedded.yaml'
+[[ -f $config ]] || refuse "no recipe '$config'; give a file of this checkout"
 [[ -n $root ]] || refuse 'no --root given; name the directory with the run target'
 [[ $steps =~ ^[1-9][0-9]*$ ]] || refuse "steps '$steps': must be a whole number above 0"
 
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 python=${PYTHON:-python} out=$root/ablations
-
-step() {
-    printf '+'
-    printf ' %q' "$@"
-    printf '\n'
-    $dry_run || "$@"
-}
 
 names=()
 declare -A collected
@@ -89,16 +60,18 @@ for row in "${rows[@]}"; do
     IFS='|' read -r name collection flags <<<"$row"
     read -ra settings <<<"$flags"
     mode=${collection%-*} block=${collection#*-}
-    place=$out/${name// /-}
-    names+=("$name=$place")
+    place=$out/$steps-steps/${name// /-}
+    names+=("$name|$place")
     [[ ! -f $place/evaluate.json ]] || continue
-    [[ -n ${collected[$collection]-} ]] || step "$python" -m cllm_jax.collect --config "$config" --model "$root/target" \
-        --out "$out/$collection" --mode "$mode" --block "$block" --prompts 4096
-    collected[$collection]=yes
-    step "$python" -m cllm_jax.train --config "$config" --stage cllm --root "$place" \
+    if [[ -z ${collected[$collection]-} ]]; then
+        run "$python" -m cllm_jax.collect --config "$config" --model "$root/target" \
+            --out "$out/$collection" --mode "$mode" --block "$block" --prompts 4096
+        collected[$collection]=yes
+    fi
+    run "$python" -m cllm_jax.train --config "$config" --stage cllm --root "$place" \
         --model "$root/target" --data "$out/$collection" --steps "$steps" \
-        --held-out.every "$steps" --save-every "$steps" "${settings[@]}"
-    step "$python" -m cllm_jax.evaluate --config "$config" --model "$place/cllm" \
+        --held-out.every "$steps" --save-every "$steps" "${settings[@]}" "${rest[@]}"
+    run "$python" -m cllm_jax.evaluate --config "$config" --model "$place/cllm" \
         --target "$root/target" --block "$block" --limit 100 --timed 20 \
         --json "$place/evaluate.json"
 done
@@ -108,7 +81,7 @@ import sys
 
 print('| changed | task | quality | tokens/forward | speed-up | identical |')
 print('| --- | --- | ---: | ---: | ---: | ---: |')
-for name, place in (pair.split('=') for pair in sys.argv[1:]):
+for name, place in (pair.split('|') for pair in sys.argv[1:]):
     with open(f'{place}/evaluate.json') as file:
         found = json.load(file)
     for task in found if isinstance(found, list) else [found]:

@@ -84,16 +84,18 @@ def activation_bytes(shape: StepShape, batch: Batch, mesh: Mesh) -> int:
     """An estimate of what the backward pass finds kept on one device, the largest parts only.
 
     Per token and layer: the residual stream twice, both normed inputs, queries, keys, values and
-    the attention's result, three times the MLP's width, and the softmax over the row. With `remat`
-    only the stream of every layer, and one whole layer. Beside these, three float32 arrays of
-    logits.
+    the attention's result, three times the MLP's width, and the softmax over the keys it may see
+    (`models/packed.py`). With `remat` only the stream of every layer, and one whole layer. Beside
+    these, three float32 arrays of logits.
     """
     c, tensor = shape.config, mesh.shape['tensor']
     rows = -(-shape.batch // (shape.optimizer.accumulate * mesh.shape['data'] * mesh.shape['fsdp']))
     tokens, scored = batch.tokens_BT.shape[1], batch.rows_BR.shape[1]
+    clean = tokens - batch.offset_BW.shape[1]
+    pairs = clean * clean + (tokens - clean) * (clean + batch.block)
     wide, narrow = np.dtype(shape.dtype).itemsize, np.dtype(shape.compute).itemsize
-    split = (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.mlp_dim + c.heads * tokens
-    layer = tokens * (4 * c.dim * wide + split * narrow // tensor)
+    split = tokens * ((2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.mlp_dim) + c.heads * pairs
+    layer = tokens * 4 * c.dim * wide + split * narrow // tensor
     layers = c.layers * tokens * c.dim * wide + layer if shape.remat else c.layers * layer
     return rows * (layers + 3 * 4 * scored * c.vocab_size // tensor)
 
