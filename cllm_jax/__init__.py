@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from cllm_jax.decoding.draft import Loaded
-from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.generate import stream as _stream
+from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.sources import open_source
-from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.generate import decode_all
+from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
@@ -57,7 +58,7 @@ from cllm_jax.trajectories.collect import CollectPlan
 
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax')
 BATCH = 16
-"""Prompts decoded together where batches are compared."""
+"""Prompts in flight where batches are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,7 @@ def decoding(
         speed = tokens_per_second(ways, prompts, settings.repeats, bar)
     base = speed['target, AR']
     plain = ['target, AR', *(f'CLLM, Jacobi {block}' for block in settings.blocks)]
-    with console.status(f'{source.name}: batches of {BATCH}'):
+    with console.status(f'{source.name}: {BATCH} in flight'):
         together = {name: ways[name] for name in plain}
         batched = tokens_per_second(together, prompts, settings.repeats, batch=BATCH)
     rows = {}
@@ -253,7 +254,7 @@ def report(console: Console, found: dict[str, Any]) -> None:
         console.out.print(table(f'{task["task"]}: {task["n"]} prompts, batch 1', columns, rows))
         batched = task['batched']
         rows = [[name, value, value / batched['target, AR']] for name, value in batched.items()]
-        title = f'{task["task"]}: the same prompts in batches of {BATCH}'
+        title = f'{task["task"]}: the same prompts, {BATCH} in flight'
         console.out.print(table(title, ['', 'tokens/s', 'speed-up'], rows))
     for part in found.get('pipeline', ()):
         collect, train = part['collect'], part['train']

@@ -20,7 +20,8 @@ from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.readers import read_jsonl
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.decoding.draft import Loaded
-from cllm_jax.decoding.generate import Request, decode_all, stream
+from cllm_jax.decoding.generate import decode_all, stream
+from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive

@@ -19,7 +19,8 @@ import jax
 
 from cllm_jax.console import Console, print_plan, table
 from cllm_jax.datasets.sources import Source, open_source
-from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.generate import decode_all
+from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement

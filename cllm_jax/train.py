@@ -20,7 +20,7 @@ from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
-from cllm_jax.decoding.generate import cache_slots
+from cllm_jax.decoding.request import cache_slots
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.llama import Llama, init_params

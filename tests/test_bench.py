@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from cllm_jax import bench
-from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.generate import decode_all
+from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.evaluation.cost import Stall, bandwidth, costs, weight_bytes
 from cllm_jax.models.config import config_json

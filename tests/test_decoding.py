@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from cllm_jax.decoding.draft import Draft, Sequences, windows
-from cllm_jax.decoding.generate import Request, answers, decode_all, row_keys
+from cllm_jax.decoding.generate import answers, decode_all
 from cllm_jax.decoding.loop import DecodeState, Trace, advance, prefill
+from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
@@ -190,8 +191,8 @@ def begin(case: Case, drafter, sampling: Sampling, weights=()) -> DecodeState:
 
 def proceed(case: Case, drafter, sampling, state, weights=(), until=STEPS) -> DecodeState:
     stop_ids = jnp.asarray(case.stop_ids)
-    until = jnp.int32(until)
-    return advance(MODULE, case.params, drafter, weights, sampling, stop_ids, until, state)
+    until, idle = jnp.int32(until), jnp.int32(ROWS)
+    return advance(MODULE, case.params, drafter, weights, sampling, stop_ids, until, idle, state)
 
 
 @functools.cache
@@ -444,9 +445,9 @@ def test_one_shape_compiles_once_and_reads_nothing_back():
             case, keys=row_keys(77, range(ROWS)), max_tokens=case.max_tokens[::-1].copy()
         )
         state = begin(other, Jacobi(8), MILD)
-        stop_ids, until = jnp.asarray(case.stop_ids), jnp.int32(until)
+        stop_ids, until, idle = jnp.asarray(case.stop_ids), jnp.int32(until), jnp.int32(ROWS)
         with jax.transfer_guard('disallow'):
-            advance(MODULE, case.params, Jacobi(8), (), MILD, stop_ids, until, state)
+            advance(MODULE, case.params, Jacobi(8), (), MILD, stop_ids, until, idle, state)
     assert (prefill._cache_size(), advance._cache_size()) == compiled
 
 

@@ -8,8 +8,9 @@ import pytest
 
 import cllm_jax as cllm
 from cllm_jax.datasets.tokens import train_tokenizer
-from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.loop import advance
+from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import DraftModel

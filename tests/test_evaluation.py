@@ -4,7 +4,8 @@ import pytest
 
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
-from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.generate import decode_all
+from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi

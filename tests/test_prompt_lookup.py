@@ -3,7 +3,8 @@
 import pytest
 
 import cllm_jax as cllm
-from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.generate import decode_all
+from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references

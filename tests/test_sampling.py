@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from cllm_jax.decoding.generate import row_keys
+from cllm_jax.decoding.request import row_keys
 from cllm_jax.decoding.sampling import Sampling, choose, gumbel, truncate
 from cllm_jax.errors import ConfigError
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from cllm_jax.decoding import generate
-from cllm_jax.decoding.generate import Request, bucket, decode_all, encode, stream
+from cllm_jax.decoding.generate import decode_all, stream
 from cllm_jax.decoding.loop import advance, prefill
+from cllm_jax.decoding.request import Request, bucket, encode
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError

@@ -10,7 +10,8 @@ import pytest
 
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
-from cllm_jax.decoding.generate import Request, decode_all, stop_ids
+from cllm_jax.decoding.generate import decode_all, stop_ids
+from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError, DataError

@@ -65,7 +65,7 @@ class Drafter(Protocol):
     """A frozen dataclass, so that it can be a static argument of `jax.jit`.
 
     `weights` is the drafter's own pytree (empty for the training-free ones) and `state` whatever
-    it carries from one iteration to the next.
+    it carries from one iteration to the next: arrays with a row per prompt first, or a `Cache`.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""From prompts to answers: encodes and batches prompts, runs the loop, collects the results."""
+"""From prompts to answers: batches prompts, runs the loop, refills the batch, takes the results."""
 
 import dataclasses
 import itertools
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cllm_jax.decoding.loop import DecodeState, advance, prefill
+from cllm_jax.decoding.loop import DecodeState, advance, prefill, replace_rows
+from cllm_jax.decoding.request import Request, bucket, cache_slots, check, encode, row_keys
 from cllm_jax.decoding.result import DecodeResult, Trajectory
-from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.load import Model
@@ -22,108 +22,27 @@ STREAM_ITERATIONS = 4
 """Iterations between two looks at the text when streaming or searching for stop strings."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """How to decode; the same for every prompt of a call."""
-
-    drafter: Any
-    max_tokens: int = 128
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    """The answer ends before the first of these strings."""
-    batch: int = 32
-    trace: bool = False
-    """Report the drafts of every iteration."""
-
-    def __post_init__(self):
-        if self.max_tokens < 1:
-            raise ConfigError(f'max_tokens {self.max_tokens}: must be at least 1')
-        if self.batch < 1:
-            raise ConfigError(f'batch {self.batch}: must be at least 1')
-        if isinstance(self.stop, str):
-            raise ConfigError(
-                f'stop {self.stop!r}: must be a tuple of strings; write ({self.stop!r},)'
-            )
-        if '' in self.stop:
-            raise ConfigError("stop string '': must not be empty; leave it out")
-
-
-def bucket(size: int) -> int:
-    """The next of 16, 24, 32, 48, 64, ...: few shapes to compile, at most a third wasted."""
-    power = 16
-    while power < size:
-        if power * 3 // 2 >= size:
-            return power * 3 // 2
-        power *= 2
-    return power
-
-
-def cache_slots(width: int, steps: int, nodes: int) -> int:
-    """Slots for a padded prompt, an answer and a draft: no bucket of its own, since these have."""
-    return -(-(width + steps + nodes) // 16) * 16
-
-
-def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
-    """Token ids of a prompt; a list of ids is only checked.
-
-    Raises:
-      ConfigError: text without a tokenizer, no token at all, or an id outside the vocabulary.
-    """
-    if not isinstance(prompt, str):
-        ids = [int(i) for i in prompt]
-    elif model.tokenizer is None:
-        raise ConfigError(f'{model.source} has no tokenizer; pass lists of token ids')
-    else:
-        ids = model.tokenizer(prompt)['input_ids']
-        if not ids and model.config.bos_id is not None:
-            ids = [model.config.bos_id]
-    if not ids:
-        raise ConfigError('empty prompt: decoding starts from at least one token; pass a BOS token')
-    if bad := [i for i in ids if not 0 <= i < model.config.vocab_size]:
-        raise ConfigError(
-            f'token id {bad[0]}: outside the vocabulary 0..{model.config.vocab_size - 1}; '
-            'was the prompt made with another tokenizer?'
-        )
-    return ids
-
-
-def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse what cannot be decoded, before any time is spent.
-
-    Raises:
-      ConfigError: stop strings without a tokenizer, or prompt and answer exceed the positions.
-    """
-    if request.stop and model.tokenizer is None:
-        raise ConfigError(f'{model.source} has no tokenizer; stop strings need one')
-    limit = model.config.max_positions
-    for i, ids in enumerate(prompts):
-        if len(ids) + request.max_tokens > limit:
-            raise ConfigError(
-                f'prompt {i}: {len(ids)} tokens + max_tokens {request.max_tokens} exceed the '
-                f"model's {limit} positions; shorten one of them"
-            )
-
-
-def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:
-    """One PRNG key per prompt, by its index in the call: batching does not change an answer."""
-    return _fold_in_each(jax.random.key(seed), np.asarray(rows, np.uint32))
-
-
-_fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
-
-
 def start(
-    model: Model, request: Request, prompts: Sequence[Sequence[int]], keys: jax.Array, weights: Any
+    model: Model,
+    request: Request,
+    prompts: Sequence[Sequence[int]],
+    keys: jax.Array,
+    weights: Any,
+    rows: int = 0,
+    width: int = 0,
 ) -> DecodeState:
-    """Prefill one batch. The batch is filled up to a power of two with rows that never run.
+    """Prefill one batch. The batch is filled up with rows that never run.
+
+    Args:
+      rows: size of the batch; by default the next power of two.
+      width: length to which prompts are padded; by default the bucket of the longest.
 
     Raises:
       ConfigError: see `check`.
     """
     check(model, request, prompts)
-    rows = 1 << (len(prompts) - 1).bit_length()
-    width, steps = bucket(max(map(len, prompts))), bucket(request.max_tokens)
+    rows = rows or 1 << (len(prompts) - 1).bit_length()
+    width, steps = width or bucket(max(map(len, prompts))), bucket(request.max_tokens)
     prompt_BP = np.zeros((rows, width), np.int32)
     prompt_len_B = np.ones(rows, np.int32)
     max_tokens_B = np.zeros(rows, np.int32)
@@ -166,7 +85,10 @@ def answers(state: DecodeState, rows: int) -> tuple[list[list[int]], list[list[i
     return tokens[:rows], accepted[:rows]
 
 
-def run_until(model: Model, request: Request, weights: Any, state: DecodeState, until: int):
+def run_until(
+    model: Model, request: Request, weights: Any, state: DecodeState, until: int, idle: int = 0
+) -> DecodeState:
+    """Iterate up to iteration `until`, or until `idle` rows (all, if 0) are finished."""
     return advance(
         model.module,
         model.params,
@@ -175,24 +97,31 @@ def run_until(model: Model, request: Request, weights: Any, state: DecodeState, 
         request.sampling,
         stop_ids(model),
         np.int32(until),
+        np.int32(idle or len(state.finished_B)),
         state,
     )
 
 
-def _finish(model: Model, request: Request, weights: Any, state: DecodeState, rows: int):
-    """Run to the end; with stop strings, look at the text every few iterations."""
-    steps = state.emitted_BI.shape[1]
-    looks = range(1 + STREAM_ITERATIONS, steps, STREAM_ITERATIONS) if request.stop else ()
-    for until in looks:
-        state = run_until(model, request, weights, state, until)
+def _run(
+    model: Model, request: Request, weights: Any, state: DecodeState, rows: int, idle: int
+) -> tuple[DecodeState, np.ndarray]:
+    """Run until `idle` rows are finished; which are, bool `[B]`.
+
+    With stop strings, the text of the first `rows` rows is looked at every few iterations.
+    """
+    while True:
+        until = int(fetch(state.iteration)) + STREAM_ITERATIONS if request.stop else _ENDLESS
+        state = run_until(model, request, weights, state, until, idle)
         finished = np.array(fetch(state.finished_B))
-        if finished.all():
-            return state
+        if finished.sum() >= idle:
+            return state, finished
         for i, tokens in enumerate(answers(state, rows)[0]):
             if not finished[i]:
                 finished[i] = cut(text_of(model, tokens), request.stop) is not None
         state = state.replace(finished_B=jnp.asarray(finished))
-    return run_until(model, request, weights, state, steps)
+
+
+_ENDLESS = np.iinfo(np.int32).max
 
 
 def _first(tokens: int, accepted: Sequence[int]) -> list[int]:
@@ -203,6 +132,83 @@ def _first(tokens: int, accepted: Sequence[int]) -> list[int]:
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What is known of one finished prompt."""
+
+    text: str | None
+    tokens: list[int]
+    accepted: list[int]
+    seconds: float
+    trajectory: Trajectory | None
+
+
+def _harvest(
+    model: Model, request: Request, state: DecodeState, begun: dict[int, float]
+) -> dict[int, _Answer]:
+    """The answers of some rows of a batch, given when each began."""
+    tokens, accepted = answers(state, len(state.finished_B))
+    if state.trace is not None:
+        states_BIN, position_BI, prompt_len_B = fetch(
+            (state.trace.tokens_BIN, state.trace.position_BI, state.sequences.prompt_len_B)
+        )
+    now, found = time.perf_counter(), {}
+    for i, begin in begun.items():
+        text, trajectory = None, None
+        if model.tokenizer is not None:
+            if cut_off := find_stop(model, tokens[i], request.stop):
+                text, size = cut_off
+                tokens[i], accepted[i] = tokens[i][:size], _first(size, accepted[i])
+            else:
+                text = text_of(model, tokens[i])
+        if state.trace is not None:
+            forwards = slice(1, len(accepted[i]))
+            starts = position_BI[i, forwards] - prompt_len_B[i]
+            trajectory = Trajectory(states_BIN[i, forwards], starts)
+        found[i] = _Answer(text, tokens[i], accepted[i], now - begin, trajectory)
+    return found
+
+
+def _decode(
+    model: Model,
+    request: Request,
+    prompts: Sequence[Sequence[int]],
+    keys: jax.Array,
+    weights: Any,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[_Answer]:
+    """Decode prompts in one batch; when a quarter of it is finished, the next ones take its place.
+
+    So no row waits long for the slowest, and all of it runs with three compilations.
+    """
+    size, begin = min(request.batch, len(prompts)), time.perf_counter()
+    width, refill = bucket(max(map(len, prompts))), max(size // 4, 1)
+    state = start(model, request, prompts[:size], keys[:size], weights, width=width)
+    batch, padding = len(state.finished_B), len(state.finished_B) - size
+    held, begun = dict(enumerate(range(size))), dict.fromkeys(range(size), begin)
+    waiting, found = list(range(size, len(prompts))), {}
+    while held:
+        enough = min(refill, len(waiting)) or len(held)
+        state, finished = _run(model, request, weights, state, size, padding + enough)
+        ready = [row for row in held if finished[row]]
+        parts = _harvest(model, request, state, {row: begun[row] for row in ready})
+        found |= {held.pop(row): parts[row] for row in ready}
+        progress(len(found))
+        while waiting and ready:
+            begin, chosen = time.perf_counter(), waiting[:refill]
+            rows, ready = ready[: len(chosen)], ready[len(chosen) :]
+            chosen, waiting = chosen[: len(rows)], waiting[len(rows) :]
+            prompts_R, keys_R = [prompts[i] for i in chosen], keys[np.asarray(chosen)]
+            fresh = start(model, request, prompts_R, keys_R, weights, refill, width)
+            rows_R = np.full(refill, batch, np.int32)
+            rows_R[: len(rows)] = rows
+            state = replace_rows(state, rows_R, fresh)
+            held |= dict(zip(rows, chosen, strict=True))
+            begun |= dict.fromkeys(rows, begin)
+        padding = batch - len(held)
+    return [found[i] for i in range(len(prompts))]
+
+
 def decode_batch(
     model: Model,
     request: Request,
@@ -210,29 +216,18 @@ def decode_batch(
     keys: jax.Array,
     weights: Any = (),
 ) -> DecodeResult:
-    """Decode one batch of token-id prompts."""
-    begin = time.perf_counter()
-    state = start(model, request, prompts, keys, weights)
-    state = jax.block_until_ready(_finish(model, request, weights, state, len(prompts)))
-    seconds = time.perf_counter() - begin
-    tokens, accepted = answers(state, len(prompts))
-    texts: list[str | None] = [None] * len(prompts)
-    for i, ids in enumerate(tokens if model.tokenizer is not None else ()):
-        if found := find_stop(model, ids, request.stop):
-            texts[i], size = found
-            tokens[i], accepted[i] = ids[:size], _first(size, accepted[i])
-        else:
-            texts[i] = text_of(model, ids)
-    trajectories = None
-    if state.trace is not None:
-        states_BIN, position_BI, prompt_len_B = fetch(
-            (state.trace.tokens_BIN, state.trace.position_BI, state.sequences.prompt_len_B)
-        )
-        trajectories = [
-            Trajectory(states_BIN[i, 1 : len(a)], position_BI[i, 1 : len(a)] - prompt_len_B[i])
-            for i, a in enumerate(accepted)
-        ]
-    return DecodeResult(texts, tokens, accepted, [seconds] * len(prompts), trajectories)
+    """Decode token-id prompts, `request.batch` of them at a time, each with its key."""
+    return _result(request, _decode(model, request, prompts, keys, weights))
+
+
+def _result(request: Request, found: Sequence[_Answer]) -> DecodeResult:
+    return DecodeResult(
+        [one.text for one in found],
+        [one.tokens for one in found],
+        [one.accepted for one in found],
+        [one.seconds for one in found],
+        [one.trajectory for one in found] if request.trace else None,
+    )
 
 
 def decode_all(
@@ -242,30 +237,35 @@ def decode_all(
     weights: Any = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> DecodeResult:
-    """Decode any number of prompts in batches of similar length; results keep the given order."""
+    """Decode any number of prompts, those of about the same length together; in the given order."""
     encoded = [encode(model, p) for p in prompts]
     check(model, request, encoded)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    parts: dict[int, tuple[DecodeResult, int]] = {}
-    for begin in range(0, len(order), request.batch):
-        rows = order[begin : begin + request.batch]
-        result = decode_batch(
-            model, request, [encoded[i] for i in rows], row_keys(request.seed, rows), weights
+    found: dict[int, _Answer] = {}
+    for rows in _groups(order, [bucket(len(ids)) for ids in encoded], request.batch):
+        keys, before = row_keys(request.seed, rows), len(found)
+        some = _decode(
+            model,
+            request,
+            [encoded[i] for i in rows],
+            keys,
+            weights,
+            lambda finished, before=before: progress(before + finished),
         )
-        parts |= {row: (result, i) for i, row in enumerate(rows)}
-        progress(begin + len(rows))
-    picked = [parts[i] for i in range(len(encoded))]
+        found |= dict(zip(rows, some, strict=True))
+    return _result(request, [found[i] for i in range(len(encoded))])
 
-    def column(name: str) -> list:
-        return [getattr(result, name)[i] for result, i in picked]
 
-    return DecodeResult(
-        column('texts'),
-        column('tokens'),
-        column('accepted'),
-        column('seconds'),
-        column('trajectories') if request.trace else None,
-    )
+def _groups(order: Sequence[int], widths: Sequence[int], batch: int) -> list[list[int]]:
+    """Cuts an order by length where the padded width grows, into groups of a batch or more."""
+    groups: list[list[int]] = []
+    for i in order:
+        same = groups and widths[groups[-1][-1]] == widths[i]
+        if groups and (same or len(groups[-1]) < batch):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def stream(

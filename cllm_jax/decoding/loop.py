@@ -27,7 +27,7 @@ from cllm_jax.models.llama import Llama
 
 @struct.dataclass
 class Trace:
-    """What was verified in each iteration: the draft, and the position of its first node."""
+    """What each of a row's forwards verified: the draft, and the position of its first node."""
 
     tokens_BIN: jax.Array
     position_BI: jax.Array
@@ -35,7 +35,7 @@ class Trace:
 
 @struct.dataclass
 class DecodeState:
-    """Everything the loop carries. Iteration 0 is the prefill; I is the longest answer."""
+    """Everything the loop carries. A row's forward 0 is its prefill; I is the longest answer."""
 
     cache: Cache
     sequences: Sequences
@@ -46,7 +46,7 @@ class DecodeState:
     forwards_B: jax.Array
     """Calls of the model while the row was unfinished, prefill included."""
     emitted_BI: jax.Array
-    """Tokens committed by each forward; 0 once the row is finished."""
+    """Tokens committed by each of the row's forwards; 0 behind the last."""
     iteration: jax.Array
     trace: Trace | None
 
@@ -163,12 +163,16 @@ def _commit(
     finished_B = state.finished_B | (count_B == until_stop_B) | (count_B == room_B)
     count_B = jnp.where(state.finished_B, 0, count_B)
 
+    now_B, live_B1 = state.forwards_B, ~state.finished_B[:, None]
     trace = state.trace
     if trace is not None:
-        at = (0, state.iteration, 0)
+        flat_BX = trace.tokens_BIN.reshape(len(now_B), -1)
+        nodes = draft.tokens_BN.shape[1]
+        live_BN = jnp.broadcast_to(live_B1, draft.tokens_BN.shape)
+        flat_BX = put(flat_BX, now_B * nodes, draft.tokens_BN, live_BN)
         trace = Trace(
-            jax.lax.dynamic_update_slice(trace.tokens_BIN, draft.tokens_BN[:, None], at),
-            jax.lax.dynamic_update_slice(trace.position_BI, seq.length_B[:, None], at[:2]),
+            flat_BX.reshape(trace.tokens_BIN.shape),
+            put(trace.position_BI, now_B, seq.length_B[:, None], live_B1),
         )
     cache = state.cache if path_BP is None else compact(state.cache, seq.length_B, path_BP)
     path_BP = jnp.broadcast_to(steps_P, chosen_BP.shape) if path_BP is None else path_BP
@@ -183,9 +187,7 @@ def _commit(
         limit_B=state.limit_B,
         finished_B=finished_B,
         forwards_B=state.forwards_B + (count_B > 0).astype(jnp.int32),
-        emitted_BI=jax.lax.dynamic_update_slice(
-            state.emitted_BI, count_B[:, None], (0, state.iteration)
-        ),
+        emitted_BI=put(state.emitted_BI, now_B, count_B[:, None], live_B1),
         iteration=state.iteration + 1,
         trace=trace,
     )
@@ -200,16 +202,18 @@ def advance(
     sampling: Sampling,
     stop_ids_E: jax.Array,
     until: jax.Array,
+    idle: jax.Array,
     state: DecodeState,
 ) -> DecodeState:
-    """Iterate until every row is finished or `state.iteration` reaches `until`.
+    """Iterate until `idle` rows are finished or `state.iteration` reaches `until`.
 
-    `until` is a traced number: streaming calls this with small steps and shares the compilation
-    with decoding in one go. Nothing is read back to the host inside. `state` is donated.
+    Both are traced numbers: streaming calls this with small steps, and a batch that is to be
+    refilled stops early, with one compilation. Nothing is read back to the host inside. `state` is
+    donated.
     """
 
     def unfinished(state: DecodeState) -> jax.Array:
-        return ~state.finished_B.all() & (state.iteration < until)
+        return (state.finished_B.sum() < idle) & (state.iteration < until)
 
     def iterate(state: DecodeState) -> DecodeState:
         seq = state.sequences
@@ -227,3 +231,24 @@ def advance(
         )
 
     return jax.lax.while_loop(unfinished, iterate, state)
+
+
+@partial(jax.jit, donate_argnames='state')
+def replace_rows(state: DecodeState, rows_R: jax.Array, fresh: DecodeState) -> DecodeState:
+    """Put the rows of `fresh`, a prefill of R prompts, in the place of `rows` of a batch.
+
+    Rows outside of the batch are left out: padding. `state` is donated.
+    """
+
+    def place(old, new):
+        if isinstance(old, Cache):
+            return jax.tree.map(place_heads, old, new)
+        return old.at[rows_R].set(new, mode='drop') if old.ndim else old
+
+    def place_heads(old_RSH, new_RSH):  # one row per head and prompt, heads first
+        batch, width = len(state.finished_B), old_RSH.shape[1:]
+        old_KBSH, new_KBSH = old_RSH.reshape(-1, batch, *width), new_RSH.reshape(-1, size, *width)
+        return old_KBSH.at[:, rows_R].set(new_KBSH, mode='drop').reshape(old_RSH.shape)
+
+    size = len(rows_R)
+    return jax.tree.map(place, state, fresh, is_leaf=lambda x: isinstance(x, Cache))

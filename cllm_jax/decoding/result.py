@@ -31,7 +31,7 @@ class DecodeResult:
     accepted: list[list[int]]
     """Tokens committed by each forward."""
     seconds: list[float]
-    """Wall-clock of the batch that held the prompt, compilation included if it happened there."""
+    """Wall-clock from the prompt's prefill to its end, and of a compilation in between."""
     trajectories: list[Trajectory] | None = None
 
     @property

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cllm_jax.decoding.draft import Draft, Loaded
-from cllm_jax.decoding.generate import bucket, encode
+from cllm_jax.decoding.request import bucket, encode
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.load import Model
 

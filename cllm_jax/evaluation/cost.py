@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cllm_jax.decoding.draft import Draft
-from cllm_jax.decoding.generate import Request, row_keys, run_until, start
+from cllm_jax.decoding.generate import run_until, start
+from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.models.load import Model
 
 ITERATIONS = 24

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from cllm_jax.datasets.sources import Source
-from cllm_jax.decoding.generate import Request, decode_batch, encode, row_keys
+from cllm_jax.decoding.generate import decode_batch
+from cllm_jax.decoding.request import Request, encode, row_keys
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.models.llama import Llama
 from cllm_jax.models.load import Model

@@ -7,10 +7,12 @@ once before anything is timed.
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cllm_jax.decoding.generate import Request, decode_batch, encode, row_keys
+from cllm_jax.decoding.generate import decode_batch
+from cllm_jax.decoding.request import Request, encode, row_keys
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.models.load import Model
 
@@ -44,23 +46,31 @@ def tokens_per_second(
 ) -> dict[str, float]:
     """End-to-end speed of each way: tokens over wall-clock, prefill included.
 
-    Each batch of prompts is decoded `repeats` times by every way in turn; its time is the median.
+    One prompt after the other is decoded `repeats` times by every way in turn, and its time is the
+    median; with `batch`, all prompts are, with so many in flight.
     """
+    together = 1 if batch == 1 else len(prompts)
     totals = {name: [0, 0.0] for name in ways}
-    for begin in range(0, len(prompts), batch):
-        rows = range(begin, min(begin + batch, len(prompts)))
+    for begin in range(0, len(prompts), together):
+        rows = range(begin, min(begin + together, len(prompts)))
         for name, way in ways.items():
-            totals[name][0] += sum(map(len, _once(way, prompts, rows).tokens))
+            totals[name][0] += _once(way, prompts, rows, batch)[0]
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repeats):
             for name, way in ways.items():
-                seconds[name].append(_once(way, prompts, rows).seconds[0])
+                seconds[name].append(_once(way, prompts, rows, batch)[1])
         for name in ways:
             totals[name][1] += statistics.median(seconds[name])
         progress(len(rows))
-    return {name: tokens / max(time, 1e-9) for name, (tokens, time) in totals.items()}
+    return {name: tokens / max(taken, 1e-9) for name, (tokens, taken) in totals.items()}
 
 
-def _once(way: Way, prompts: Sequence[str | Sequence[int]], rows: range) -> DecodeResult:
-    ids, keys = [encode(way.model, prompts[i]) for i in rows], row_keys(way.request.seed, rows)
-    return decode_batch(way.model, way.request, ids, keys, way.weights)
+def _once(
+    way: Way, prompts: Sequence[str | Sequence[int]], rows: range, batch: int
+) -> tuple[int, float]:
+    """Tokens and seconds of decoding some of the prompts."""
+    request = dataclasses.replace(way.request, batch=batch)
+    ids, keys = [encode(way.model, prompts[i]) for i in rows], row_keys(request.seed, rows)
+    begin = time.perf_counter()
+    result = decode_batch(way.model, request, ids, keys, way.weights)
+    return sum(map(len, result.tokens)), time.perf_counter() - begin

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cllm_jax.decoding.generate import encode
+from cllm_jax.decoding.request import encode
 from cllm_jax.models.hf import write_model
 from cllm_jax.models.load import Model
 

@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cllm_jax.datasets.sources import Source
-from cllm_jax.decoding.generate import Request, decode_all
+from cllm_jax.decoding.generate import decode_all
+from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import Interrupted, NumericalError
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement

@@ -24,8 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
 from cllm_jax.datasets.tokens import encode_examples
-from cllm_jax.decoding.generate import bucket, cache_slots, stop_ids, text_of
+from cllm_jax.decoding.generate import stop_ids, text_of
 from cllm_jax.decoding.loop import advance, prefill
+from cllm_jax.decoding.request import bucket, cache_slots
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError
@@ -86,8 +87,8 @@ def _collector(module: Llama, drafter: Jacobi, mesh: Mesh, slots: int, steps: in
             steps=steps,
             trace=True,
         )
-        until = jnp.asarray(steps, jnp.int32)
-        state = advance(module, params, drafter, (), greedy, stop_ids_E, until, state)
+        until, idle = jnp.asarray(steps, jnp.int32), jnp.asarray(len(prompt_BP), jnp.int32)
+        state = advance(module, params, drafter, (), greedy, stop_ids_E, until, idle, state)
         seq, trace = state.sequences, state.trace
         return (
             seq.tokens_BS,

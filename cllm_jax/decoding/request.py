@@ -1,0 +1,103 @@
+"""What is asked for: prompts as token ids, how they are decoded, and the shapes that gives."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.errors import ConfigError
+from cllm_jax.models.load import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """How to decode; the same for every prompt of a call."""
+
+    drafter: Any
+    max_tokens: int = 128
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these strings."""
+    batch: int = 32
+    trace: bool = False
+    """Report the drafts of every iteration."""
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ConfigError(f'max_tokens {self.max_tokens}: must be at least 1')
+        if self.batch < 1:
+            raise ConfigError(f'batch {self.batch}: must be at least 1')
+        if isinstance(self.stop, str):
+            raise ConfigError(
+                f'stop {self.stop!r}: must be a tuple of strings; write ({self.stop!r},)'
+            )
+        if '' in self.stop:
+            raise ConfigError("stop string '': must not be empty; leave it out")
+
+
+def bucket(size: int) -> int:
+    """The next of 16, 24, 32, 48, 64, ...: few shapes to compile, at most a third wasted."""
+    power = 16
+    while power < size:
+        if power * 3 // 2 >= size:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+def cache_slots(width: int, steps: int, nodes: int) -> int:
+    """Slots for a padded prompt, an answer and a draft: no bucket of its own, since these have."""
+    return -(-(width + steps + nodes) // 16) * 16
+
+
+def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids of a prompt; a list of ids is only checked.
+
+    Raises:
+      ConfigError: text without a tokenizer, no token at all, or an id outside the vocabulary.
+    """
+    if not isinstance(prompt, str):
+        ids = [int(i) for i in prompt]
+    elif model.tokenizer is None:
+        raise ConfigError(f'{model.source} has no tokenizer; pass lists of token ids')
+    else:
+        ids = model.tokenizer(prompt)['input_ids']
+        if not ids and model.config.bos_id is not None:
+            ids = [model.config.bos_id]
+    if not ids:
+        raise ConfigError('empty prompt: decoding starts from at least one token; pass a BOS token')
+    if bad := [i for i in ids if not 0 <= i < model.config.vocab_size]:
+        raise ConfigError(
+            f'token id {bad[0]}: outside the vocabulary 0..{model.config.vocab_size - 1}; '
+            'was the prompt made with another tokenizer?'
+        )
+    return ids
+
+
+def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse what cannot be decoded, before any time is spent.
+
+    Raises:
+      ConfigError: stop strings without a tokenizer, or prompt and answer exceed the positions.
+    """
+    if request.stop and model.tokenizer is None:
+        raise ConfigError(f'{model.source} has no tokenizer; stop strings need one')
+    limit = model.config.max_positions
+    for i, ids in enumerate(prompts):
+        if len(ids) + request.max_tokens > limit:
+            raise ConfigError(
+                f'prompt {i}: {len(ids)} tokens + max_tokens {request.max_tokens} exceed the '
+                f"model's {limit} positions; shorten one of them"
+            )
+
+
+def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:
+    """One PRNG key per prompt, by its index in the call: batching does not change an answer."""
+    return _fold_in_each(jax.random.key(seed), np.asarray(rows, np.uint32))
+
+
+_fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
