@@ -28,7 +28,8 @@ from cllm_jax.errors import ConfigError
 C = TypeVar('C')
 
 STAGES = (
-    'target', 'collect', 'cllm', 'recollect', 'refine', 'export', 'evaluate', 'decode', 'bench',
+    'target', 'collect', 'cllm', 'recollect', 'refine', 'medusa', 'medusa2', 'redrafter', 'eagle',
+    'space', 'export', 'evaluate', 'decode', 'bench',
 )  # fmt: skip
 MAX_RECIPE_BYTES = 1_000_000
 _KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text'}
@@ -72,15 +73,20 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     return {name: settings or {} for name, settings in recipe.items()}
 
 
-def from_mapping(config_class: type[C], mapping: Mapping[str, Any], where: str) -> C:
+def from_mapping(
+    config_class: type[C],
+    mapping: Mapping[str, Any],
+    where: str,
+    given: Mapping[str, Any] | None = None,
+) -> C:
     """A config dataclass from plain YAML or JSON data; the inverse of `to_json`.
 
-    Missing names keep their defaults. `where` names the source in errors. Raises ConfigError for
-    an unknown name, a value of the wrong type, and whatever the class itself refuses.
+    Missing names keep their defaults. `where` names the source in errors, and `given` holds fields
+    that the data may not have. Raises ConfigError for an unknown name, a value of the wrong type,
+    and whatever the class itself refuses.
     """
-    hints = get_type_hints(config_class)
-    names = [field.name for field in dataclasses.fields(config_class) if field.init]
-    values = {}
+    hints, values = get_type_hints(config_class), dict(given or {})
+    names = [f.name for f in dataclasses.fields(config_class) if f.init and f.name not in values]
     for name, value in mapping.items():
         if name not in names:
             raise ConfigError(f'{where}: {no_such("setting", name, names)}')

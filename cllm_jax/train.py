@@ -1,10 +1,12 @@
-"""Train a model: autoregressively on texts, or for consistency on Jacobi trajectories.
+"""Train a model, autoregressively or for consistency, or a drafter for one.
 
     python -m cllm_jax.train --config configs/embedded.yaml --stage target
     python -m cllm_jax.train --config configs/embedded.yaml --stage cllm
+    python -m cllm_jax.train --config configs/embedded.yaml --stage medusa
 
 The first trains a target model from scratch (or fine-tunes one), the second turns a target into a
-CLLM. Both can be stopped at any moment; the same command continues.
+CLLM, the third trains heads that draft for a target. All can be stopped at any moment; the same
+command continues.
 """
 
 import dataclasses
@@ -29,13 +31,18 @@ from cllm_jax.parallel.mesh import MeshConfig, make_mesh, pretend
 from cllm_jax.parallel.rules import check_batch
 from cllm_jax.rundir import open_run
 from cllm_jax.settings import guard, parse, to_json
-from cllm_jax.training.batches import Noise, Sample
+from cllm_jax.training.batches import Noise, Sample, make_batch
+from cllm_jax.training.heads import HeadsConfig, drafter_of, of_heads
 from cllm_jax.training.needs import StepShape, compiled_needs, needs
+from cllm_jax.training.objective import Objective, of_text
 from cllm_jax.training.run import HeldOut, RunPlan, train
 from cllm_jax.training.step import LossWeights, OptimizerConfig, check_accumulation
 from cllm_jax.trajectories.clean import Cleaning, clean
 from cllm_jax.trajectories.store import read_manifest, read_records
 
+STAGES = ('target', 'cllm', 'refine', 'medusa', 'medusa2', 'redrafter', 'eagle', 'space')
+CALIBRATION = 64
+"""Samples by which Medusa's tree is chosen."""
 TOKENIZER_ROWS = 8000
 """Rows of the dataset that a new tokenizer is trained on."""
 
@@ -66,19 +73,20 @@ class TrainConfig:
 
     root: str = 'runs/embedded'
     """Directory of the recipe's runs; this run is ROOT/STAGE."""
-    objective: Literal['ar', 'consistency'] = 'consistency'
-    """Learn texts, or learn to jump from any Jacobi state to its fixed point."""
+    objective: Literal['ar', 'consistency', 'medusa', 'redrafter', 'eagle', 'space'] = 'consistency'
+    """Learn texts; or learn to jump from any Jacobi state to its fixed point; or train a drafter
+    of that kind on the answers of a model."""
     model: str = ''
-    """Model to start from; 'new' for random weights. Default: embedded-target, or for consistency
-    ROOT/target where there is one (stage refine: ROOT/cllm, else embedded)."""
+    """Model to start from or to draft for; 'new' for random weights. Default: embedded-target, or
+    but for objective ar ROOT/target where there is one (stage refine: ROOT/cllm, else embedded)."""
     new: NewModel = NewModel()
     """The architecture if model is 'new'."""
     data: str = ''
-    """Dataset (see the README) for ar; trajectory directory for consistency, default
-    ROOT/trajectories (stage refine: ROOT/retrajectories)."""
+    """Dataset (see the README) for ar; else a trajectory directory, default ROOT/trajectories
+    (stage refine: ROOT/retrajectories). Drafters learn from its answers."""
     texts: str = ''
-    """Consistency: a dataset whose answers are trained on beside the trajectories, with states of
-    right and random tokens. It keeps the quality up, and costs no collection."""
+    """A dataset whose answers are trained on beside the trajectories; for consistency with states
+    of right and random tokens. It keeps the quality up, and costs no collection."""
     examples: int | None = None
     """Rows of the dataset (of ar, or of texts) to use; all of a file if not given."""
     max_length: int = 512
@@ -105,6 +113,8 @@ class TrainConfig:
     """How the losses are added up."""
     noise: Noise = Noise()
     """Which trajectory states are trained on."""
+    heads: HeadsConfig = HeadsConfig()
+    """Sizes of the drafter, if one is trained."""
     cleaning: Cleaning = Cleaning()
     """Which trajectories are left out."""
     held_out: HeldOut = HeldOut()
@@ -186,8 +196,9 @@ def check_losses(settings: TrainConfig) -> TrainConfig:
       ConfigError: consistency without a consistency loss, or texts with noise.pairs.
     """
     loss = settings.loss
-    if settings.objective == 'ar':
-        alone = dataclasses.replace(loss, global_weight=0.0, local_weight=0.0)
+    if settings.objective != 'consistency':
+        state = (loss.state_weight or 1.0) if settings.objective == 'space' else 0.0
+        alone = dataclasses.replace(loss, global_weight=0.0, local_weight=0.0, state_weight=state)
         return dataclasses.replace(settings, loss=alone)
     if not (loss.global_weight or loss.local_weight):
         raise ConfigError(
@@ -221,12 +232,17 @@ def prepare(
     settings: TrainConfig, mesh: Mesh | None, console: Console
 ) -> tuple[Model, list[Sample]]:
     """The model to start from and its training samples."""
-    if settings.objective == 'consistency':
+    if settings.objective != 'ar':
         model = load(settings.model, settings.dtype, mesh)
         samples = trajectory_samples(settings, model, console)
+        block = samples[0].states.shape[1] if samples else 0
+        if settings.objective != 'consistency':  # only the answers count
+            block = settings.heads.ahead + 1
+            states, start = np.zeros((0, block), np.int32), np.zeros(0, np.int32)
+            samples = [Sample(s.prompt, s.answer, states, start) for s in samples]
         if settings.texts and samples:
             examples = read_examples(settings, settings.texts, console)
-            samples += text_samples(model, examples, console, samples[0].states.shape[1])
+            samples += text_samples(model, examples, console, block)
     else:
         if not settings.data:
             raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
@@ -262,6 +278,32 @@ def architecture(settings: TrainConfig) -> LlamaConfig:
         tied=True,
         max_positions=new.max_positions,
     )
+
+
+def objective_of(settings: TrainConfig, model: Model, samples: list[Sample]) -> Objective:
+    """What the run trains."""
+    compute, loss = DTYPES[settings.compute], settings.loss
+    if settings.objective in ('ar', 'consistency'):
+        return of_text(model, loss, settings.held_out.block, compute, settings.remat)
+    calibration = make_batch(samples, min(len(samples), CALIBRATION), settings.seed, 0, None)
+    return of_heads(
+        settings.objective,
+        settings.heads,
+        model,
+        loss,
+        calibration,
+        settings.seed,
+        compute,
+        settings.remat,
+    )
+
+
+def noise_of(settings: TrainConfig, model: Model) -> Noise | None:
+    """Which states a batch has; None if none."""
+    if settings.objective == 'space':
+        mask = drafter_of('space', settings.heads, model).mask_id
+        return dataclasses.replace(settings.noise, fresh=1.0, mask=mask)
+    return settings.noise if settings.objective == 'consistency' else None
 
 
 def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Console) -> None:
@@ -324,7 +366,7 @@ def run() -> None:
         program='python -m cllm_jax.train',
         description=__doc__,
         stage='cllm',
-        stages=('target', 'cllm', 'refine'),
+        stages=STAGES,
         meshed=True,
     )
     if (flags.devices or flags.compile) and not flags.plan:
@@ -344,7 +386,6 @@ def run() -> None:
     mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
     if mesh:
         check_batch(settings.batch // settings.optimizer.accumulate, mesh)
-    consistency = settings.objective == 'consistency'
     test = settings.held_out
     held_out = open_source(settings.task, split='heldout', seed=test.seed, limit=test.prompts)
     with open_run(directory, claimed):
@@ -358,17 +399,16 @@ def run() -> None:
             batch=settings.batch,
             seed=settings.seed,
             optimizer=settings.optimizer,
-            weights=settings.loss,
-            noise=settings.noise if consistency else None,
+            noise=noise_of(settings, model),
             held_out=test,
-            compute=DTYPES[settings.compute],
-            remat=settings.remat,
             mesh=mesh,
             log_every=settings.log_every,
             save_every=settings.save_every,
         )
-        train(directory, model, samples, held_out, run_plan, console.metrics, console.note)
-        console.note(f'done; the best model is {directory / "model"}')
+        objective = objective_of(settings, model, samples)
+        train(directory, objective, samples, held_out, run_plan, console.metrics, console.note)
+        kept = [name for name in ('model', 'drafter') if (directory / name).is_dir()]
+        console.note(f'done; the best is in {" and ".join(str(directory / k) for k in kept)}')
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ from cllm_jax.training.step import (
     make_step,
     new_state,
     state_places,
+    text_loss,
 )
 from tests.tiny import ragged_prompts, random_model, tiny_config
 
@@ -95,8 +96,8 @@ def test_a_step_is_that_of_one_device(name, kind):
     everywhere = state_shardings(abstract, params, places, mesh)
     weights = LossWeights(ar_weight=1.0, global_weight=1.0)
     alone, spread = (new_state(optimizer, params, s) for s in (None, everywhere))
-    one = make_step(Llama(CONFIG), optimizer, weights)
-    many = make_step(Llama(CONFIG), optimizer, weights, 2, everywhere)
+    one = make_step(text_loss(Llama(CONFIG), weights), optimizer)
+    many = make_step(text_loss(Llama(CONFIG), weights), optimizer, 2, everywhere)
     for step in range(3):
         batch = make_batch(samples(), 16, 0, step, Noise(windows=2))
         alone, expected = one(alone, batch)
@@ -121,7 +122,7 @@ def test_a_device_keeps_its_share_and_no_more():
 def test_planned_bytes_are_those_of_a_real_state():
     mesh, params = make_mesh(MESHES['data 2 fsdp 2 tensor 2']), random_model(config=CONFIG).params
     optimizer = make_optimizer(SHAPE.optimizer, 10)
-    places = state_places(optimizer, CONFIG, params, mesh)
+    places = state_places(optimizer, param_axes(CONFIG), params, mesh)
     state = new_state(optimizer, params, places)
     here = jax.devices()[0]
     parts = [

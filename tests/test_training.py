@@ -22,6 +22,7 @@ from cllm_jax.sums import SUMS
 from cllm_jax.training import run as training_run
 from cllm_jax.training.batches import Noise, Sample, make_batch, samples_of_step
 from cllm_jax.training.losses import divergence
+from cllm_jax.training.objective import of_text
 from cllm_jax.training.run import HeldOut, RunPlan, alarm, train
 from cllm_jax.training.step import (
     LossWeights,
@@ -32,6 +33,7 @@ from cllm_jax.training.step import (
     make_optimizer,
     make_step,
     new_state,
+    text_loss,
     visible,
 )
 from tests.tiny import byte_tokenizer, text_config
@@ -216,7 +218,9 @@ def test_accumulation_changes_nothing(mixed_dtypes):
     results = []
     for accumulate in (1, 2):
         state = new_state(optimizer, params_of())
-        state, metrics = make_step(Llama(CONFIG), optimizer, weights, accumulate)(state, batch)
+        state, metrics = make_step(text_loss(Llama(CONFIG), weights), optimizer, accumulate)(
+            state, batch
+        )
         results.append((state.params, metrics))
     for params, metrics in results[1:]:
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(results[0][0]), strict=True):
@@ -335,13 +339,13 @@ def tiny_run(steps: int = 6, **changes):
         batch=4,
         seed=0,
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        weights=LossWeights(ar_weight=1.0, global_weight=1.0),
         noise=Noise(windows=2),
         held_out=HeldOut(every=3, prompts=3, max_tokens=8, block=4),
         log_every=1,
         save_every=2,
     )
-    return model, samples(), source, dataclasses.replace(plan, **changes)
+    objective = of_text(model, LossWeights(ar_weight=1.0, global_weight=1.0), block=4)
+    return objective, samples(), source, dataclasses.replace(plan, **changes)
 
 
 def without_speed(directory):
@@ -352,8 +356,8 @@ def without_speed(directory):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(mixed_dtypes, tmp_path, monkeypatch):
-    model, data, source, plan = tiny_run()
-    train(tmp_path / 'whole', model, data, source, plan)
+    objective, data, source, plan = tiny_run()
+    train(tmp_path / 'whole', objective, data, source, plan)
 
     calls = {'n': 0}
     record = training_run._record
@@ -367,8 +371,8 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(mixed_dtypes, tmp_pat
     monkeypatch.setattr(training_run, '_record', crash)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / 'parts', model, data, source, plan)
-    train(tmp_path / 'parts', model, data, source, plan)
+            train(tmp_path / 'parts', objective, data, source, plan)
+    train(tmp_path / 'parts', objective, data, source, plan)
     assert without_speed(tmp_path / 'parts') == without_speed(tmp_path / 'whole')
     weights = 'model/model.safetensors'
     assert (tmp_path / 'parts' / weights).read_bytes() == (
@@ -379,7 +383,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(mixed_dtypes, tmp_pat
 
 
 def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, monkeypatch):
-    model, data, source, plan = tiny_run()
+    objective, data, source, plan = tiny_run()
     enter = training_run._stop_signals.__enter__
 
     def stopped(self):
@@ -388,10 +392,10 @@ def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, monkeypatc
 
     monkeypatch.setattr(training_run._stop_signals, '__enter__', stopped)
     with pytest.raises(Interrupted, match='saved at step 1') as e:
-        train(tmp_path, model, data, source, plan)
+        train(tmp_path, objective, data, source, plan)
     assert e.value.exit_code == 75
     monkeypatch.undo()
-    train(tmp_path, model, data, source, plan)
+    train(tmp_path, objective, data, source, plan)
     steps = [m['step'] for m in without_speed(tmp_path) if 'loss' in m]
     assert steps == [1, 2, 3, 4, 5, 6]
 
@@ -399,23 +403,23 @@ def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, monkeypatc
 def test_a_damaged_checkpoint_is_set_aside_and_training_goes_on_from_the_one_before(
     mixed_dtypes, tmp_path
 ):
-    model, data, source, plan = tiny_run()
-    train(tmp_path / 'whole', model, data, source, plan)
-    train(tmp_path / 'bad', model, data, source, plan)
+    objective, data, source, plan = tiny_run()
+    train(tmp_path / 'whole', objective, data, source, plan)
+    train(tmp_path / 'bad', objective, data, source, plan)
     newest = tmp_path / 'bad/checkpoints/6'
     for path in newest.rglob('*'):
         if path.is_file() and path.stat().st_size and path.name != SUMS:
             path.write_bytes(path.read_bytes()[:-1] + b'!')
     notes = []
-    train(tmp_path / 'bad', model, data, source, plan, note=notes.append)
+    train(tmp_path / 'bad', objective, data, source, plan, note=notes.append)
     assert (tmp_path / 'bad/damaged-checkpoint-6').is_dir() and 'going back' in notes[0]
     assert without_speed(tmp_path / 'bad') == without_speed(tmp_path / 'whole')
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_path):
-    model, data, source, plan = tiny_run(steps=40, max_skipped=2)
-    params = dict(model.params) | {'norm': model.params['norm'] * jnp.nan}
-    broken = dataclasses.replace(model, params=params)
+    objective, data, source, plan = tiny_run(steps=40, max_skipped=2)
+    params = dict(objective.params) | {'norm': objective.params['norm'] * jnp.nan}
+    broken = dataclasses.replace(objective, params=params)
     with pytest.raises(NumericalError, match='NaN or Inf'):
         train(tmp_path, broken, data, source, plan)
 

@@ -40,6 +40,9 @@ class Verdict:
     """The nodes of the accepted path, the pending token first."""
     count_B: jax.Array
     """Tokens committed: as many of the path's nodes entered the cache. 0 for a finished row."""
+    prompt_BTD: jax.Array | None = None
+    """After the prefill alone: the hidden states of the whole prompt, the pending token's behind
+    those of the tokens before it."""
 
 
 @struct.dataclass

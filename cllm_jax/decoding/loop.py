@@ -133,9 +133,8 @@ def prefill(
     hidden_BND = jnp.take_along_axis(hidden_BTD, at_BN[:, :, None], axis=1)
     logits_BNV = model.apply({'params': params}, hidden_BND, method='logits')
     state = state.replace(cache=cache)
-    return _commit(
-        drafter, weights, sampling, stop_ids_E, state, draft, where, hidden_BND, logits_BNV
-    )
+    said = (hidden_BND, logits_BNV)
+    return _commit(drafter, weights, sampling, stop_ids_E, state, draft, where, *said, hidden_BTD)
 
 
 def _commit(
@@ -148,6 +147,7 @@ def _commit(
     where: Layout,
     hidden_BND: jax.Array,
     logits_BNV: jax.Array,
+    prompt_BTD: jax.Array | None = None,
 ) -> DecodeState:
     """Accept what the model chose after the nodes of `draft`, which are in the cache by now."""
     seq = state.sequences
@@ -176,7 +176,7 @@ def _commit(
         )
     cache = state.cache if path_BP is None else compact(state.cache, seq.length_B, path_BP)
     path_BP = jnp.broadcast_to(steps_P, chosen_BP.shape) if path_BP is None else path_BP
-    verdict = Verdict(y_BN, hidden_BND, path_BP, count_B)
+    verdict = Verdict(y_BN, hidden_BND, path_BP, count_B, prompt_BTD)
     return DecodeState(
         cache=cache,
         sequences=seq.replace(

@@ -26,6 +26,7 @@ from cllm_jax.training.step import (
     make_optimizer,
     make_step,
     new_state,
+    text_loss,
 )
 from cllm_jax.trajectories.collect import CollectPlan, collect_records
 from cllm_jax.trajectories.store import Record
@@ -88,7 +89,9 @@ def step_cost(
         packed = jax.tree.map(jnp.asarray, make_batch(samples, batch, 0, 0, states))
         clean = int((packed.segment_BT == 0).sum())
         steps[name] = _stepper(
-            make_step(module, optimizer, loss), new_state(optimizer, model.params), packed
+            make_step(text_loss(module, loss), optimizer),
+            new_state(optimizer, model.params),
+            packed,
         )
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 1):

@@ -287,7 +287,7 @@ def write_model(
         if sums:
             write_sums(temp)
         _settle(temp)
-        _replace(temp, directory)
+        replace_directory(temp, directory)
     except (OSError, SafetensorError) as e:
         raise DataError(
             f'{directory}: not written ({one_line(e)}); free some space or choose another directory'
@@ -360,7 +360,7 @@ def _settle(directory: Path) -> None:
                 os.fsync(f.fileno())
 
 
-def _replace(temp: Path, directory: Path) -> None:
+def replace_directory(temp: Path, directory: Path) -> None:
     """Swap directories; the old model survives until the new one is complete."""
     old = directory.with_name(f'.{directory.name}.old-{os.getpid()}')
     if directory.exists():

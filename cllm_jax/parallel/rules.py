@@ -15,6 +15,7 @@ RULES = {
     'kv_heads': 'tensor',
     'head': None,
     'mlp': 'tensor',
+    None: None,
 }
 """Logical axis of a parameter (`models/llama.py`) -> axis of the mesh (`mesh.py`)."""
 

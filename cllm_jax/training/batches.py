@@ -59,6 +59,8 @@ class Noise:
     """Weight exp(-k / decay) for the k-th guess after the first wrong one; 0: equal weights."""
     pairs: bool = False
     """Take states with their successors, for local consistency."""
+    mask: int = -1
+    """Token that stands for every random one (SPACE); -1 draws tokens of the prompt."""
 
 
 @struct.dataclass
@@ -210,7 +212,7 @@ def _add_states(
         truth = sample.answer[np.minimum(offsets, total - 1)]
         state = (sample.states[index] if len(sample.states) else truth).copy()
         if not noise.pairs:
-            guess = rng.choice(sample.prompt, width)
+            guess = rng.choice(sample.prompt, width) if noise.mask < 0 else noise.mask
             share = noise.corruption if len(sample.states) else rng.random()
             share = 1.0 if rng.random() < noise.fresh else share
             state[1:] = np.where(rng.random(width) < share, guess, state)[1:]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.hf import abstract_params
-from cllm_jax.models.llama import Llama
+from cllm_jax.models.llama import Llama, param_axes
 from cllm_jax.parallel.rules import batch_sharding
 from cllm_jax.training.batches import Batch, Noise, Sample, make_batch
 from cllm_jax.training.step import (
@@ -22,6 +22,7 @@ from cllm_jax.training.step import (
     make_step,
     new_state,
     state_places,
+    text_loss,
 )
 
 
@@ -66,7 +67,7 @@ def abstract_state(shape: StepShape, mesh: Mesh) -> TrainState:
         abstract_params(shape.config, shape.dtype),
     )
     state = jax.eval_shape(partial(new_state, optimizer), params)
-    places = state_places(optimizer, shape.config, params, mesh)
+    places = state_places(optimizer, param_axes(shape.config), params, mesh)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
     )
@@ -121,7 +122,9 @@ def compiled_needs(shape: StepShape, mesh: Mesh) -> dict[str, float]:
     places = jax.tree.map(lambda x: x.sharding, state)
     module = Llama(shape.config, shape.dtype, shape.compute, shape.remat)
     optimizer = make_optimizer(shape.optimizer, 100)
-    step = make_step(module, optimizer, shape.weights, shape.optimizer.accumulate, places)
+    step = make_step(
+        text_loss(module, shape.weights), optimizer, shape.optimizer.accumulate, places
+    )
     begin = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     found = compiled.memory_analysis()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,15 @@ from jax.sharding import Mesh
 from cllm_jax.datasets.sources import Source
 from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
-from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import Interrupted, NumericalError
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
-from cllm_jax.models.hf import write_model
-from cllm_jax.models.llama import Llama
-from cllm_jax.models.load import Model
 from cllm_jax.parallel.distributed import fetch, is_main
 from cllm_jax.parallel.rules import place_batch
 from cllm_jax.rundir import append_metrics, rewind_metrics
 from cllm_jax.training.batches import Noise, Sample, make_batch
 from cllm_jax.training.checkpoint import open_checkpoints, restore, save
+from cllm_jax.training.objective import Objective, Trained, keep
 from cllm_jax.training.step import (
-    LossWeights,
     OptimizerConfig,
     make_optimizer,
     make_step,
@@ -69,11 +65,8 @@ class RunPlan:
     batch: int
     seed: int
     optimizer: OptimizerConfig
-    weights: LossWeights
     noise: Noise | None
     held_out: HeldOut
-    compute: Any = None
-    remat: bool = False
     mesh: Mesh | None = None
     """Devices to train on; None for one."""
     log_every: int = 20
@@ -81,11 +74,13 @@ class RunPlan:
     max_skipped: int = 20
 
 
-def held_out_test(model: Model, source: Source, test: HeldOut, reference: Sequence | None) -> dict:
-    """Decode held-out prompts with Jacobi: tokens/forward, quality, agreement, repetition."""
-    request = Request(Jacobi(test.block), max_tokens=test.max_tokens)
+def held_out_test(
+    trained: Trained, source: Source, test: HeldOut, reference: Sequence | None
+) -> dict:
+    """Decode held-out prompts: tokens/forward, quality, agreement, repetition."""
+    request = Request(trained.drafter, max_tokens=test.max_tokens)
     prompts = [source[i].prompt for i in range(len(source))]
-    result = decode_all(model, request, prompts)
+    result = decode_all(trained.model, request, prompts, trained.weights)
     tokens, forwards = sum(map(len, result.tokens)), sum(result.forwards)
     agreement = token_agreement(result.tokens, reference or result.tokens)
     checked = share_right(source, result.texts) if source.checkable else agreement
@@ -98,9 +93,9 @@ def held_out_test(model: Model, source: Source, test: HeldOut, reference: Sequen
     }
 
 
-def score(found: dict, first_quality: float, weights: LossWeights, test: HeldOut) -> float:
-    """Which checkpoint is best: quality for AR; else tokens/forward where quality holds."""
-    if not weights.global_weight and not weights.local_weight:
+def score(found: dict, first_quality: float, faster: bool, test: HeldOut) -> float:
+    """Which checkpoint is best: tokens/forward where quality holds, if they are what is wanted."""
+    if not faster:
         return found['quality']
     lost = max(first_quality - test.tolerance - found['quality'], 0.0)
     return found['tokens_per_forward'] * (1 - lost) ** 20
@@ -123,7 +118,7 @@ def alarm(found: dict, before: dict) -> str | None:
 
 def train(
     directory: Path,
-    model: Model,
+    objective: Objective,
     samples: Sequence[Sample],
     source: Source,
     plan: RunPlan,
@@ -132,20 +127,21 @@ def train(
 ) -> None:
     """Train until `plan.steps`, continuing from the newest checkpoint in `directory`.
 
-    The best model by held-out score is kept in `directory/model`. Every number is a function of
-    the step, so an interrupted run ends with the metrics of an uninterrupted one.
+    The best model by held-out score is kept in `directory/model`, or a drafter in
+    `directory/drafter`. Every number is a function of the step, so an interrupted run ends with the
+    metrics of an uninterrupted one.
 
     Raises:
       NumericalError: too many updates in a row were not finite; no checkpoint is overwritten.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     optimizer = make_optimizer(plan.optimizer, plan.steps)
-    module = Llama(model.config, model.params['norm'].dtype, plan.compute, plan.remat)
-    shardings = plan.mesh and state_places(optimizer, model.config, model.params, plan.mesh)
-    state = new_state(optimizer, model.params, shardings)
+    start = objective.params
+    shardings = plan.mesh and state_places(optimizer, objective.axes, start, plan.mesh)
+    state = new_state(optimizer, start, shardings)
     log = directory / 'metrics.jsonl'
     test = partial(held_out_test, source=source, test=plan.held_out)
-    reference = test(model, reference=None)
+    reference = test(objective.trained(start), reference=None)
     progress = {'first_quality': reference['quality'], 'best': -1.0}
     with (
         open_checkpoints(directory / 'checkpoints', note) as checkpoints,
@@ -161,8 +157,10 @@ def train(
             _record(log, report, 0, {k: v for k, v in reference.items() if k != 'tokens'})
         step = int(state.step)
         if plan.steps == 0:  # the model as it is, in the form of a run
-            _test_and_keep(directory, model, state, test, reference, plan, progress, report, note)
-        step_fn = make_step(module, optimizer, plan.weights, plan.optimizer.accumulate, shardings)
+            _test_and_keep(
+                directory, objective, state, test, reference, plan, progress, report, note
+            )
+        step_fn = make_step(objective.loss, optimizer, plan.optimizer.accumulate, shardings)
         batch_of = partial(make_batch, samples, plan.batch, plan.seed, noise=plan.noise)
         with ThreadPoolExecutor(1) as pool:
             following = pool.submit(batch_of, step)
@@ -171,7 +169,7 @@ def train(
                 batch = following.result()
                 following = pool.submit(batch_of, step + 1)
                 placed = batch if plan.mesh is None else place_batch(batch, plan.mesh)
-                state, metrics = step_fn(state, placed)
+                state, metrics = step_fn(state, placed, objective.frozen)
                 tokens += int((batch.segment_BT >= 0).sum())
                 step += 1
                 tested = step % plan.held_out.every == 0 or step == plan.steps
@@ -188,7 +186,7 @@ def train(
                     begin, tokens = time.perf_counter(), 0
                 if tested:
                     _test_and_keep(
-                        directory, model, state, test, reference, plan, progress, report, note
+                        directory, objective, state, test, reference, plan, progress, report, note
                     )
                     begin, tokens = time.perf_counter(), 0
                 stop = stopped.at(step)
@@ -200,13 +198,14 @@ def train(
             following.cancel()
 
 
-def _test_and_keep(directory, model, state, test, reference, plan, progress, report, note) -> None:
-    """Test on held-out prompts, and keep the weights if they are the best so far."""
+def _test_and_keep(
+    directory, objective, state, test, reference, plan, progress, report, note
+) -> None:
+    """Test on held-out prompts, and keep what was trained if it is the best so far."""
     step = int(state.step)
-    params = jax.tree.map(jnp.copy, state.params)
-    trained = dataclasses.replace(model, params=params)
+    trained = objective.trained(jax.tree.map(jnp.copy, state.params))
     found = test(trained, reference=reference['tokens'])
-    found['score'] = score(found, progress['first_quality'], plan.weights, plan.held_out)
+    found['score'] = score(found, progress['first_quality'], objective.faster, plan.held_out)
     numbers = {k: round(float(v), 6) for k, v in found.items() if k != 'tokens'}
     _record(
         directory / 'metrics.jsonl', report, step, {f'held_out_{k}': v for k, v in numbers.items()}
@@ -215,11 +214,7 @@ def _test_and_keep(directory, model, state, test, reference, plan, progress, rep
         note(f'warning: step {step}: {warning}')
     if found['score'] > progress['best']:
         progress['best'] = found['score']
-        whole = fetch(params)
-        if is_main():
-            dtype = str(whole['norm'].dtype)
-            where = directory / 'model'
-            write_model(where, model.config, whole, model.tokenizer, dtype=dtype, sums=True)
+        keep(directory, trained, fetch, is_main())
 
 
 def _record(log: Path, report: Callable[[dict], None], step: int, numbers: dict) -> None:

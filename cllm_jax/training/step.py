@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from optax.contrib import MuonDimensionNumbers, muon
 
 from cllm_jax.errors import ConfigError
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.llama import Llama, param_axes
+from cllm_jax.models.llama import Llama
 from cllm_jax.models.packed import PackedMask
 from cllm_jax.parallel.rules import param_shardings, state_shardings
 from cllm_jax.training.batches import Batch
@@ -23,7 +22,7 @@ from cllm_jax.training.losses import cross_entropy, divergence
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """L = global_weight * GC + local_weight * LC + ar_weight * AR; objective ar has AR alone."""
+    """L = global * GC + local * LC + state * SAR + ar * AR; objective ar has AR alone."""
 
     ar_weight: float = 1.0
     """Weight of the autoregressive loss on the clean answer."""
@@ -31,6 +30,8 @@ class LossWeights:
     """Weight of global consistency: any state -> the fixed point."""
     local_weight: float = 0.0
     """Weight of local consistency: a state -> its successor."""
+    state_weight: float = 0.0
+    """Weight of cross-entropy of the state tokens on the answer (SPACE's semi-autoregression)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +159,12 @@ def losses(
         kl = divergence(student_BWV, teacher_BWV, batch.local_weight_BW, totals['local'])
         metrics['local_loss'] = kl
         loss = loss + weights.local_weight * kl
-    if weights.global_weight or weights.local_weight:
+    if weights.state_weight:
+        labels_BW = batch.labels_BR[:, answers:]
+        ce = cross_entropy(student_BWV, labels_BW, batch.global_weight_BW, totals['global'])
+        metrics['state_loss'] = ce
+        loss = loss + weights.state_weight * ce
+    if weights.global_weight or weights.local_weight or weights.state_weight:
         live_BW = (batch.offset_BW >= 0).astype(jnp.float32)
         metrics['agreement'] = (right_BR[:, answers:] * live_BW).sum() / totals['live']
         for k in (0, 3, 7):
@@ -176,6 +182,8 @@ def batch_totals(batch: Batch) -> dict[str, jax.Array]:
         'live': (batch.offset_BW >= 0).sum().astype(jnp.float32),
     }
     sums |= {f'at_{k}': (batch.offset_BW == k).sum().astype(jnp.float32) for k in (0, 3, 7)}
+    sums['later_A'] = jnp.cumsum(batch.ar_weight_BA.sum(0)[::-1])[::-1]
+    """Weight of all answer tokens from each place on, for drafters that guess ahead."""
     return {k: jnp.maximum(v, 1e-9) for k, v in sums.items()}
 
 
@@ -195,30 +203,39 @@ def new_state(
 
 
 def state_places(
-    optimizer: optax.GradientTransformation, config: LlamaConfig, params: Any, mesh: Mesh
+    optimizer: optax.GradientTransformation, axes: Any, params: Any, mesh: Mesh
 ) -> TrainState:
-    """Where the training state of a model lives, for parameters or their shapes."""
-    places = param_shardings(param_axes(config), params, mesh)
+    """Where the training state of parameters (or their shapes) with these axis names lives."""
+    places = param_shardings(axes, params, mesh)
     abstract = jax.eval_shape(partial(new_state, optimizer), params)
     return state_shardings(abstract, params, places, mesh)
 
 
+Loss = Callable[[Any, Any, Batch, dict], tuple[jax.Array, dict[str, jax.Array]]]
+"""`(params, frozen, batch, totals) -> (loss, metrics)`; of the first the gradient is taken."""
+
+
+def text_loss(model: Llama, weights: LossWeights) -> Loss:
+    """`losses` of a model all of which is trained."""
+    return lambda params, frozen, batch, totals: losses(model, weights, params, batch, totals)
+
+
 def make_step(
-    model: Llama,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
-    weights: LossWeights,
     accumulate: int = 1,
     shardings: TrainState | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The compiled step `(state, batch) -> (state, metrics)`; its state is donated.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step `(state, batch, frozen) -> (state, metrics)`; its state is donated.
 
     Args:
-      model, optimizer, weights: what is trained, and how.
+      loss, optimizer: what is minimised, and how. What the loss needs but does not train is passed
+        as `frozen`, () by default.
       accumulate: parts in which a batch is computed, one after the other.
       shardings: where the state lives, so that it comes back to the same place and the next step
         needs no other compilation.
     """
-    step = partial(_step, model, optimizer, weights, accumulate)
+    step = partial(_step, loss, optimizer, accumulate)
     return jax.jit(
         step,
         donate_argnums=0,
@@ -227,33 +244,34 @@ def make_step(
 
 
 def _step(
-    model: Llama,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
-    weights: LossWeights,
     accumulate: int,
     state: TrainState,
     batch: Batch,
+    frozen: Any = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step.
 
-    Returns the new state and float32 scalar metrics: the loss and its terms, `ar_accuracy`,
-    `agreement` (argmax of state tokens against the fixed point, overall and at offsets 0, 3, 7
-    behind the first wrong token), the gradient norm, and `skipped`, how many updates in a row
-    were not finite.
+    Returns the new state and float32 scalar metrics: the loss and its terms, what else the loss
+    reports (for `losses`: `ar_accuracy`, and `agreement`, argmax of state tokens against the fixed
+    point, overall and at offsets 0, 3, 7 behind the first wrong token), the gradient norm, and
+    `skipped`, how many updates in a row were not finite.
     """
     totals = batch_totals(batch)
-    gradient = jax.value_and_grad(partial(losses, model, weights), has_aux=True)
+    gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
-        (_, metrics), grads = gradient(state.params, batch, totals)
+        (_, metrics), grads = gradient(state.params, frozen, batch, totals)
     else:
         # Every part takes rows of every device, so that none has to move.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
-        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), totals)
+        one = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradient, state.params, frozen, one, totals)
 
         def add(sums, part):
-            (_, metrics), grads = gradient(state.params, part, totals)
+            (_, metrics), grads = gradient(state.params, frozen, part, totals)
             return jax.tree.map(jnp.add, sums, (metrics, grads)), None
 
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))

@@ -1,0 +1,159 @@
+"""ReDrafter (arXiv 2403.09919): a recurrent head, beam search, and a tree packed on device.
+
+The head is one recurrent cell on the embeddings of the tokens drafted so far, beside the target's
+last hidden state, which stays the same. Its beams share prefixes; packed into a tree each prefix is
+verified once. Acceptance is the loop's, so that greedy and sampled answers are exact; the paper's
+own rule for sampling is biased, since beams are no samples.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from cllm_jax.decoding.draft import Draft
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.drafters.heads import HeadWeights, LastHidden, follow, normal, perturbed, unknown
+from cllm_jax.errors import ConfigError
+
+NEVER = -5e4
+"""Score of a beam that does not exist: below any sum of log-probabilities."""
+
+
+def pack(beams_BMC: jax.Array, capacity: int) -> tuple[jax.Array, ...]:
+    """Beams as a tree in which equal prefixes are one path ("dynamic tree attention", section 3.2).
+
+    Args:
+      beams_BMC: int32 token ids of M beams of C tokens, the best beam first.
+      capacity: nodes of the tree. Where it is too small the ends of the worst beams are left out.
+
+    Returns:
+      tokens_BN; parent_BN, -1 for a first token; live_BN, False for nodes that are not used; and
+      unpack_BMC, the node of every token of every beam, `capacity` or more for those left out.
+    """
+    return jax.vmap(lambda beams_MC: _pack(beams_MC, capacity))(beams_BMC)
+
+
+def _pack(beams_MC: jax.Array, capacity: int) -> tuple[jax.Array, ...]:
+    beams, length = beams_MC.shape
+    same_MMC = (beams_MC[:, None] == beams_MC[None]).astype(jnp.int32)
+    first_MC = jnp.argmax(jnp.cumprod(same_MMC, axis=2), axis=1)  # the first beam with this prefix
+    new_MC = first_MC == jnp.arange(beams, dtype=first_MC.dtype)[:, None]
+    number_MC = jnp.cumsum(new_MC.ravel(), dtype=jnp.int32).reshape(beams, length) - 1
+    unpack_MC = jnp.take_along_axis(number_MC, first_MC, axis=0)
+    before_MC = jnp.pad(unpack_MC[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    where_X = jnp.where(new_MC, unpack_MC, capacity).ravel()
+
+    def place(x_MC, fill):
+        nodes_N = jnp.full(capacity, fill, jnp.int32)
+        return nodes_N.at[where_X].set(x_MC.ravel().astype(jnp.int32), mode='drop')
+
+    live_N = jnp.arange(capacity, dtype=jnp.int32) < new_MC.sum(dtype=jnp.int32)
+    return place(beams_MC, 0), place(before_MC, -1), live_N, unpack_MC
+
+
+@dataclasses.dataclass(frozen=True)
+class ReDrafter:
+    """`beams` beams of `length` tokens, the pending one included, in a tree of `capacity` nodes."""
+
+    beams: int = 4
+    length: int = 5
+    capacity: int = 16
+    layers: int = 2
+    """Residual layers behind the cell."""
+    own_table: bool = True
+    """An output table of its own, as in the paper, or a projection to the target's."""
+    sampling: Sampling = Sampling()
+
+    def __post_init__(self):
+        for name, least in (('beams', 1), ('length', 2), ('layers', 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f'{name} {getattr(self, name)}: must be at least {least}')
+        if not self.length <= self.capacity:
+            raise ConfigError(
+                f'capacity {self.capacity}: the tree must hold one beam of {self.length} tokens'
+            )
+
+    @property
+    def nodes(self) -> int:
+        return min(self.capacity, 1 + self.beams * (self.length - 1))
+
+    def init(self, weights: HeadWeights, sequences) -> LastHidden:
+        return unknown(weights, sequences)
+
+    def draft(self, weights: HeadWeights, state: LastHidden, sequences):
+        beams_BMC = self.search(weights, state.hidden_BD, sequences)
+        tokens_BN, parent_BN, live_BN, _ = pack(beams_BMC, self.nodes)
+        valid_BN = live_BN & state.known_B[:, None]
+        # A node that is not used follows the pending token, and is never accepted.
+        here_1N = jnp.arange(self.nodes, dtype=jnp.int32)[None]
+        parent_BN = jnp.where((parent_BN < 0) & (here_1N > 0), 0, parent_BN)
+        return Draft(tokens_BN, valid_BN, parent_BN, self.length - 1), state
+
+    def update(self, weights, state, draft, verdict, sequences):
+        return follow(state, verdict)
+
+    def search(self, weights: HeadWeights, hidden_BD: jax.Array, sequences) -> jax.Array:
+        """Beam search: the pending token and what may follow, int32 `[B, M, C]`, best first."""
+        batch, beams = len(hidden_BD), self.beams
+        pending_B1 = sequences.window(1)
+        beams_BMC = jnp.broadcast_to(pending_B1[:, :, None], (batch, beams, self.length))
+        context_BMD = jnp.broadcast_to(hidden_BD[:, None], (batch, beams, hidden_BD.shape[1]))
+        only_1M = jnp.where(jnp.arange(beams)[None] == 0, 0.0, NEVER)
+
+        def step(carry, ahead):
+            beams_BMC, state_BMD, score_BM = carry
+            last_BM = jax.lax.dynamic_index_in_dim(beams_BMC, ahead - 1, 2, keepdims=False)
+            state_BMD = self.cell(weights, last_BM, state_BMD)
+            logits_BMV = self.logits(weights, context_BMD, state_BMD)
+            logits_BMV = perturbed(
+                logits_BMV, sequences, jnp.broadcast_to(ahead[None], (beams,)), self.sampling
+            )
+            score_BMV = jax.nn.log_softmax(logits_BMV, axis=-1) + score_BM[:, :, None]
+            # The best M over all are among the best M of each beam.
+            top_BMM, token_BMM = jax.lax.top_k(score_BMV, beams)
+            score_BM, best_BM = jax.lax.top_k(top_BMM.reshape(batch, -1), beams)
+            token_BM = jnp.take_along_axis(token_BMM.reshape(batch, -1), best_BM, axis=1)
+            from_BM1 = (best_BM // beams)[:, :, None]
+            beams_BMC = jnp.take_along_axis(beams_BMC, from_BM1, axis=1)
+            state_BMD = jnp.take_along_axis(state_BMD, from_BM1, axis=1)
+            beams_BMC = jax.lax.dynamic_update_index_in_dim(beams_BMC, token_BM, ahead, 2)
+            return (beams_BMC, state_BMD, score_BM), None
+
+        score_BM = jnp.broadcast_to(only_1M, (batch, beams))
+        first = (beams_BMC, jnp.zeros_like(context_BMD), score_BM)
+        ahead = jnp.arange(1, self.length, dtype=jnp.int32)
+        (beams_BMC, _, _), _ = jax.lax.scan(step, first, ahead)
+        return beams_BMC
+
+    def cell(self, weights: HeadWeights, tokens_BX: jax.Array, state_BXD: jax.Array) -> jax.Array:
+        """`s = SiLU(W e(token) + U s + b)`, after one more token."""
+        own = weights.own
+        e_BXD = weights.embed_VD[tokens_BX].astype(jnp.float32)
+        return jax.nn.silu(e_BXD @ own['w'] + state_BXD @ own['u'] + own['b'][None, None])
+
+    def logits(
+        self, weights: HeadWeights, context_BXD: jax.Array, state_BXD: jax.Array
+    ) -> jax.Array:
+        """Scores of the next token from the context `h` and the cell's state, `[B, X, V]`."""
+        own = weights.own
+        x_BXE = jnp.concatenate([context_BXD, state_BXD], axis=-1)
+        for i in range(self.layers):
+            layer = own[f'layer_{i}']
+            x_BXE = x_BXE + jax.nn.silu(x_BXE @ layer['w'] + layer['b'][None, None])
+        if self.own_table:
+            return jnp.einsum('bxe,ve->bxv', x_BXE, own['out'])
+        head_VD = weights.head_VD.astype(jnp.float32)
+        return jnp.einsum('bxd,vd->bxv', x_BXE @ own['project'], head_VD)
+
+    def new_weights(self, key: jax.Array, embed_VD: jax.Array, head_VD: jax.Array) -> dict:
+        """Random weights."""
+        (vocab, width), keys = embed_VD.shape, iter(jax.random.split(key, self.layers + 3))
+        own = {name: normal(next(keys), (width, width), width) for name in 'wu'}
+        own['b'] = jnp.zeros(width)
+        for i in range(self.layers):
+            w = normal(next(keys), (2 * width, 2 * width), 2 * width)
+            own[f'layer_{i}'] = {'w': w, 'b': jnp.zeros(2 * width)}
+        if self.own_table:
+            return own | {'out': normal(next(keys), (vocab, 2 * width), 2 * width)}
+        return own | {'project': normal(next(keys), (2 * width, width), 2 * width)}

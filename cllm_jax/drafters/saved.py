@@ -1,0 +1,143 @@
+"""Directories of trained drafters: what it is (`drafter.json`) and its weights, in safetensors."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from cllm_jax.decoding.draft import Drafter, Loaded
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.drafters.eagle import Eagle
+from cllm_jax.drafters.heads import borrow
+from cllm_jax.drafters.medusa import Medusa
+from cllm_jax.drafters.redrafter import ReDrafter
+from cllm_jax.drafters.space import Space
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.models.hf import replace_directory
+from cllm_jax.models.load import Model, tokenizer_fingerprint
+from cllm_jax.models.weight_files import explain
+from cllm_jax.recipe import from_mapping, no_such, to_json
+from cllm_jax.rundir import write_atomic
+from cllm_jax.sums import check_sums, write_sums
+
+KINDS: dict[str, type] = {'medusa': Medusa, 'redrafter': ReDrafter, 'eagle': Eagle, 'space': Space}
+SETTINGS, WEIGHTS = 'drafter.json', 'drafter.safetensors'
+SETTINGS_BYTES = 1 << 20
+GIVEN = ('config', 'sampling')
+"""Fields that come from the model and from how it decodes, not from the file."""
+
+
+def write_drafter(directory: Path, drafter: Drafter, own: Any, model: Model) -> None:
+    """Write a drafter of `model` with its weights; an older one there is replaced at once."""
+    kind = next(name for name, known in KINDS.items() if type(drafter) is known)
+    fields = [f.name for f in dataclasses.fields(drafter) if f.name not in GIVEN]
+    about = {
+        'kind': kind,
+        'settings': {name: to_json(getattr(drafter, name)) for name in fields},
+        'vocab_size': model.config.vocab_size,
+        'dim': model.config.dim,
+        'tokenizer': model.tokenizer and tokenizer_fingerprint(model.tokenizer),
+    }
+    temp = directory.with_name(f'.{directory.name}.tmp-{os.getpid()}')
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(parents=True)
+    save_file({name: np.asarray(leaf) for name, leaf in _named(own)}, temp / WEIGHTS)
+    write_atomic(temp / SETTINGS, (json.dumps(about, indent=2) + '\n').encode())
+    write_sums(temp)
+    replace_directory(temp, directory)
+
+
+def read_drafter(
+    directory: Path, model: Model, sampling: Sampling | None = None, kind: str = ''
+) -> Loaded:
+    """The drafter of a directory, or of a run that trained one, for `model`.
+
+    Args:
+      sampling: how the target will decode; drafts then follow its noise.
+      kind: what it has to be; '' for any.
+
+    Raises:
+      ConfigError: no such directory, another kind, or a drafter of another model.
+      DataError: its files are damaged.
+    """
+    if not (directory / SETTINGS).is_file() and (directory / 'drafter').is_dir():
+        directory = directory / 'drafter'
+    about = _about(directory)
+    if kind and about['kind'] != kind:
+        raise ConfigError(f'{directory}: holds a {about["kind"]} drafter, no {kind}; name that one')
+    check_sums(directory)
+    _check_model(directory, about, model)
+    known, given = KINDS[about['kind']], {'config': model.config, 'sampling': sampling}
+    names = {f.name for f in dataclasses.fields(known)}
+    given = {k: v for k, v in given.items() if k in names and v is not None}
+    try:
+        drafter = from_mapping(known, about['settings'], str(directory / SETTINGS), given)
+    except TypeError as e:  # a setting without a default is missing
+        raise DataError(f'{directory / SETTINGS}: {e}; copy it again') from None
+    if isinstance(drafter, Space):
+        if drafter.mask_id >= model.config.vocab_size:
+            raise ConfigError(f'{directory}: mask_id {drafter.mask_id} is no token of the model')
+        return Loaded(drafter, ())
+    tables = borrow(model, None)
+    shapes = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables.embed_VD, tables.head_VD)
+    try:
+        found = load_file(directory / WEIGHTS)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise explain(directory / WEIGHTS, e) from None
+    wanted = {name: leaf.shape for name, leaf in _named(shapes)}
+    if {name: array.shape for name, array in found.items()} != wanted:
+        raise DataError(
+            f'{directory / WEIGHTS}: not the tensors that {SETTINGS} describes; copy it again'
+        )
+    arrays = [jnp.asarray(found[name], jnp.float32) for name in wanted]
+    return Loaded(drafter, borrow(model, jax.tree.unflatten(jax.tree.structure(shapes), arrays)))
+
+
+def _about(directory: Path) -> dict[str, Any]:
+    path = directory / SETTINGS
+    try:
+        if path.stat().st_size > SETTINGS_BYTES:
+            raise DataError(f'{path}: larger than 1 MiB; this is no drafter')
+        about = json.loads(path.read_text('utf-8'))
+        if not isinstance(about['settings'], dict) or not isinstance(about['kind'], str):
+            raise ValueError
+    except FileNotFoundError:
+        raise ConfigError(
+            f'{directory}: no {SETTINGS} there; name the directory of a trained drafter'
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(f'{path}: not the description of a drafter; copy it again') from None
+    if about['kind'] not in KINDS:
+        raise ConfigError(f'{path}: {no_such("drafter", about["kind"], KINDS)}')
+    return about
+
+
+def _check_model(directory: Path, about: dict[str, Any], model: Model) -> None:
+    for name in ('vocab_size', 'dim'):
+        if about.get(name) != getattr(model.config, name):
+            raise ConfigError(
+                f'{directory}: made for a model with {name} {about.get(name)}, {model.source} has '
+                f'{getattr(model.config, name)}; use the drafter of this model'
+            )
+    if model.tokenizer and about.get('tokenizer') not in (
+        None,
+        tokenizer_fingerprint(model.tokenizer),
+    ):
+        raise ConfigError(
+            f'{directory}: made with another tokenizer than that of {model.source}; use the '
+            'drafter of this model'
+        )
+
+
+def _named(own: Any) -> list[tuple[str, Any]]:
+    """Every array of a tree with its name, in the order of the tree's leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(own)
+    return [('.'.join(key.key for key in path), leaf) for path, leaf in leaves]

@@ -1,0 +1,170 @@
+"""Trained drafters: exact whatever their weights, and fast when they are right."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cllm_jax.decoding.generate import decode_all
+from cllm_jax.decoding.loop import advance
+from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.eagle import Eagle
+from cllm_jax.drafters.heads import borrow
+from cllm_jax.drafters.medusa import Medusa, tree_of, usual
+from cllm_jax.drafters.redrafter import ReDrafter, pack
+from cllm_jax.drafters.saved import read_drafter, write_drafter
+from cllm_jax.drafters.space import Space
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.training.heads import redrafter_loss
+from tests.tiny import ragged_prompts, random_model, tiny_config
+
+MODEL = random_model(config=tiny_config(layers=1, eos_ids=(3, 20)))
+PROMPTS = ragged_prompts(0, (1, 2, 9, 5, 14))
+FREE = Sampling(1.0)
+DRAFTERS = {
+    'medusa': Medusa(3, tree_of(usual(3), 9)),
+    'medusa, sampled': Medusa(3, tree_of(usual(3), 9), own_tables=False, sampling=FREE),
+    'redrafter': ReDrafter(3, 4, 8),
+    'redrafter, sampled': ReDrafter(4, 3, 16, layers=1, own_table=False, sampling=FREE),
+    'eagle': Eagle(MODEL.config, 3, 3, 10),
+    'eagle, chain': Eagle(MODEL.config, 4, 1, 5),
+    'eagle, sampled': Eagle(MODEL.config, 2, 4, 8, sampling=FREE),
+    'space': Space(28, 2),
+    'space, sampled': Space(28, 3),
+}
+
+
+def weights_of(drafter, model=MODEL, seed=0):
+    if isinstance(drafter, Space):
+        return ()
+    head = model.params.get('head', model.params['embed'])
+    own = drafter.new_weights(jax.random.key(seed), model.params['embed'], head)
+    noise = np.random.default_rng(seed)
+    own = jax.tree.map(lambda x: x + jnp.asarray(noise.normal(0, 0.1, x.shape), x.dtype), own)
+    return borrow(model, own)
+
+
+@pytest.mark.parametrize('name', DRAFTERS)
+def test_the_answer_is_that_of_the_target(name):
+    """Batched and refilled, greedy and sampled, with end tokens and limits inside of a path."""
+    drafter, sampling = DRAFTERS[name], FREE if 'sampled' in name else Sampling()
+    request = Request(drafter, 20, sampling, seed=1, batch=3)
+    plain = decode_all(MODEL, dataclasses.replace(request, drafter=AutoRegressive()), PROMPTS)
+    found = decode_all(MODEL, request, PROMPTS, weights_of(drafter))
+    assert found.tokens == plain.tokens
+    assert all(map(sum, found.accepted))
+    compiled = advance._cache_size()
+    decode_all(MODEL, request, PROMPTS, weights_of(drafter, seed=1))
+    assert advance._cache_size() == compiled, 'other weights of the same shapes'
+
+
+APPLE = np.array(
+    [
+        [[91, 92, 93, 95], [91, 92, 94, 96], [91, 92, 93, 97]],
+        [[93, 94, 95, 92], [93, 95, 96, 93], [93, 94, 97, 96]],
+    ],
+    np.int32,
+)
+
+
+def test_beams_are_packed_as_apple_packs_them():
+    """The vectors of apple/ml-recurrent-drafter, tree_attention_test.py."""
+    tokens_BN, parent_BN, live_BN, unpack_BMC = jax.device_get(pack(APPLE, 12))
+    packed = [[91, 92, 93, 95, 94, 96, 97], [93, 94, 95, 92, 95, 96, 93, 97, 96]]
+    unpack = [
+        [[0, 1, 2, 3], [0, 1, 4, 5], [0, 1, 2, 6]],
+        [[0, 1, 2, 3], [0, 4, 5, 6], [0, 1, 7, 8]],
+    ]
+    depths = [[0, 1, 2, 3, 2, 3, 3], [0, 1, 2, 3, 1, 2, 3, 2, 3]]
+    assert unpack_BMC.tolist() == unpack
+    for b in range(2):
+        assert tokens_BN[b, live_BN[b]].tolist() == packed[b]
+        depth = [0]
+        for parent in parent_BN[b, 1 : len(packed[b])]:
+            depth.append(depth[parent] + 1)
+        assert depth == depths[b]
+
+
+@given(st.integers(0, 2**32), st.integers(4, 30))
+def test_packed_beams_unpack_to_themselves(seed, capacity):
+    rng = np.random.default_rng(seed)
+    beams_BMC = np.concatenate([np.zeros((3, 6, 1), int), rng.integers(0, 3, (3, 6, 4))], 2)
+    tokens_BN, parent_BN, live_BN, unpack_BMC = (
+        np.asarray(x) for x in PACK(beams_BMC.astype(np.int32), capacity)
+    )
+    for tokens, parent, live, unpack, beams in zip(
+        tokens_BN, parent_BN, live_BN, unpack_BMC, beams_BMC, strict=True
+    ):
+        kept = unpack < capacity
+        assert (tokens[unpack[kept]] == beams[kept]).all()
+        assert (parent < np.arange(capacity)).all() and parent[0] == -1
+        prefixes = {tuple(beam[: i + 1]) for beam in beams for i in range(5)}
+        assert live.sum() == len(set(unpack[kept])) == min(capacity, len(prefixes))
+        for row, k in zip(unpack, kept, strict=True):
+            assert all(parent[row[i]] == row[i - 1] for i in range(1, 5) if k[i])
+
+
+PACK = jax.jit(pack, static_argnums=1)
+
+
+class Saying:
+    """A drafter that says what it is told to."""
+
+    length = 3
+
+    def __init__(self, logits):
+        self.said = iter(logits)
+
+    def cell(self, weights, tokens_BA, state_BAD):
+        return state_BAD
+
+    def logits(self, weights, hidden_BAD, state_BAD):
+        return next(self.said)
+
+
+def test_the_loss_of_redrafter_is_apples():
+    """The value of apple/ml-recurrent-drafter, train/loss_test.py: 1.6388."""
+    said = [
+        [[-4.2755, -4.0159, -5.4326], [-7.3534, -5.2731, -4.7144], [-6.3034, -5.6929, -4.1427]],
+        [[-5.6221, -2.1564, -5.9357], [-2.7976, -5.3193, -4.0888], [-4.9951, -4.7358, -6.5123]],
+    ]
+    labels, weight = jnp.array([[1, 2, 1]]), jnp.ones((1, 3))  # of the tokens 0 1 2 1
+    drafter = Saying(jnp.array([[step] for step in said]))
+    later = jnp.array([3.0, 2.0, 1.0])
+    loss, _ = redrafter_loss(drafter, None, jnp.zeros((1, 3, 1)), labels, weight, later)
+    assert abs(float(loss) - 1.6388) < 1e-4
+
+
+def test_the_tree_of_medusa_holds_the_likeliest_nodes():
+    right = np.array([[0.6, 0.2, 0.1], [0.5, 0.3, 0.0]])
+    assert tree_of(right, 4) == ((0,), (1,), (0, 0), (0, 1))
+    everything = tree_of(right, 99)
+    assert len(everything) == 3 + 9
+    assert all(path[:-1] in {(), *everything} for path in everything)
+    for wrong in (((1, 0),), ((0,), (0,)), ((9,),), ((0,), (0, 0), (0, 0, 0), (0, 0, 0, 0))):
+        with pytest.raises(ConfigError):
+            Medusa(3, wrong)
+
+
+@pytest.mark.parametrize('name', ['medusa', 'redrafter', 'eagle', 'space'])
+def test_a_saved_drafter_is_the_same_drafter(name, tmp_path):
+    drafter, weights = DRAFTERS[name], weights_of(DRAFTERS[name])
+    own = weights.own if weights else {}
+    write_drafter(tmp_path / 'drafter', drafter, own, MODEL)
+    loaded = read_drafter(tmp_path, MODEL, kind=name)
+    assert loaded.drafter == drafter
+    jax.tree.map(np.testing.assert_array_equal, loaded.weights, weights)
+    with pytest.raises(ConfigError, match='holds a'):
+        read_drafter(tmp_path, MODEL, kind='lookup')
+    other = random_model(config=tiny_config(vocab=30))
+    with pytest.raises(ConfigError, match='vocab_size 29, random has 30'):
+        read_drafter(tmp_path, other)
+    (tmp_path / 'drafter' / 'drafter.json').write_text('{}')
+    with pytest.raises(DataError):
+        read_drafter(tmp_path, MODEL)
