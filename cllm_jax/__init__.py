@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from cllm_jax.drafters.draft_model import draft_model
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
+from cllm_jax.drafters.saved import read_drafter
 from cllm_jax.errors import CllmError, ConfigError, DataError
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.llama import forward as _forward
@@ -43,6 +45,7 @@ __all__ = [
     'draft_model',
     'forward',
     'load',
+    'load_drafter',
     'stream',
     'with_references',
 ]
@@ -95,6 +98,19 @@ def stream(model: Model, prompt: str | Sequence[int], drafter: Any = None, **opt
     options['stop'] = tuple(options.get('stop', ()))
     drafter, weights = _parts(drafter)
     return _stream(model, Request(drafter, sampling=sampling, **options), prompt, weights)
+
+
+def load_drafter(model: Model, directory: str, temperature: float = 0.0) -> Loaded:
+    """A drafter that was trained for `model` (Medusa, ReDrafter, EAGLE, SPACE), with its weights.
+
+    Args:
+      directory: where `train` wrote it: a run directory or the `drafter` directory in it.
+      temperature: at which it will decode: more is accepted if drafts follow the same noise.
+
+    Raises:
+      ConfigError, DataError: there is none, it belongs to another model, or it is damaged.
+    """
+    return read_drafter(Path(directory), model, Sampling(temperature))
 
 
 def _parts(drafter: Any) -> tuple[Any, Any]:

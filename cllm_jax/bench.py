@@ -4,7 +4,9 @@
     python -m cllm_jax.bench --random-weights path/to/config.json --dtype bfloat16 --batches 1
 
 The cost of a forward with N tokens over one with a single token is c(N); tokens/forward over c(N)
-bounds the speed-up. Everything is warmed up first, compared things take turns, and medians count.
+bounds the speed-up. In the tables `cost` is the time of an iteration, drafting included, over that
+of the target's AR, and `parameters` are the drafter's own. Everything is warmed up first, compared
+things take turns, and medians count.
 """
 
 import dataclasses
@@ -24,9 +26,12 @@ from cllm_jax.datasets.sources import open_source
 from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.draft_model import draft_model
+from cllm_jax.drafters.heads import HeadWeights
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
+from cllm_jax.drafters.saved import read_drafter
 from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
 from cllm_jax.evaluation.pipeline import collection_speed, step_cost
 from cllm_jax.evaluation.quality import share_right
@@ -57,6 +62,14 @@ from cllm_jax.training.step import LossWeights
 from cllm_jax.trajectories.collect import CollectPlan
 
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax')
+DRAFTED = {
+    'medusa': 'Medusa-1',
+    'medusa2': 'Medusa-2',
+    'redrafter': 'ReDrafter',
+    'eagle': 'EAGLE',
+    'space': 'SPACE',
+}
+"""Stages of a recipe that train a drafter."""
 BATCH = 16
 """Prompts in flight where batches are compared."""
 
@@ -88,7 +101,9 @@ class BenchConfig:
     blocks: tuple[int, ...] = (8, 16, 32)
     """Jacobi windows (n)."""
     others: bool = True
-    """Also prompt lookup, lookahead and recycling."""
+    """Also prompt lookup, lookahead, recycling, and the drafters trained in ROOT."""
+    draft_model: str = ''
+    """A smaller model that drafts for the target."""
     max_tokens: int = 128
     """Longest answer."""
     repeats: int = 5
@@ -143,6 +158,43 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
     }
 
 
+def ways_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, Way]:
+    """Every way of decoding that is compared; a name begins with its model's."""
+    ar = Request(AutoRegressive(), settings.max_tokens)
+
+    def drafted(model: Model, drafter: Any, weights: Any = ()) -> Way:
+        return Way(model, dataclasses.replace(ar, drafter=drafter), weights)
+
+    ways = {'target, AR': Way(baseline(target), ar), 'CLLM, AR': Way(cllm, ar)}
+    for block in settings.blocks:
+        ways[f'target, Jacobi {block}'] = drafted(target, Jacobi(block))
+        ways[f'CLLM, Jacobi {block}'] = drafted(cllm, Jacobi(block))
+    if not settings.others:
+        return ways
+    block = max(settings.blocks)
+    ways |= {
+        'target, prompt lookup': drafted(target, PromptLookup()),
+        'target, lookahead': drafted(target, Lookahead()),
+        f'CLLM, Jacobi {block}, recycling': drafted(cllm, Jacobi(block, recycle=2)),
+        f'CLLM, Jacobi {block}, lookahead': drafted(cllm, Lookahead(5, 4, 5, block)),
+    }
+    if settings.draft_model:
+        loaded = draft_model(target, load(settings.draft_model, settings.dtype))
+        ways['target, draft model'] = drafted(target, loaded.drafter, loaded.weights)
+    for stage, title in DRAFTED.items():
+        directory = Path(settings.root) / stage
+        if not (directory / 'drafter').is_dir():
+            continue
+        own = (directory / 'model').is_dir()  # trained with its drafter
+        model = load(str(directory), settings.dtype) if own else target
+        loaded = read_drafter(directory, model)
+        name = title if own else 'target'
+        ways[f'{name}, {title}'] = drafted(model, loaded.drafter, loaded.weights)
+        if own:
+            ways[f'{name}, AR'] = Way(model, ar)
+    return ways
+
+
 def decoding(
     settings: BenchConfig,
     task: str,
@@ -153,27 +205,11 @@ def decoding(
     """Every way of decoding on the held-out prompts of one task."""
     source = open_source(task, split='heldout', seed=settings.seed, limit=settings.limit)
     prompts = [source[i].prompt for i in range(len(source))]
-    ar = Request(AutoRegressive(), settings.max_tokens)
-    ways = {'target, AR': Way(baseline(target), ar), 'CLLM, AR': Way(cllm, ar)}
-    for block in settings.blocks:
-        jacobi = dataclasses.replace(ar, drafter=Jacobi(block))
-        ways |= {
-            f'target, Jacobi {block}': Way(target, jacobi),
-            f'CLLM, Jacobi {block}': Way(cllm, jacobi),
-        }
-    block = max(settings.blocks)
-    others = {
-        'target, prompt lookup': (target, PromptLookup()),
-        'target, lookahead': (target, Lookahead()),
-        f'CLLM, Jacobi {block}, recycling': (cllm, Jacobi(block, recycle=2)),
-        f'CLLM, Jacobi {block}, lookahead': (cllm, Lookahead(5, 4, 5, block)),
-    }
-    for name, (model, drafter) in others.items() if settings.others else ():
-        ways[name] = Way(model, dataclasses.replace(ar, drafter=drafter))
+    ways = ways_of(settings, target, cllm)
     results = {}
     for name, way in ways.items():
         with console.status(f'{source.name}: {name}'):
-            results[name] = decode_all(way.model, way.request, prompts)
+            results[name] = decode_all(way.model, way.request, prompts, way.weights)
     with console.progress(f'{source.name}: timing', len(prompts)) as bar:
         speed = tokens_per_second(ways, prompts, settings.repeats, bar)
     base = speed['target, AR']
@@ -186,7 +222,9 @@ def decoding(
         own_ar = results[f'{name.split(",")[0]}, AR']
         forward = tokens_per_forward(result)
         rows[name] = {
+            'extra_parameters': extra_parameters(ways[name]),
             'tokens_per_forward': forward,
+            'cost_of_forward': forward * base / speed[name],
             'tokens_per_second': speed[name],
             'speedup': speed[name] / base,
             'conversion': speed[name] / base / forward,
@@ -204,6 +242,12 @@ def decoding(
                 ).items()
             }
     return found
+
+
+def extra_parameters(way: Way) -> int:
+    """Parameters of the drafter alone."""
+    own = way.weights.own if isinstance(way.weights, HeadWeights) else way.weights
+    return sum(leaf.size for leaf in jax.tree.leaves(own))
 
 
 def pipeline(settings: BenchConfig, task: str, target: Model, console: Console) -> dict[str, Any]:
@@ -243,12 +287,12 @@ def report(console: Console, found: dict[str, Any]) -> None:
         'of a forward with one token'
     )
     for task in found.get('tasks', ()):
-        columns = ['', 'tokens/forward', 'tokens/s', 'speed-up', 'conversion', 'identical']
-        columns.append('quality')
+        columns = ['', 'parameters', 'tokens/forward', 'cost', 'tokens/s', 'speed-up']
+        columns += ['conversion', 'identical', 'quality']
         rows = [[name, *row.values()] for name, row in task['ways'].items()]
         base = task['ways']['target, AR']['tokens_per_second']
         rows += [
-            [f'transformers, {name}', '', value, value / base, '', '', '']
+            [f'transformers, {name}', '', '', '', value, value / base, '', '', '']
             for name, value in task.get('transformers', {}).items()
         ]
         console.out.print(table(f'{task["task"]}: {task["n"]} prompts, batch 1', columns, rows))

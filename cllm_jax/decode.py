@@ -13,22 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from jax.sharding import Mesh
 from rich.markup import escape
 
 from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.readers import read_jsonl
 from cllm_jax.datasets.sources import open_source
-from cllm_jax.decoding.draft import Loaded
 from cllm_jax.decoding.generate import decode_all, stream
 from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
-from cllm_jax.drafters.draft_model import DraftModel, draft_model
-from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.drafters.lookahead import Lookahead
-from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
+from cllm_jax.drafters.named import TITLES, Named, open_drafter
 from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.speed import (
     Way,
@@ -38,14 +33,9 @@ from cllm_jax.evaluation.speed import (
 )
 from cllm_jax.models.load import Model, Precision, baseline, load, peek, storage
 from cllm_jax.parallel.mesh import tensor_mesh
-from cllm_jax.recipe import no_such
 from cllm_jax.settings import guard, parse, to_json
 
 DEMO_PROMPTS = 6
-DRAFTERS = ('jacobi', 'ar', 'lookup', 'lookahead', 'model')
-NAMES = {
-    Jacobi: 'Jacobi', PromptLookup: 'prompt lookup', Lookahead: 'lookahead', DraftModel: 'drafted',
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +51,9 @@ class DecodeConfig:
     output: str = ''
     """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds."""
     drafter: str = 'jacobi'
-    """jacobi; ar: one token per forward; lookup: prompt lookup; lookahead, beside Jacobi; or
-    model:DIR: a smaller model drafts."""
+    """jacobi; ar: one token per forward; lookup: prompt lookup; lookahead, beside Jacobi;
+    model:DIR: a smaller model drafts; or a trained one, medusa, redrafter, eagle, space: NAME:DIR,
+    or NAME where it lies beside the model."""
     reference: tuple[str, ...] = ()
     """With drafter lookup: text files that answers may quote (LLMA)."""
     block: int = 16
@@ -99,36 +90,10 @@ def sampling_of(settings: DecodeConfig) -> Sampling:
     return Sampling(settings.temperature, settings.top_k, settings.top_p)
 
 
-def drafter_of(settings: DecodeConfig, model: Model, mesh: Mesh | None) -> Loaded:
-    """The drafter that the settings name.
-
-    Raises:
-      ConfigError: there is none of that name, or it does not fit the model.
-    """
-    name, _, directory = settings.drafter.partition(':')
-    if name == 'model':
-        small = load(directory, settings.dtype, mesh)
-        return draft_model(model, small, settings.block, sampling_of(settings))
-    if settings.reference:
-        texts = [Path(path).read_text('utf-8', errors='replace') for path in settings.reference]
-        return with_references(model, texts, settings.block)
-    if name == 'jacobi':
-        return Loaded(Jacobi(settings.block, settings.mode, settings.recycle), ())
-    if name == 'lookup':
-        return Loaded(PromptLookup(settings.block), ())
-    return Loaded(Lookahead(block=settings.block) if name == 'lookahead' else AutoRegressive(), ())
-
-
-def check_drafter(text: str, references: bool = False) -> None:
-    """Raise ConfigError unless the text names a drafter, with a directory where it needs one."""
-    name, colon, directory = text.partition(':')
-    if references and name != 'lookup':
-        raise ConfigError(f'reference with drafter {text!r}: only lookup reads references')
-    if name not in DRAFTERS:
-        raise ConfigError(f'drafter: {no_such("drafter", name, DRAFTERS)}')
-    if bool(directory) != (name == 'model') or (colon and not directory):
-        right = 'model:DIR' if name == 'model' else name
-        raise ConfigError(f'drafter {text!r}: write {right}')
+def drafter_named(settings: DecodeConfig) -> Named:
+    return Named(
+        settings.drafter, settings.block, settings.mode, settings.recycle, settings.reference
+    )
 
 
 def read_prompts(settings: DecodeConfig) -> list[str]:
@@ -160,6 +125,7 @@ def rows_of(prompts: list[str], result: DecodeResult) -> Iterator[dict]:
 
 def compare(
     console: Console,
+    name: str,
     model: Model,
     single: Model,
     request: Request,
@@ -172,7 +138,6 @@ def compare(
     `single` is the model in the precision in which AR is timed (see `baseline`).
     """
     ar = dataclasses.replace(request, drafter=AutoRegressive())
-    name = NAMES[type(request.drafter)]
     with console.status(f'AR and {name}, timed in turn'):
         plain = decode_all(model, ar, prompts)
         ways = {'AR': Way(single, ar), name: Way(model, request, weights)}
@@ -217,7 +182,8 @@ def run() -> None:
         DecodeConfig, program='python -m cllm_jax.decode', description=__doc__, stage='decode'
     )
     console = Console()
-    check_drafter(settings.drafter, bool(settings.reference))
+    named = drafter_named(settings)
+    named.check()
     prompts = read_prompts(settings)
     if settings.stream and len(prompts) != 1:
         raise ConfigError(f'stream with {len(prompts)} prompts: give exactly one prompt')
@@ -226,7 +192,7 @@ def run() -> None:
         return
     mesh = tensor_mesh(settings.tensor)
     model = load(settings.model, settings.dtype, mesh)
-    loaded = drafter_of(settings, model, mesh)
+    loaded = open_drafter(named, model, sampling_of(settings), settings.dtype, mesh)
     request = Request(
         loaded.drafter,
         settings.max_tokens,
@@ -248,7 +214,8 @@ def run() -> None:
         show(console, prompts, result)
     if settings.compare and settings.drafter != 'ar':
         single = baseline(model, mesh)
-        compare(console, model, single, request, loaded.weights, prompts, result)
+        name = TITLES[named.name]
+        compare(console, name, model, single, request, loaded.weights, prompts, result)
 
 
 def _write(path: Path, rows: Iterator[dict]) -> None:

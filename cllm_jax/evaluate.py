@@ -23,6 +23,7 @@ from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.named import TITLES, Named, open_drafter
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.evaluation.speed import Way, share_identical, tokens_per_forward, tokens_per_second
 from cllm_jax.models.load import Precision, baseline, chosen, load, named_or
@@ -49,6 +50,8 @@ class EvaluateConfig:
     """Held-out prompts per task."""
     seed: int = 0
     """Which held-out prompts are drawn."""
+    drafter: str = 'jacobi'
+    """How the model is decoded; or NAME:DIR of a drafter trained for it (see decode)."""
     block: int = 16
     """Jacobi window (n)."""
     mode: Literal['sliding', 'block'] = 'sliding'
@@ -80,19 +83,21 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
     target = load(name, dtype, mesh)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
-    drafter = Jacobi(settings.block, settings.mode, settings.recycle)
-    jacobi = dataclasses.replace(ar, drafter=drafter)
+    named = Named(settings.drafter, settings.block, settings.mode, settings.recycle)
+    loaded = open_drafter(named, cllm, ar.sampling, dtype, mesh)
+    vanilla = dataclasses.replace(ar, drafter=Jacobi(settings.block, settings.mode))
+    drafted = dataclasses.replace(ar, drafter=loaded.drafter)
     ways = {
         'target AR': Way(baseline(target, mesh), ar),
-        'target Jacobi': Way(target, jacobi),
+        'target Jacobi': Way(target, vanilla),
         'CLLM AR': Way(cllm, ar),
-        'CLLM Jacobi': Way(cllm, jacobi),
+        'CLLM Jacobi': Way(cllm, drafted, loaded.weights),
     }
     prompts = [source[i].prompt for i in range(len(source))]
     results = {}
     for key, way in ways.items():
         with console.status(f'{source.name}: {key}, {len(prompts)} prompts'):
-            results[key] = decode_all(way.model, way.request, prompts)
+            results[key] = decode_all(way.model, way.request, prompts, way.weights)
     timed = prompts[: settings.timed]
     with console.progress(f'{source.name}: timing', len(timed)) as bar:
         speed = tokens_per_second(ways, timed, settings.repeats, bar)
@@ -127,6 +132,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         ),
         'repetitive': sum(map(is_repetitive, results['CLLM Jacobi'].tokens)) / len(prompts),
         'mean_tokens': sum(map(len, results['CLLM Jacobi'].tokens)) / len(prompts),
+        'drafter': settings.drafter,
         'block': settings.block,
         'mode': settings.mode,
         'recycle': settings.recycle,
@@ -144,7 +150,7 @@ def report(console: Console, found: dict[str, Any]) -> None:
     quality, forward, speed = (
         found[k] for k in ('quality', 'tokens_per_forward', 'tokens_per_second')
     )
-    base = speed['ar']
+    base, name = speed['ar'], TITLES[found['drafter'].partition(':')[0]]
     rows = [
         ['target, AR', quality['target'], 1.0, speed['ar'], 1.0],
         [
@@ -155,13 +161,13 @@ def report(console: Console, found: dict[str, Any]) -> None:
             speed['target_jacobi'] / base,
         ],
         ['CLLM, AR', quality['cllm'], 1.0, speed['cllm_ar'], speed['cllm_ar'] / base],
-        ['CLLM, Jacobi', quality['cllm'], forward['cllm'], speed['jacobi'], found['speedup']],
+        [f'CLLM, {name}', quality['cllm'], forward['cllm'], speed['jacobi'], found['speedup']],
     ]
     columns = ['', 'quality', 'tokens/forward', 'tokens/s', 'speed-up']
     title = f'{found["task"]}: {found["n"]} held-out prompts, n = {found["block"]}, batch 1'
     console.out.print(table(title, columns, rows))
     console.result(
-        f'Jacobi = AR of the CLLM, token for token: {found["identical"]:.1%} of prompts; '
+        f'{name} = AR of the CLLM, token for token: {found["identical"]:.1%} of prompts; '
         f'agreement with the target: {found["agreement_with_target"]:.1%} of tokens'
     )
 
@@ -172,6 +178,7 @@ def run() -> None:
     )
     if settings.quick:
         settings = dataclasses.replace(settings, limit=4, timed=1, repeats=1, max_tokens=48)
+    Named(settings.drafter, settings.block, settings.mode, settings.recycle).check()
     console = Console()
     tasks = [settings.task] if settings.task else ['sql', 'arithmetic']
     sources = [
