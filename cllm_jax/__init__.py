@@ -20,6 +20,7 @@ from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import draft_model
 from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
 from cllm_jax.drafters.saved import read_drafter
@@ -35,6 +36,7 @@ __all__ = [
     'DataError',
     'DecodeResult',
     'Jacobi',
+    'JacobiTree',
     'LlamaConfig',
     'Lookahead',
     'Model',

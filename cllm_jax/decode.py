@@ -62,6 +62,8 @@ class DecodeConfig:
     """Keep the window full, or let each block converge before the next (the paper's schedule)."""
     recycle: int = 0
     """Chains of dropped guesses that are tried again in the same forward."""
+    branches: int = 0
+    """Branches with second choices that are tried in the same forward."""
     max_tokens: int = 128
     """Longest answer."""
     temperature: float = 0.0
@@ -92,7 +94,12 @@ def sampling_of(settings: DecodeConfig) -> Sampling:
 
 def drafter_named(settings: DecodeConfig) -> Named:
     return Named(
-        settings.drafter, settings.block, settings.mode, settings.recycle, settings.reference
+        settings.drafter,
+        settings.block,
+        settings.mode,
+        settings.recycle,
+        settings.branches,
+        settings.reference,
     )
 
 

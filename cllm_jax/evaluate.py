@@ -58,6 +58,8 @@ class EvaluateConfig:
     """Jacobi schedule."""
     recycle: int = 0
     """Chains of dropped guesses that are tried again in the same forward."""
+    branches: int = 0
+    """Branches with second choices that are tried in the same forward."""
     max_tokens: int = 128
     """Longest answer."""
     batch: int = 32
@@ -76,6 +78,12 @@ class EvaluateConfig:
     """A tiny version, to see that it works."""
 
 
+def drafter_named(settings: EvaluateConfig) -> Named:
+    return Named(
+        settings.drafter, settings.block, settings.mode, settings.recycle, settings.branches
+    )
+
+
 def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict[str, Any]:
     """Everything about one task."""
     dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
@@ -83,7 +91,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
     target = load(name, dtype, mesh)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
-    named = Named(settings.drafter, settings.block, settings.mode, settings.recycle)
+    named = drafter_named(settings)
     loaded = open_drafter(named, cllm, ar.sampling, dtype, mesh)
     vanilla = dataclasses.replace(ar, drafter=Jacobi(settings.block, settings.mode))
     drafted = dataclasses.replace(ar, drafter=loaded.drafter)
@@ -136,6 +144,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'block': settings.block,
         'mode': settings.mode,
         'recycle': settings.recycle,
+        'branches': settings.branches,
         'timed': len(timed),
         'models': {'cllm': cllm.source, 'target': target.source},
         'dtype': chosen(dtype),
@@ -178,7 +187,7 @@ def run() -> None:
     )
     if settings.quick:
         settings = dataclasses.replace(settings, limit=4, timed=1, repeats=1, max_tokens=48)
-    Named(settings.drafter, settings.block, settings.mode, settings.recycle).check()
+    drafter_named(settings).check()
     console = Console()
     tasks = [settings.task] if settings.task else ['sql', 'arithmetic']
     sources = [

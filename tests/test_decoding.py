@@ -20,6 +20,7 @@ from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
+from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.models.llama import Llama, forward
@@ -78,6 +79,8 @@ RUNS = [
     (Bush(9, seed=1), MILD),
     (Jacobi(8, recycle=3), GREEDY),
     (Jacobi(5, 'block', recycle=2), MILD),
+    (JacobiTree(8, 3, 2), GREEDY),
+    (JacobiTree(5, 2, 3, MILD), MILD),
     (Lookahead(window=4, ngram=3, guesses=3), GREEDY),
     (Lookahead(window=3, ngram=4, guesses=2, block=6), MILD),
 ]
@@ -92,6 +95,8 @@ def name(value) -> str:
         return f'lookup{value.block}'
     if isinstance(value, Lookahead):
         return f'lookahead{value.window},{value.block}'
+    if isinstance(value, JacobiTree):
+        return f'tree{value.block}x{value.branches}'
     if isinstance(value, Bush):
         return f'bush{value.nodes}'
     if isinstance(value, Jacobi):

@@ -34,6 +34,8 @@ class Verdict:
 
     y_BN: jax.Array
     """The target's choice after each node."""
+    logits_BNV: jax.Array
+    """Its scores there."""
     hidden_BND: jax.Array
     """The target's last hidden state (behind the final norm) at each node."""
     path_BP: jax.Array

@@ -176,7 +176,7 @@ def _commit(
         )
     cache = state.cache if path_BP is None else compact(state.cache, seq.length_B, path_BP)
     path_BP = jnp.broadcast_to(steps_P, chosen_BP.shape) if path_BP is None else path_BP
-    verdict = Verdict(y_BN, hidden_BND, path_BP, count_B, prompt_BTD)
+    verdict = Verdict(y_BN, logits_BNV, hidden_BND, path_BP, count_B, prompt_BTD)
     return DecodeState(
         cache=cache,
         sequences=seq.replace(

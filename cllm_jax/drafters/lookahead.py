@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from cllm_jax.decoding.draft import Draft, Verdict
+from cllm_jax.decoding.draft import Draft
 from cllm_jax.drafters.jacobi import Guesses, Jacobi, initial_guesses
 from cllm_jax.errors import ConfigError
 
@@ -101,9 +101,7 @@ class Lookahead:
         at_BW = jnp.arange(width, dtype=jnp.int32)[None] + jnp.maximum(verdict.count_B, 1)[:, None]
         at_BW = jnp.where(at_BW <= width, at_BW - 1, jnp.arange(width, dtype=jnp.int32)[None])
         window_BMW = jnp.take_along_axis(grams_BnW[:, 1:], at_BW[:, None], axis=2)
-        first = Verdict(
-            verdict.y_BN[:, : self.block], verdict.hidden_BND, verdict.path_BP, verdict.count_B
-        )
+        first = verdict.replace(y_BN=verdict.y_BN[:, : self.block])
         jacobi = Jacobi(self.block).update(weights, state.jacobi, draft, first, sequences)
         return Ngrams(window_BMW, pool_BPn, jacobi)
 

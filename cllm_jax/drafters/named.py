@@ -12,6 +12,7 @@ from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import draft_model
 from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
 from cllm_jax.drafters.saved import KINDS, read_drafter
@@ -44,6 +45,7 @@ class Named:
     block: int = 16
     mode: Literal['sliding', 'block'] = 'sliding'
     recycle: int = 0
+    branches: int = 0
     references: tuple[str, ...] = ()
     """Files that prompt lookup reads too."""
 
@@ -58,6 +60,11 @@ class Named:
             raise ConfigError(f'reference with drafter {self.text!r}: only lookup reads references')
         if name not in TITLES:
             raise ConfigError(f'drafter: {no_such("drafter", name, TITLES)}')
+        if self.branches and (name != 'jacobi' or self.mode != 'sliding' or self.recycle):
+            raise ConfigError(
+                f'branches {self.branches}: only Jacobi with a sliding window and no recycling '
+                'has branches; leave one of them out'
+            )
         wrong = directory if name in UNTRAINED else name == 'model' and not directory
         if wrong or (colon and not directory):
             right = name if name in UNTRAINED else f'{name}:DIR'
@@ -86,6 +93,8 @@ def open_drafter(
         return read_drafter(path, model, sampling, name)
     if named.references:
         return with_references(model, _texts(named.references), named.block)
+    if named.branches:
+        return Loaded(JacobiTree(named.block, named.branches, sampling=sampling), ())
     drafters = {
         'jacobi': lambda: Jacobi(named.block, named.mode, named.recycle),
         'lookup': lambda: PromptLookup(named.block),

@@ -1,0 +1,129 @@
+"""Jacobi decoding that also tries second choices: a chain of guesses with branches.
+
+A forward over guesses gives a distribution for every place, of which plain Jacobi keeps the best
+token. Where a guess of a CLLM turns out wrong, the right token was most often its second choice
+(docs/ablations.md), so the places where that is likeliest get a branch: the second choice, and the
+window's own guesses behind it, verified in the same forward. Nothing more is trained.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put, windows
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.drafters.heads import last_of, perturbed
+from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
+from cllm_jax.errors import ConfigError
+
+UNKNOWN = -1e4
+"""Log-probability of what no forward has computed yet."""
+
+
+@struct.dataclass
+class Choices:
+    """The two best tokens for every slot so far, and their log-probabilities."""
+
+    best_BS: jax.Array
+    second_BS: jax.Array
+    best_logp_BS: jax.Array
+    second_logp_BS: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class JacobiTree:
+    """A sliding window of `block` tokens, and `branches` branches of `reach` tokens each."""
+
+    block: int = 16
+    branches: int = 4
+    reach: int = 2
+    sampling: Sampling = Sampling()
+    """How the target chooses, whose noise then ranks the choices too."""
+
+    def __post_init__(self):
+        Jacobi(self.block)  # checks it
+        if not 1 <= self.branches < self.block:
+            raise ConfigError(
+                f'branches {self.branches}: must be 1 to block - 1, which is {self.block - 1}'
+            )
+        if self.reach < 1:
+            raise ConfigError(f'reach {self.reach}: must be at least 1')
+
+    @property
+    def nodes(self) -> int:
+        return self.block + self.branches * self.reach
+
+    def init(self, weights, sequences: Sequences) -> Choices:
+        guess_BS = initial_guesses(sequences)
+        unknown_BS = jnp.full(guess_BS.shape, UNKNOWN)
+        return Choices(guess_BS, guess_BS, unknown_BS, unknown_BS)
+
+    def draft(self, weights, state: Choices, sequences: Sequences):
+        best_Bn, second_Bn, best_logp_Bn, second_logp_Bn = (
+            windows(x_BS, sequences.length_B, self.block) for x_BS in jax.tree.leaves(state)
+        )
+        chain_Bn = jnp.concatenate([sequences.window(1), best_Bn[:, 1:]], axis=1)
+        # A branch at place d is right if all before d is right and the second choice is.
+        before_Bn = jnp.cumsum(best_logp_Bn[:, 1:], axis=1) - best_logp_Bn[:, 1:]
+        logp_BG, place_BG = jax.lax.top_k(before_Bn + second_logp_Bn[:, 1:], self.branches)
+        place_BG = place_BG + 1
+        ahead_R = jnp.arange(self.reach, dtype=jnp.int32)
+        place_BGR = place_BG[:, :, None] + ahead_R[None, None]
+        rows = len(chain_Bn)
+        at_BX = jnp.minimum(place_BGR, self.block - 1).reshape(rows, -1)
+        branch_BGR = jnp.take_along_axis(chain_Bn, at_BX, axis=1).reshape(place_BGR.shape)
+        second_BG = jnp.take_along_axis(second_Bn, place_BG, axis=1)
+        branch_BGR = branch_BGR.at[:, :, 0].set(second_BG)
+        valid_BGR = (place_BGR < self.block) & (logp_BG > UNKNOWN / 2)[:, :, None]
+        here_GR = self.block + jnp.arange(self.branches * self.reach, dtype=jnp.int32)
+        here_GR = here_GR.reshape(self.branches, self.reach)
+        parent_BGR = jnp.broadcast_to((here_GR - 1)[None], place_BGR.shape)
+        parent_BGR = parent_BGR.at[:, :, 0].set(place_BG - 1)
+        steps_Bn = jnp.broadcast_to(jnp.arange(self.block, dtype=jnp.int32)[None], chain_Bn.shape)
+
+        def joined(chain_Bn, branch_BGR):
+            return jnp.concatenate([chain_Bn, branch_BGR.reshape(rows, -1)], axis=1)
+
+        draft = Draft(
+            joined(chain_Bn, branch_BGR),
+            joined(jnp.ones_like(chain_Bn, bool), valid_BGR),
+            joined(steps_Bn - 1, parent_BGR),
+            self.block - 1 + max(self.reach - 1, 0),
+        )
+        return draft, state
+
+    def update(self, weights, state: Choices, draft: Draft, verdict: Verdict, sequences):
+        node_Bn = self._carriers(draft, verdict)
+        logits_BnV = jnp.take_along_axis(verdict.logits_BNV, node_Bn[:, :, None], axis=1)
+        ahead_n = jnp.arange(1, self.block + 1, dtype=jnp.int32)
+        logits_BnV = perturbed(logits_BnV, sequences, ahead_n, self.sampling)
+        best_Bn = jnp.take_along_axis(verdict.y_BN, node_Bn, axis=1)
+        is_best_BnV = jnp.arange(logits_BnV.shape[2])[None, None] == best_Bn[:, :, None]
+        rest_BnV = jnp.where(is_best_BnV, -jnp.inf, logits_BnV)
+        second_Bn = jnp.argmax(rest_BnV, axis=2).astype(jnp.int32)
+        total_Bn = jax.nn.logsumexp(logits_BnV, axis=2)
+        found = Choices(
+            best_Bn, second_Bn, logits_BnV.max(axis=2) - total_Bn, rest_BnV.max(axis=2) - total_Bn
+        )
+        everywhere = jnp.ones_like(best_Bn, bool)
+        return jax.tree.map(
+            lambda old_BS, new_Bn: put(old_BS, sequences.length_B + 1, new_Bn, everywhere),
+            state,
+            found,
+        )
+
+    def _carriers(self, draft: Draft, verdict: Verdict) -> jax.Array:
+        """For each place of the window the node that saw most of what was right before it.
+
+        That of the chain, or of the branch that was accepted where it has one.
+        """
+        steps_1n = jnp.arange(self.block, dtype=jnp.int32)[None]
+        last_B1 = last_of(verdict)
+        branch_B1 = jnp.maximum(last_B1 - self.block, 0) // self.reach
+        first_B1 = self.block + branch_B1 * self.reach
+        place_B1 = jnp.take_along_axis(draft.parent_BN, first_B1, axis=1) + 1
+        behind_Bn = steps_1n - place_B1
+        taken_Bn = (last_B1 >= self.block) & (behind_Bn >= 0) & (behind_Bn < self.reach)
+        return jnp.where(taken_Bn, first_B1 + behind_Bn, steps_1n)
