@@ -33,6 +33,7 @@ from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.drafters.saved import read_drafter
 from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.parts import parts
 from cllm_jax.evaluation.pipeline import collection_speed, step_cost
 from cllm_jax.evaluation.quality import share_right
 from cllm_jax.evaluation.speed import (
@@ -98,6 +99,8 @@ class BenchConfig:
     """Batch sizes at which it is measured."""
     prompt: int = 64
     """Length of the random prompts of the cost measurement."""
+    parts: tuple[int, ...] = (1, 16)
+    """Tokens per forward whose time is divided among the parts of the model."""
     blocks: tuple[int, ...] = (8, 16, 32)
     """Jacobi windows (n)."""
     others: bool = True
@@ -155,6 +158,7 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
         'bandwidth_bytes_per_s': speed,
         'weight_limit_ms': weights / speed * 1e3,
         'share_of_limit': weights / speed * 1e3 / first['forward_ms'],
+        'parts': {str(n): parts(model, n, settings.prompt) for n in settings.parts},
     }
 
 
@@ -286,6 +290,10 @@ def report(console: Console, found: dict[str, Any]) -> None:
         f'ms at {size(cost["bandwidth_bytes_per_s"])}/s: {cost["share_of_limit"]:.0%} of the time '
         'of a forward with one token'
     )
+    if parted := cost['parts']:
+        columns = ['N', *next(iter(parted.values()))]
+        rows = [[n, *row.values()] for n, row in parted.items()]
+        console.out.print(table('where the ms of a forward go (profiled), batch 1', columns, rows))
     for task in found.get('tasks', ()):
         columns = ['', 'parameters', 'tokens/forward', 'cost', 'tokens/s', 'speed-up']
         columns += ['conversion', 'identical', 'quality']
@@ -328,6 +336,7 @@ def tiny(settings: BenchConfig) -> BenchConfig:
         nodes=(1, 4),
         batches=(1,),
         prompt=16,
+        parts=(4,),
         blocks=(4,),
         others=False,
         max_tokens=24,

@@ -13,6 +13,7 @@ NEVER = -1e30
 """Score of a masked key: its weight underflows to exactly 0, and no row becomes NaN."""
 
 
+@jax.named_scope('attention')
 def attend(
     q_BTNH: jax.Array,
     k_KBSH: jax.Array,
@@ -95,6 +96,7 @@ def rope_tables(
     return jnp.sin(angle), jnp.cos(angle)
 
 
+@jax.named_scope('rope')
 def rotate(x_BTNH: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     """Rotary embedding on the two halves of each head, Hugging Face's weight order."""
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

@@ -40,6 +40,7 @@ def heads_first(x_BTKH: jax.Array) -> jax.Array:
     return x_BTKH.transpose(2, 0, 1, 3)
 
 
+@jax.named_scope('cache')
 def write(cache_RSH: jax.Array, new_KBTH: jax.Array, start_B: jax.Array) -> jax.Array:
     """Put the T new rows of one layer at slots `start .. start + T` of each sequence.
 
@@ -55,6 +56,7 @@ def write(cache_RSH: jax.Array, new_KBTH: jax.Array, start_B: jax.Array) -> jax.
     return jax.lax.bitcast_convert_type(_write(cache_RSH, new_RTH, start_B), dtype)
 
 
+@jax.named_scope('cache')
 def compact(cache: Cache, start_B: jax.Array, path_BP: jax.Array) -> Cache:
     """Move the rows of an accepted path, at `start + path`, together to `start ..`."""
 

@@ -22,6 +22,7 @@ from cllm_jax.models.linear import linear
 from cllm_jax.models.packed import PackedMask, attend_packed
 
 
+@jax.named_scope('norm')
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, computed in float32."""
     y = x.astype(jnp.float32)
