@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
+import jax
 import tyro
 
 from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted
@@ -142,10 +143,25 @@ def _verdict(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
         detail = _one_line(error)[:200] or 'no memory left'
         return 1, f'error: out of memory ({detail}); use a smaller batch, length or model'
+    if (reason := _no_device()) is not None:
+        asked = os.environ.get('JAX_PLATFORMS', '')
+        return ConfigError.exit_code, (
+            f'error: JAX finds no device (JAX_PLATFORMS={asked!r}{reason}); set JAX_PLATFORMS=cpu, '
+            'or install the jax of your accelerator'
+        )
     return 1, (
         f'error: unexpected {type(error).__name__}: {_one_line(error)} '
         '(this is a bug; run with --debug for the traceback)'
     )
+
+
+def _no_device() -> str | None:
+    """Why JAX cannot start, if that is so."""
+    try:
+        jax.devices()
+    except Exception as error:  # AssertionError or RuntimeError, by the platform asked for
+        return f': {_one_line(error)[:160]}' if str(error) else ''
+    return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -51,6 +51,9 @@ def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
         call(monkeypatch, '--quick', '--no-torch', *models, '--json', 'out/bench.json')
     found = json.loads((tmp_path / 'out/bench.json').read_text())
     assert found['cost']['per_batch']['1']['1']['c'] == 1
+    parts = found['cost']['parts']['4']
+    assert min(parts['layer matrices'], parts['attention'], parts['vocabulary']) > 0
+    assert parts.pop('whole') == pytest.approx(sum(parts.values()))
     (task,) = found['tasks']
     assert task['ways'].keys() == {
         'target, AR', 'CLLM, AR', 'target, Jacobi 4', 'CLLM, Jacobi 4',

@@ -393,3 +393,12 @@ def test_a_closed_pipe_ends_quietly():
         process.stdin.close()
         assert process.stderr.read() == b''
         assert process.wait() == 141
+
+
+def test_a_missing_platform_is_an_error_of_one_line():
+    command = [sys.executable, '-m', 'cllm_jax.decode', '--prompts', 'a']
+    environment = {**os.environ, 'JAX_PLATFORMS': 'banana'}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert "JAX_PLATFORMS='banana'" in done.stderr and 'set JAX_PLATFORMS=cpu' in done.stderr
