@@ -1,6 +1,8 @@
 """Trained drafters: exact whatever their weights, and fast when they are right."""
 
 import dataclasses
+import itertools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import softmax
+from scipy.stats import chisquare
 
-from cllm_jax.decoding.generate import decode_all
+from cllm_jax.decoding.generate import decode_all, start, stop_ids
 from cllm_jax.decoding.loop import advance
-from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.eagle import Eagle
@@ -21,6 +25,7 @@ from cllm_jax.drafters.redrafter import ReDrafter, pack
 from cllm_jax.drafters.saved import read_drafter, write_drafter
 from cllm_jax.drafters.space import Space
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.models.llama import forward
 from cllm_jax.training.heads import redrafter_loss
 from tests.tiny import ragged_prompts, random_model, tiny_config
 
@@ -50,18 +55,64 @@ def weights_of(drafter, model=MODEL, seed=0):
     return borrow(model, own)
 
 
-@pytest.mark.parametrize('name', DRAFTERS)
-def test_the_answer_is_that_of_the_target(name):
-    """Batched and refilled, greedy and sampled, with end tokens and limits inside of a path."""
-    drafter, sampling = DRAFTERS[name], FREE if 'sampled' in name else Sampling()
-    request = Request(drafter, 20, sampling, seed=1, batch=3)
+def check_identity(drafter, weights, sampling, batch) -> None:
+    """The tokens are AR's: ragged, with end tokens and limits inside of a path."""
+    request = Request(drafter, 20, sampling, seed=1, batch=batch)
     plain = decode_all(MODEL, dataclasses.replace(request, drafter=AutoRegressive()), PROMPTS)
-    found = decode_all(MODEL, request, PROMPTS, weights_of(drafter))
+    found = decode_all(MODEL, request, PROMPTS, weights)
     assert found.tokens == plain.tokens
     assert all(map(sum, found.accepted))
+
+
+@pytest.mark.parametrize('name', DRAFTERS)
+def test_the_answer_is_that_of_the_target(name):
+    drafter, sampling = DRAFTERS[name], FREE if 'sampled' in name else Sampling()
+    check_identity(drafter, weights_of(drafter), sampling, 3)
     compiled = advance._cache_size()
-    decode_all(MODEL, request, PROMPTS, weights_of(drafter, seed=1))
+    check_identity(drafter, weights_of(drafter, seed=1), sampling, 3)
     assert advance._cache_size() == compiled, 'other weights of the same shapes'
+    # Nothing moves between host and device inside of the loop.
+    request = Request(drafter, 20, sampling, batch=4)
+    state = start(MODEL, request, PROMPTS[:3], row_keys(0, range(3)), weights_of(drafter))
+    given = jax.device_put((MODEL.params, weights_of(drafter), stop_ids(MODEL)))
+    until, idle = jnp.int32(20), jnp.int32(4)
+    with jax.transfer_guard('disallow'):
+        params, weights, ends = given
+        advance(MODEL.module, params, drafter, weights, sampling, ends, until, idle, state)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('batch', [1, 8])
+@pytest.mark.parametrize('sampling', [Sampling(), Sampling(0.7, 10, 0.9), FREE], ids=str)
+@pytest.mark.parametrize('name', [name for name in DRAFTERS if 'sampled' not in name])
+def test_the_answer_is_that_of_the_target_however_it_is_decoded(name, sampling, batch):
+    drafter = DRAFTERS[name]
+    if not isinstance(drafter, Space):
+        drafter = dataclasses.replace(drafter, sampling=sampling)
+    check_identity(drafter, weights_of(drafter), sampling, batch)
+
+
+@pytest.mark.parametrize('name', ['AR', 'medusa, sampled'])
+def test_the_sampled_law_is_the_softmax_of_the_target(name):
+    """Chi-square over all answers of two tokens, of a vocabulary of five."""
+    model = random_model(3, tiny_config(vocab=5, layers=1))
+    drafter, weights = AutoRegressive(), ()
+    if name != 'AR':
+        drafter = Medusa(2, ((0,), (1,), (0, 0), (1, 0)), False, FREE)
+        weights = weights_of(drafter, model)
+    count = 4096
+    request = Request(drafter, 3, FREE, batch=1024)
+    result = decode_all(model, request, [[1, 2]] * count, weights)
+    seen = Counter(tuple(tokens[:2]) for tokens in result.tokens)
+    pairs = np.array([[1, 2, t] for t in range(5)], np.int32)
+    logits_VTV = np.asarray(forward(model.module, model.params, pairs), np.float64)
+    first_V, second_VV = (softmax(x, axis=-1) for x in (logits_VTV[0, 1], logits_VTV[:, 2]))
+    expected = (first_V[:, None] * second_VV).ravel() * count
+    found = np.array([seen[pair] for pair in itertools.product(range(5), repeat=2)])
+    often = expected >= 5
+    assert often.sum() > 8
+    ratio = found[often].sum() / expected[often].sum()
+    assert chisquare(found[often], expected[often] * ratio).pvalue > 1e-3
 
 
 APPLE = np.array(

@@ -65,6 +65,8 @@ class Medusa:
     def __post_init__(self):
         if self.heads < 1:
             raise ConfigError(f'heads {self.heads}: must be at least 1')
+        if not self.choices:
+            raise ConfigError('choices: empty; a tree has at least one guess')
         known = {(), *self.choices}
         for path in self.choices:
             good = path[:-1] in known and 1 <= len(path) <= self.heads
@@ -87,7 +89,8 @@ class Medusa:
         pending_B1 = sequences.window(1)
         logits_BKV = self.logits(weights, state.hidden_BD[:, None])[:, 0]
         ahead_K = jnp.arange(1, self.heads + 1, dtype=jnp.int32)
-        _, best_BKR = jax.lax.top_k(perturbed(logits_BKV, sequences, ahead_K, self.sampling), RANKS)
+        logits_BKV = perturbed(logits_BKV, sequences, ahead_K, self.sampling)
+        _, best_BKR = jax.lax.top_k(logits_BKV, 1 + max(path[-1] for path in self.choices))
         order = sorted(self.choices, key=lambda path: (len(path), path))
         number = {path: i for i, path in enumerate(((), *order))}
         parent_N = np.array([-1, *(number[path[:-1]] for path in order)], np.int32)
@@ -96,7 +99,7 @@ class Medusa:
         tokens_BN = jnp.concatenate([pending_B1, best_BKR[:, heads, ranks]], axis=1)
         valid_BN = jnp.broadcast_to(state.known_B[:, None], tokens_BN.shape)
         parent_BN = jnp.broadcast_to(jnp.asarray(parent_N)[None], tokens_BN.shape)
-        return Draft(tokens_BN, valid_BN, parent_BN, max(map(len, order), default=0)), state
+        return Draft(tokens_BN, valid_BN, parent_BN, max(map(len, order))), state
 
     def update(self, weights, state, draft, verdict, sequences):
         return follow(state, verdict)
