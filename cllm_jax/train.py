@@ -23,8 +23,10 @@ from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
 from cllm_jax.decoding.request import cache_slots
+from cllm_jax.drafters.heads import borrow
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.config import LlamaConfig
+from cllm_jax.models.hf import abstract_params
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.load import DTYPES, Model, load, named_or, peek, tokenizer_fingerprint
 from cllm_jax.parallel.mesh import MeshConfig, make_mesh, pretend
@@ -314,6 +316,9 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
     """
     config, mesh = architecture(settings), make_mesh(settings.mesh)
     check_batch(settings.batch // settings.optimizer.accumulate, mesh)
+    if settings.objective in ('medusa', 'redrafter', 'eagle') and not settings.heads.joint:
+        plan_of_heads(settings, directory, config, console)
+        return
     answer = min(settings.held_out.max_tokens, settings.max_length // 2)
     consistency = settings.objective == 'consistency'
     shape = StepShape(
@@ -358,6 +363,31 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
         rows = [[f'{name} per device', size(count)] for name, count in counted.items()]
         title = f'the compiled step, {seconds:.0f} s of compilation'
         console.out.print(table(title, ['', ''], rows))
+
+
+def plan_of_heads(
+    settings: TrainConfig, directory: Path, config: LlamaConfig, console: Console
+) -> None:
+    """What training a drafter of a frozen model would need."""
+    model = Model(config, abstract_params(config), None, settings.model)
+    drafter, tables = drafter_of(settings.objective, settings.heads, model), borrow(model, None)
+    own = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables.embed_VD, tables.head_VD)
+    count = sum(leaf.size for leaf in jax.tree.leaves(own))
+    width = DTYPES[settings.dtype].itemsize
+    print_plan(
+        console,
+        to_json(settings),
+        {
+            'writes to': directory / 'drafter',
+            'parameters of the model, frozen': f'{config.parameters:,}',
+            'weights of the model': size(config.parameters * width),
+            'parameters of the drafter': f'{count:,}',
+            'weights, gradients, optimiser state of the drafter': size(16 * count),
+            'tokens verified per forward': drafter.nodes,
+            'steps': settings.steps,
+            'samples seen': settings.steps * settings.batch,
+        },
+    )
 
 
 def run() -> None:
