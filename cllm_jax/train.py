@@ -10,276 +10,40 @@ command continues.
 """
 
 import dataclasses
-import random
 from pathlib import Path
-from typing import Literal
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from cllm_jax.console import Console, print_plan, size, table
-from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import open_source
-from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
 from cllm_jax.decoding.request import cache_slots
 from cllm_jax.drafters.heads import borrow
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.hf import abstract_params
-from cllm_jax.models.llama import Llama, init_params
-from cllm_jax.models.load import DTYPES, Model, load, named_or, peek, tokenizer_fingerprint
-from cllm_jax.parallel.mesh import MeshConfig, make_mesh, pretend
+from cllm_jax.models.load import DTYPES, Model
+from cllm_jax.parallel.mesh import make_mesh, pretend
 from cllm_jax.parallel.rules import check_batch
 from cllm_jax.rundir import open_run
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.training.batches import Noise, Sample, make_batch
-from cllm_jax.training.heads import HeadsConfig, drafter_of, of_heads
+from cllm_jax.training.config import (
+    STAGES,
+    TrainConfig,
+    architecture,
+    check_losses,
+    quick,
+    with_names,
+)
+from cllm_jax.training.heads import drafter_of, of_heads
 from cllm_jax.training.needs import StepShape, compiled_needs, needs
 from cllm_jax.training.objective import Objective, of_text
-from cllm_jax.training.run import HeldOut, RunPlan, train
-from cllm_jax.training.step import LossWeights, OptimizerConfig, check_accumulation
-from cllm_jax.trajectories.clean import Cleaning, clean
-from cllm_jax.trajectories.store import read_manifest, read_records
+from cllm_jax.training.run import RunPlan, train
+from cllm_jax.training.samples import prepare
+from cllm_jax.training.step import check_accumulation
 
-STAGES = ('target', 'cllm', 'refine', 'medusa', 'medusa2', 'redrafter', 'eagle', 'space')
 CALIBRATION = 64
 """Samples by which Medusa's tree is chosen."""
-TOKENIZER_ROWS = 8000
-"""Rows of the dataset that a new tokenizer is trained on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class NewModel:
-    """The architecture of a model that starts from random weights."""
-
-    vocab_size: int = 1536
-    """Tokens of the BPE vocabulary, trained on the dataset."""
-    dim: int = 192
-    """Width of the residual stream."""
-    layers: int = 4
-    """Transformer blocks."""
-    heads: int = 4
-    """Query heads."""
-    kv_heads: int = 4
-    """Key and value heads."""
-    mlp_dim: int = 640
-    """Width of the gated MLP."""
-    max_positions: int = 1024
-    """Longest prompt plus answer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run."""
-
-    root: str = 'runs/embedded'
-    """Directory of the recipe's runs; this run is ROOT/STAGE."""
-    objective: Literal['ar', 'consistency', 'medusa', 'redrafter', 'eagle', 'space'] = 'consistency'
-    """Learn texts; or learn to jump from any Jacobi state to its fixed point; or train a drafter
-    of that kind on the answers of a model."""
-    model: str = ''
-    """Model to start from or to draft for; 'new' for random weights. Default: embedded-target, or
-    but for objective ar ROOT/target where there is one (stage refine: ROOT/cllm, else embedded)."""
-    new: NewModel = NewModel()
-    """The architecture if model is 'new'."""
-    data: str = ''
-    """Dataset (see the README) for ar; else a trajectory directory, default ROOT/trajectories
-    (stage refine: ROOT/retrajectories). Drafters learn from its answers."""
-    texts: str = ''
-    """A dataset whose answers are trained on beside the trajectories; for consistency with states
-    of right and random tokens. It keeps the quality up, and costs no collection."""
-    examples: int | None = None
-    """Rows of the dataset (of ar, or of texts) to use; all of a file if not given."""
-    max_length: int = 512
-    """Longer samples are left out, and counted."""
-    task: str = 'sql+arithmetic'
-    """Held-out prompts come from this dataset."""
-    dtype: Literal['float32', 'bfloat16'] = 'float32'
-    """Of weights, gradients and optimiser state."""
-    compute: Literal['float32', 'bfloat16'] = 'float32'
-    """Precision of matrix products; bfloat16 is faster on chips with matrix units."""
-    steps: int = 2000
-    """Optimisation steps."""
-    batch: int = 32
-    """Samples per step."""
-    seed: int = 0
-    """Of initialisation, data order and noise."""
-    save_every: int = 200
-    """Steps between checkpoints."""
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW or Muon."""
-    loss: LossWeights = LossWeights()
-    """How the losses are added up."""
-    noise: Noise = Noise()
-    """Which trajectory states are trained on."""
-    heads: HeadsConfig = HeadsConfig()
-    """Sizes of the drafter, if one is trained."""
-    cleaning: Cleaning = Cleaning()
-    """Which trajectories are left out."""
-    held_out: HeldOut = HeldOut()
-    """The test that chooses the checkpoint."""
-    remat: bool = False
-    """Compute each layer again in the backward pass instead of keeping its activations."""
-    mesh: MeshConfig = MeshConfig()
-    """Devices along data, fsdp and tensor. A run may continue on another mesh."""
-    quick: bool = False
-    """A tiny version of everything, to see that it works."""
-
-
-def quick(settings: TrainConfig) -> TrainConfig:
-    """The same run, tiny."""
-    return dataclasses.replace(
-        settings,
-        examples=400,
-        steps=6,
-        batch=8,
-        save_every=3,
-        log_every=2,
-        new=dataclasses.replace(settings.new, dim=64, layers=2, mlp_dim=128),
-        held_out=dataclasses.replace(settings.held_out, every=3, prompts=4, max_tokens=48),
-    )
-
-
-def new_model(settings: TrainConfig, texts: list[str]) -> Model:
-    """Random weights and a tokenizer trained on the texts."""
-    config = architecture(settings)
-    tokenizer = train_tokenizer(texts, config.vocab_size)
-    special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
-    config = dataclasses.replace(config, **special)
-    dtype = DTYPES[settings.dtype]
-    params = jax.jit(lambda key: init_params(Llama(config, dtype), key))(
-        jax.random.key(settings.seed)
-    )
-    return Model(config, params, tokenizer, 'new')
-
-
-def trajectory_samples(settings: TrainConfig, model: Model, console: Console) -> list[Sample]:
-    """The cleaned trajectories of a collection; refused if made with another tokenizer."""
-    directory = Path(settings.data)
-    made_with = read_manifest(directory)['identity']['tokenizer']
-    if made_with != tokenizer_fingerprint(model.tokenizer):
-        raise ConfigError(
-            f'{directory}: collected with another tokenizer than that of {model.source}; '
-            'collect again with this model'
-        )
-    with console.status(f'reading {directory}'):
-        records, counts = clean(read_records(directory), settings.cleaning)
-    console.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
-    return [Sample(r.prompt, r.answer, r.states, r.start) for r in records]
-
-
-def read_examples(settings: TrainConfig, data: str, console: Console) -> list[Example]:
-    """The training rows of a dataset."""
-    source = open_source(data, split='train', seed=settings.seed, limit=settings.examples)
-    with console.status(f'reading {len(source)} examples of {source.name}'):
-        return [source[i] for i in range(len(source))]
-
-
-def text_samples(
-    model: Model, examples: list[Example], console: Console, block: int = 0
-) -> list[Sample]:
-    """Prompts with their reference answers, and no states of `block` tokens."""
-    if not model.config.eos_ids:
-        raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
-    with console.status('tokenising'):
-        pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
-    states = np.zeros((0, block), np.int32)
-    start = np.zeros(0, np.int32)
-    return [Sample(prompt, answer, states, start) for prompt, answer in pairs]
-
-
-def check_losses(settings: TrainConfig) -> TrainConfig:
-    """The settings with the losses that the objective has.
-
-    Raises:
-      ConfigError: consistency without a consistency loss, or texts with noise.pairs.
-    """
-    loss = settings.loss
-    if settings.objective != 'consistency':
-        state = (loss.state_weight or 1.0) if settings.objective == 'space' else 0.0
-        alone = dataclasses.replace(loss, global_weight=0.0, local_weight=0.0, state_weight=state)
-        return dataclasses.replace(settings, loss=alone)
-    if not (loss.global_weight or loss.local_weight):
-        raise ConfigError(
-            'objective consistency with loss.global_weight and loss.local_weight 0: '
-            'set one of them, or use objective ar'
-        )
-    if settings.texts and settings.noise.pairs:
-        raise ConfigError(
-            'texts with noise.pairs: states made by chance have no successor; leave one of them out'
-        )
-    return settings
-
-
-def with_names(settings: TrainConfig, stage: str) -> TrainConfig:
-    """The settings with the model and the trajectories that a stage takes if none are named."""
-    if settings.objective == 'ar':
-        return dataclasses.replace(settings, model=settings.model or 'embedded-target')
-    run, shipped, collected = (
-        ('cllm', 'embedded', 'retrajectories')
-        if stage == 'refine'
-        else ('target', 'embedded-target', 'trajectories')
-    )
-    return dataclasses.replace(
-        settings,
-        model=named_or(settings.model, f'{settings.root}/{run}', shipped),
-        data=settings.data or f'{settings.root}/{collected}',
-    )
-
-
-def prepare(
-    settings: TrainConfig, mesh: Mesh | None, console: Console
-) -> tuple[Model, list[Sample]]:
-    """The model to start from and its training samples."""
-    if settings.objective != 'ar':
-        model = load(settings.model, settings.dtype, mesh)
-        samples = trajectory_samples(settings, model, console)
-        block = samples[0].states.shape[1] if samples else 0
-        if settings.objective != 'consistency':  # only the answers count
-            block = settings.heads.ahead + 1
-            states, start = np.zeros((0, block), np.int32), np.zeros(0, np.int32)
-            samples = [Sample(s.prompt, s.answer, states, start) for s in samples]
-        if settings.texts and samples:
-            examples = read_examples(settings, settings.texts, console)
-            samples += text_samples(model, examples, console, block)
-    else:
-        if not settings.data:
-            raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
-        examples = read_examples(settings, settings.data, console)
-        if settings.model == 'new':
-            # A random choice: a regular one could miss a task of a mixture altogether.
-            rows = min(len(examples), TOKENIZER_ROWS)
-            chosen = random.Random(settings.seed).sample(examples, rows)
-            model = new_model(settings, [e.prompt + e.answer for e in chosen])
-        else:
-            model = load(settings.model, settings.dtype, mesh)
-        samples = text_samples(model, examples, console)
-    kept = [s for s in samples if len(s) <= settings.max_length]
-    console.note(f'{len(kept)} samples, {len(samples) - len(kept)} too long left out')
-    return model, kept
-
-
-def architecture(settings: TrainConfig) -> LlamaConfig:
-    """That of the model to train; of a hub id only the config is fetched."""
-    if settings.model != 'new':
-        return peek(settings.model)
-    new = settings.new
-    if new.dim % new.heads:
-        raise ConfigError(f'dim {new.dim}: must be a multiple of the {new.heads} heads')
-    return LlamaConfig(
-        vocab_size=new.vocab_size,
-        dim=new.dim,
-        layers=new.layers,
-        heads=new.heads,
-        kv_heads=new.kv_heads,
-        head_dim=new.dim // new.heads,
-        mlp_dim=new.mlp_dim,
-        tied=True,
-        max_positions=new.max_positions,
-    )
 
 
 def objective_of(settings: TrainConfig, model: Model, samples: list[Sample]) -> Objective:

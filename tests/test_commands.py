@@ -12,6 +12,7 @@ import cllm_jax
 from cllm_jax import collect, evaluate, export, train
 from cllm_jax.errors import ConfigError
 from cllm_jax.settings import guard
+from cllm_jax.training.config import STAGES, TrainConfig, with_names
 
 api = cllm_jax.decode
 decode = import_module('cllm_jax.decode')
@@ -79,15 +80,13 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
     from cllm_jax.export import ExportConfig
     from cllm_jax.recipe import read_recipe
     from cllm_jax.settings import parse
-    from cllm_jax.train import TrainConfig
-
-    classes = {
-        'target': TrainConfig, 'collect': CollectConfig, 'cllm': TrainConfig,
-        'export': ExportConfig, 'evaluate': EvaluateConfig,
-    }  # fmt: skip
-    if 'refine' in read_recipe(CONFIGS / config):
-        classes |= {'recollect': CollectConfig, 'refine': TrainConfig}
-    for stage, kind in classes.items():
+        classes = dict.fromkeys(STAGES, TrainConfig)
+    classes |= dict.fromkeys(('collect', 'recollect'), CollectConfig)
+    classes |= {'export': ExportConfig, 'evaluate': EvaluateConfig}
+    stages = read_recipe(CONFIGS / config)
+    assert {'target', 'collect', 'cllm', 'export', 'evaluate'} <= stages.keys()
+    for stage in stages:
+        kind = classes[stage]
         argv = ['--config', str(CONFIGS / config), '--stage', stage]
         parse(kind, program='x', description='x', stage=stage, stages=(stage,), argv=argv)
 
@@ -103,12 +102,12 @@ def test_plans_start_nothing(tmp_path, monkeypatch, capsys):
 def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
     for run in ('target', 'cllm'):
         (tmp_path / run / 'model').mkdir(parents=True)
-    settings = train.TrainConfig(root=str(tmp_path))
+    settings = TrainConfig(root=str(tmp_path))
     for stage, model, data in (
         ('cllm', 'target', 'trajectories'),
         ('refine', 'cllm', 'retrajectories'),
     ):
-        found = train.with_names(settings, stage)
+        found = with_names(settings, stage)
         assert (found.model, found.data) == (f'{tmp_path}/{model}', f'{tmp_path}/{data}')
     runs = export.ExportConfig(root=str(tmp_path))
     assert export.exported(runs) == {n: tmp_path / n for n in ('target', 'cllm')}

@@ -21,7 +21,7 @@ from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted, Nume
 from cllm_jax.parallel.mesh import shape
 from cllm_jax.recipe import read_recipe
 from cllm_jax.settings import parse
-from cllm_jax.train import TrainConfig
+from cllm_jax.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'

@@ -25,7 +25,7 @@ from cllm_jax.models.config import read_config
 from cllm_jax.models.hf import read_model
 from cllm_jax.models.load import read_tokenizer
 from cllm_jax.recipe import from_mapping, read_recipe
-from cllm_jax.train import TrainConfig
+from cllm_jax.training.config import TrainConfig
 from tests.tiny_model import tiny_tokenizer, write_sharded, write_single
 
 SECONDS = float(os.environ.get('CLLM_FUZZ_SECONDS', '20'))

@@ -1,0 +1,169 @@
+"""The settings of a training run, and what follows from them before anything is loaded."""
+
+import dataclasses
+from typing import Literal
+
+from cllm_jax.errors import ConfigError
+from cllm_jax.models.config import LlamaConfig
+from cllm_jax.models.load import named_or, peek
+from cllm_jax.parallel.mesh import MeshConfig
+from cllm_jax.training.batches import Noise
+from cllm_jax.training.heads import HeadsConfig
+from cllm_jax.training.run import HeldOut
+from cllm_jax.training.step import LossWeights, OptimizerConfig
+from cllm_jax.trajectories.clean import Cleaning
+
+STAGES = ('target', 'cllm', 'refine', 'medusa', 'medusa2', 'redrafter', 'eagle', 'space')
+
+
+@dataclasses.dataclass(frozen=True)
+class NewModel:
+    """The architecture of a model that starts from random weights."""
+
+    vocab_size: int = 1536
+    """Tokens of the BPE vocabulary, trained on the dataset."""
+    dim: int = 192
+    """Width of the residual stream."""
+    layers: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 4
+    """Key and value heads."""
+    mlp_dim: int = 640
+    """Width of the gated MLP."""
+    max_positions: int = 1024
+    """Longest prompt plus answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run."""
+
+    root: str = 'runs/embedded'
+    """Directory of the recipe's runs; this run is ROOT/STAGE."""
+    objective: Literal['ar', 'consistency', 'medusa', 'redrafter', 'eagle', 'space'] = 'consistency'
+    """Learn texts; or learn to jump from any Jacobi state to its fixed point; or train a drafter
+    of that kind on the answers of a model."""
+    model: str = ''
+    """Model to start from or to draft for; 'new' for random weights. Default: embedded-target, or
+    but for objective ar ROOT/target where there is one (stage refine: ROOT/cllm, else embedded)."""
+    new: NewModel = NewModel()
+    """The architecture if model is 'new'."""
+    data: str = ''
+    """Dataset (see the README) for ar; else a trajectory directory, default ROOT/trajectories
+    (stage refine: ROOT/retrajectories). Drafters learn from its answers."""
+    texts: str = ''
+    """A dataset whose answers are trained on beside the trajectories; for consistency with states
+    of right and random tokens. It keeps the quality up, and costs no collection."""
+    examples: int | None = None
+    """Rows of the dataset (of ar, or of texts) to use; all of a file if not given."""
+    max_length: int = 512
+    """Longer samples are left out, and counted."""
+    task: str = 'sql+arithmetic'
+    """Held-out prompts come from this dataset."""
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    """Of weights, gradients and optimiser state."""
+    compute: Literal['float32', 'bfloat16'] = 'float32'
+    """Precision of matrix products; bfloat16 is faster on chips with matrix units."""
+    steps: int = 2000
+    """Optimisation steps."""
+    batch: int = 32
+    """Samples per step."""
+    seed: int = 0
+    """Of initialisation, data order and noise."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW or Muon."""
+    loss: LossWeights = LossWeights()
+    """How the losses are added up."""
+    noise: Noise = Noise()
+    """Which trajectory states are trained on."""
+    heads: HeadsConfig = HeadsConfig()
+    """Sizes of the drafter, if one is trained."""
+    cleaning: Cleaning = Cleaning()
+    """Which trajectories are left out."""
+    held_out: HeldOut = HeldOut()
+    """The test that chooses the checkpoint."""
+    remat: bool = False
+    """Compute each layer again in the backward pass instead of keeping its activations."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along data, fsdp and tensor. A run may continue on another mesh."""
+    quick: bool = False
+    """A tiny version of everything, to see that it works."""
+
+
+def quick(settings: TrainConfig) -> TrainConfig:
+    """The same run, tiny."""
+    return dataclasses.replace(
+        settings,
+        examples=400,
+        steps=6,
+        batch=8,
+        save_every=3,
+        log_every=2,
+        new=dataclasses.replace(settings.new, dim=64, layers=2, mlp_dim=128),
+        held_out=dataclasses.replace(settings.held_out, every=3, prompts=4, max_tokens=48),
+    )
+
+
+def check_losses(settings: TrainConfig) -> TrainConfig:
+    """The settings with the losses that the objective has.
+
+    Raises:
+      ConfigError: consistency without a consistency loss, or texts with noise.pairs.
+    """
+    loss = settings.loss
+    if settings.objective != 'consistency':
+        state = (loss.state_weight or 1.0) if settings.objective == 'space' else 0.0
+        alone = dataclasses.replace(loss, global_weight=0.0, local_weight=0.0, state_weight=state)
+        return dataclasses.replace(settings, loss=alone)
+    if not (loss.global_weight or loss.local_weight):
+        raise ConfigError(
+            'objective consistency with loss.global_weight and loss.local_weight 0: '
+            'set one of them, or use objective ar'
+        )
+    if settings.texts and settings.noise.pairs:
+        raise ConfigError(
+            'texts with noise.pairs: states made by chance have no successor; leave one of them out'
+        )
+    return settings
+
+
+def with_names(settings: TrainConfig, stage: str) -> TrainConfig:
+    """The settings with the model and the trajectories that a stage takes if none are named."""
+    if settings.objective == 'ar':
+        return dataclasses.replace(settings, model=settings.model or 'embedded-target')
+    run, shipped, collected = (
+        ('cllm', 'embedded', 'retrajectories')
+        if stage == 'refine'
+        else ('target', 'embedded-target', 'trajectories')
+    )
+    return dataclasses.replace(
+        settings,
+        model=named_or(settings.model, f'{settings.root}/{run}', shipped),
+        data=settings.data or f'{settings.root}/{collected}',
+    )
+
+
+def architecture(settings: TrainConfig) -> LlamaConfig:
+    """That of the model to train; of a hub id only the config is fetched."""
+    if settings.model != 'new':
+        return peek(settings.model)
+    new = settings.new
+    if new.dim % new.heads:
+        raise ConfigError(f'dim {new.dim}: must be a multiple of the {new.heads} heads')
+    return LlamaConfig(
+        vocab_size=new.vocab_size,
+        dim=new.dim,
+        layers=new.layers,
+        heads=new.heads,
+        kv_heads=new.kv_heads,
+        head_dim=new.dim // new.heads,
+        mlp_dim=new.mlp_dim,
+        tied=True,
+        max_positions=new.max_positions,
+    )

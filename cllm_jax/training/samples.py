@@ -1,0 +1,104 @@
+"""From datasets and trajectories to the model and the samples of a training run."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cllm_jax.console import Console
+from cllm_jax.datasets.example import Example
+from cllm_jax.datasets.sources import open_source
+from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
+from cllm_jax.errors import ConfigError
+from cllm_jax.models.llama import Llama, init_params
+from cllm_jax.models.load import DTYPES, Model, load, tokenizer_fingerprint
+from cllm_jax.training.batches import Sample
+from cllm_jax.training.config import TrainConfig, architecture
+from cllm_jax.trajectories.clean import clean
+from cllm_jax.trajectories.store import read_manifest, read_records
+
+TOKENIZER_ROWS = 8000
+"""Rows of the dataset that a new tokenizer is trained on."""
+
+
+def new_model(settings: TrainConfig, texts: list[str]) -> Model:
+    """Random weights and a tokenizer trained on the texts."""
+    config = architecture(settings)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
+    config = dataclasses.replace(config, **special)
+    dtype = DTYPES[settings.dtype]
+    params = jax.jit(lambda key: init_params(Llama(config, dtype), key))(
+        jax.random.key(settings.seed)
+    )
+    return Model(config, params, tokenizer, 'new')
+
+
+def trajectory_samples(settings: TrainConfig, model: Model, console: Console) -> list[Sample]:
+    """The cleaned trajectories of a collection; refused if made with another tokenizer."""
+    directory = Path(settings.data)
+    made_with = read_manifest(directory)['identity']['tokenizer']
+    if made_with != tokenizer_fingerprint(model.tokenizer):
+        raise ConfigError(
+            f'{directory}: collected with another tokenizer than that of {model.source}; '
+            'collect again with this model'
+        )
+    with console.status(f'reading {directory}'):
+        records, counts = clean(read_records(directory), settings.cleaning)
+    console.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
+    return [Sample(r.prompt, r.answer, r.states, r.start) for r in records]
+
+
+def read_examples(settings: TrainConfig, data: str, console: Console) -> list[Example]:
+    """The training rows of a dataset."""
+    source = open_source(data, split='train', seed=settings.seed, limit=settings.examples)
+    with console.status(f'reading {len(source)} examples of {source.name}'):
+        return [source[i] for i in range(len(source))]
+
+
+def text_samples(
+    model: Model, examples: list[Example], console: Console, block: int = 0
+) -> list[Sample]:
+    """Prompts with their reference answers, and no states of `block` tokens."""
+    if not model.config.eos_ids:
+        raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
+    with console.status('tokenising'):
+        pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
+    states = np.zeros((0, block), np.int32)
+    start = np.zeros(0, np.int32)
+    return [Sample(prompt, answer, states, start) for prompt, answer in pairs]
+
+
+def prepare(
+    settings: TrainConfig, mesh: Mesh | None, console: Console
+) -> tuple[Model, list[Sample]]:
+    """The model to start from and its training samples."""
+    if settings.objective != 'ar':
+        model = load(settings.model, settings.dtype, mesh)
+        samples = trajectory_samples(settings, model, console)
+        block = samples[0].states.shape[1] if samples else 0
+        if settings.objective != 'consistency':  # only the answers count
+            block = settings.heads.ahead + 1
+            states, start = np.zeros((0, block), np.int32), np.zeros(0, np.int32)
+            samples = [Sample(s.prompt, s.answer, states, start) for s in samples]
+        if settings.texts and samples:
+            examples = read_examples(settings, settings.texts, console)
+            samples += text_samples(model, examples, console, block)
+    else:
+        if not settings.data:
+            raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
+        examples = read_examples(settings, settings.data, console)
+        if settings.model == 'new':
+            # A random choice: a regular one could miss a task of a mixture altogether.
+            rows = min(len(examples), TOKENIZER_ROWS)
+            chosen = random.Random(settings.seed).sample(examples, rows)
+            model = new_model(settings, [e.prompt + e.answer for e in chosen])
+        else:
+            model = load(settings.model, settings.dtype, mesh)
+        samples = text_samples(model, examples, console)
+    kept = [s for s in samples if len(s) <= settings.max_length]
+    console.note(f'{len(kept)} samples, {len(samples) - len(kept)} too long left out')
+    return model, kept
