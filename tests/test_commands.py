@@ -80,7 +80,8 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
     from cllm_jax.export import ExportConfig
     from cllm_jax.recipe import read_recipe
     from cllm_jax.settings import parse
-        classes = dict.fromkeys(STAGES, TrainConfig)
+
+    classes = dict.fromkeys(STAGES, TrainConfig)
     classes |= dict.fromkeys(('collect', 'recollect'), CollectConfig)
     classes |= {'export': ExportConfig, 'evaluate': EvaluateConfig}
     stages = read_recipe(CONFIGS / config)
