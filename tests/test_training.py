@@ -400,6 +400,17 @@ def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, monkeypatc
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_best_few_models_are_kept(mixed_dtypes, tmp_path, monkeypatch):
+    objective, data, source, plan = tiny_run()
+    test = dataclasses.replace(plan.held_out, every=1, keep=2)
+    scores = iter([0.2, 0.5, 0.1, 0.5, 0.3, 0.4])
+    monkeypatch.setattr(training_run, 'score', lambda *_: next(scores))
+    train(tmp_path, objective, data, source, dataclasses.replace(plan, held_out=test))
+    assert sorted(p.name for p in (tmp_path / 'best').iterdir()) == ['2', '4']
+    best = load(str(tmp_path / 'best' / '2')).params['norm']
+    np.testing.assert_array_equal(best, load(str(tmp_path)).params['norm'])
+
+
 def test_a_damaged_checkpoint_is_set_aside_and_training_goes_on_from_the_one_before(
     mixed_dtypes, tmp_path
 ):

@@ -1,6 +1,7 @@
 """The training run: the loop around the step, its log, its checkpoints and its held-out tests."""
 
 import dataclasses
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -55,6 +56,8 @@ class HeldOut:
     """What quality means: right answers, or agreement with the model before training."""
     tolerance: float = 0.02
     """Consistency: quality that may be lost against the model before training."""
+    keep: int = 1
+    """How many of the best are kept; beside RUN/model, the best one, in RUN/best/STEP."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +218,23 @@ def _test_and_keep(
     if found['score'] > progress['best']:
         progress['best'] = found['score']
         keep(directory, trained, fetch, is_main())
+    if plan.held_out.keep > 1:
+        progress[f'score_{step}'] = found['score']
+        scores = {int(k[6:]): v for k, v in progress.items() if k.startswith('score_')}
+        best = sorted(scores, key=lambda step: (-scores[step], step))
+        _keep_several(directory, trained, step, best[: plan.held_out.keep])
+
+
+def _keep_several(directory: Path, trained: Trained, step: int, best: Sequence[int]) -> None:
+    """Keep what was tested at this step if it is among the best, and nothing but those."""
+    place = directory / 'best'
+    if step in best:
+        if is_main():
+            place.mkdir(exist_ok=True)
+        keep(place / str(step), trained, fetch, is_main())
+    for old in place.iterdir() if is_main() and place.is_dir() else ():
+        if old.name not in map(str, best):
+            shutil.rmtree(old)
 
 
 def _record(log: Path, report: Callable[[dict], None], step: int, numbers: dict) -> None:
