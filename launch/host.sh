@@ -8,7 +8,8 @@ usage: bash launch/host.sh CONFIG --root DIR [--steps LIST] [--dry-run] [-- OVER
 
 Runs the steps of the recipe CONFIG in order, with the Python $PYTHON (default: python).
 
-  --root DIR      directory of the runs; with several hosts one that all of them see
+  --root DIR      directory of the runs; with several hosts one that all of them see. A bucket,
+                  gs://BUCKET/NAME, is mounted below $GCS_MOUNT (/tmp/gcs) with gcsfuse
   --steps LIST    steps in order, separated by commas; default train:target,collect,train:cllm,
                   then collect:recollect,train:refine if the recipe has a stage refine;
                   export and evaluate are steps too
@@ -70,6 +71,25 @@ for step in "${list[@]}"; do
         *) refuse "no step '$step'; there are train:target, collect, train:cllm, collect:recollect, train:refine, export, evaluate" ;;
     esac
 done
+
+# The commands work on files. Nothing of a bucket is cached, since other hosts write there too.
+if [[ $root == gs://* ]]; then
+    bucket=${root#gs://} name=
+    [[ $bucket != */* ]] || name=/${bucket#*/}
+    bucket=${bucket%%/*}
+    place=${GCS_MOUNT:-/tmp/gcs}/$bucket
+    mount=(gcsfuse --implicit-dirs --metadata-cache-ttl-secs 0 --rename-dir-limit 100000 "$bucket" "$place")
+    root=$place$name
+    printf '+'
+    printf ' %q' "${mount[@]}"
+    printf '\n'
+    if ! $dry_run && ! mountpoint -q "$place"; then
+        command -v gcsfuse >/dev/null ||
+            refuse "gs://$bucket: gcsfuse is not installed; launch/README.md has its page"
+        mkdir -p "$place"
+        "${mount[@]}" || refuse "gs://$bucket: gcsfuse cannot mount it on $place; see above"
+    fi
+fi
 
 child='' stopped=false
 stop() {

@@ -181,7 +181,7 @@ def test_quoting_survives_every_shell_on_the_way(script):
     shown = bash('-c', f'printf "%s\\0" {text}')
     assert shown.stdout.split('\0')[:-1] == job
     steps = [shlex.split(x[2:]) for x in done.stdout.splitlines() if x.startswith('# python ')]
-    assert all(step[5:7] == job[2:4] for step in steps)
+    assert all(step[5:7] == ['--root', '/tmp/gcs/b/some where'] for step in steps)
     assert [step[-2:] == job[-2:] for step in steps] == [True, False, True]  # for train only
 
 
@@ -340,14 +340,16 @@ def test_tpu_vm_starts_one_job_that_outlives_ssh_and_can_be_stopped(tmp_path):
         home / 'venv/bin/python',
         "trap 'echo saved; exit 75' TERM\necho begun\nfor i in {1..200}; do sleep 0.05; done",
     )
+    program(tmp_path / 'tools/gcsfuse', '')
+    host = {'cwd': home, 'HOME': str(home), 'tools': tmp_path / 'tools'}
     start = said('run', RECIPE)
-    assert bash('-c', start, cwd=home, HOME=str(home)).returncode == 0
+    assert bash('-c', start, **host).returncode == 0
     wait_for(home / 'cllm.log', 'begun')
     try:
-        second = bash('-c', start, cwd=home, HOME=str(home))
+        second = bash('-c', start, **host)
         assert second.returncode == 1 and 'a job runs here' in second.stdout
     finally:
-        assert bash('-c', said('stop'), cwd=home, HOME=str(home)).returncode == 0
+        assert bash('-c', said('stop'), **host).returncode == 0
     wait_for(home / 'cllm.log', 'stopped (exit code 75)')
     assert (home / 'cllm.log').read_text().count('begun') == 1
 
@@ -387,6 +389,7 @@ class Cloud:
         self.fake.mkdir()
         self.home.mkdir()
         program(self.tools / 'gcloud', GCLOUD)
+        program(self.tools / 'gcsfuse', '')
         # Time passes at once; a watch that has seen all states is stopped, as by Ctrl-C.
         program(self.tools / 'sleep', '[[ ! -f $FAKE/states || -s $FAKE/states ]] || kill $PPID')
 
@@ -522,7 +525,8 @@ def test_jobset_is_one_whole_slice_that_runs_host_sh():
     assert container['command'][:2] == ['bash', 'launch/host.sh'] and done.returncode == 0, (
         done.stderr
     )
-    assert len(done.stdout.splitlines()) == 3
+    [mount, *commands] = done.stdout.splitlines()
+    assert mount.startswith('+ gcsfuse') and len(commands) == 3
 
     # Codes that fail the set are those that no restart helps; all else restarts it.
     [rule] = spec['podFailurePolicy']['rules']
@@ -548,14 +552,18 @@ def test_skypilot_names_each_process_and_runs_host_sh(tmp_path):
         'SKYPILOT_NODE_RANK': '1',
     }
     envs = task['envs'] | {'ROOT': 'gs://b/run', 'HOME': str(tmp_path)}
-    done = bash('-c', task['run'], **envs, **node)
+    program(tmp_path / 'tools/gcsfuse', f'echo "$*" >{tmp_path}/mounted')
+    done = bash('-c', task['run'], tools=tmp_path / 'tools', **envs, **node)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'env').read_text().splitlines() == [
         'JAX_COORDINATOR_ADDRESS=10.0.0.4:12355',
         'JAX_NUM_PROCESSES=2',
         'JAX_PROCESS_ID=1',
     ]
-    modules = [line.split()[1] for line in (tmp_path / 'calls').read_text().splitlines()]
+    assert (tmp_path / 'mounted').read_text().split()[-2:] == ['b', '/tmp/gcs/b']
+    calls = (tmp_path / 'calls').read_text().splitlines()
+    assert all('--root /tmp/gcs/b/run' in call for call in calls)
+    modules = [call.split()[1] for call in calls]
     assert modules == ['cllm_jax.train', 'cllm_jax.collect', 'cllm_jax.train']
     forgotten = bash('-c', task['run'], **task['envs'], **node)
     assert forgotten.returncode == 2 and '--root needs a value' in forgotten.stderr
@@ -566,8 +574,9 @@ def test_skypilot_names_each_process_and_runs_host_sh(tmp_path):
 
 def test_dockerfile_takes_what_the_package_and_the_scripts_need():
     text = (LAUNCH / 'Dockerfile').read_text()
-    lines = [line.split() for line in text.splitlines() if line and not line.startswith('#')]
-    known = {'FROM', 'ARG', 'ENV', 'WORKDIR', 'COPY', 'RUN', 'CMD'}
+    whole = text.replace('\\\n', '')
+    lines = [line.split() for line in whole.splitlines() if line and not line.startswith('#')]
+    known = {'FROM', 'ARG', 'ENV', 'WORKDIR', 'ADD', 'COPY', 'RUN', 'CMD'}
     assert lines[0][0] == 'FROM' and {line[0] for line in lines} == known
     copied = {name for line in lines if line[0] == 'COPY' for name in line[1:-1]}
     assert all((ROOT / name).exists() for name in copied)
@@ -579,7 +588,7 @@ def test_dockerfile_takes_what_the_package_and_the_scripts_need():
     assert {'cllm_jax', 'configs', 'launch'} <= copied
     [extra] = [line[1].removeprefix('EXTRA=') for line in lines if line[0] == 'ARG']
     assert extra in project['optional-dependencies']
-    installed = next(line[-1] for line in lines if line[0] == 'RUN')
+    installed = next(line[-1] for line in lines if line[:2] == ['RUN', 'pip'])
     for value, wanted in {'tpu': '.[tpu]', '': '.'}.items():
         assert bash('-c', f'printf %s {installed}', EXTRA=value).stdout == wanted
     [python, flag, module] = json.loads(' '.join(lines[-1][1:]))
