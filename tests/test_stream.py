@@ -194,7 +194,8 @@ def test_requests_out_of_range_are_refused(make):
         make()
 
 
-def test_buckets_are_few_and_waste_at_most_a_third():
+def test_buckets_are_few_and_waste_little():
     sizes = [bucket(n) for n in range(1, 5000)]
-    assert sizes == sorted(sizes) and len(set(sizes)) < 20
-    assert all(n <= size < max(17, 1.5 * n) for n, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes) and len(set(sizes)) < 36
+    for n, size in enumerate(sizes, 1):
+        assert n <= size < max(17, (1.5 if n <= 64 else 1.25) * n)

@@ -43,8 +43,8 @@ class Verdict:
     count_B: jax.Array
     """Tokens committed: as many of the path's nodes entered the cache. 0 for a finished row."""
     prompt_BTD: jax.Array | None = None
-    """After the prefill alone: the hidden states of the whole prompt, the pending token's behind
-    those of the tokens before it."""
+    """After the prefill alone, for drafters with a true `reads_prompt`: the hidden states of the
+    whole prompt, its last token being the pending one, and of what the draft has behind it."""
 
 
 @struct.dataclass

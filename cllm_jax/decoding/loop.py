@@ -22,7 +22,7 @@ from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.decoding.tree import Layout, accept, layout, mask
 from cllm_jax.models.cache import Cache, compact, init_cache
-from cllm_jax.models.llama import Llama
+from cllm_jax.models.llama import Llama, taken
 
 
 @struct.dataclass
@@ -121,6 +121,8 @@ def prefill(
         rows_BN = length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
         each_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
         mask_BTS = mask_BTS.at[each_B1, rows_BN].set(mask(where, length_B, slots))
+    at_BN = length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
+    reads_prompt = getattr(drafter, 'reads_prompt', False)
     hidden_BTD, cache = model.apply(
         {'params': params},
         tokens_BT,
@@ -128,13 +130,14 @@ def prefill(
         mask_BTS,
         state.cache,
         jnp.zeros_like(live_B, jnp.int32),
+        None if reads_prompt else at_BN,
     )
-    at_BN = length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
-    hidden_BND = jnp.take_along_axis(hidden_BTD, at_BN[:, :, None], axis=1)
+    prompt_BTD = hidden_BTD if reads_prompt else None
+    hidden_BND = taken(hidden_BTD, at_BN) if reads_prompt else hidden_BTD
     logits_BNV = model.apply({'params': params}, hidden_BND, method='logits')
     state = state.replace(cache=cache)
     said = (hidden_BND, logits_BNV)
-    return _commit(drafter, weights, sampling, stop_ids_E, state, draft, where, *said, hidden_BTD)
+    return _commit(drafter, weights, sampling, stop_ids_E, state, draft, where, *said, prompt_BTD)
 
 
 def _commit(

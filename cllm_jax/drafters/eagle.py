@@ -58,6 +58,11 @@ class Eagle:
         return min(self.capacity, 1 + seen)
 
     @property
+    def reads_prompt(self) -> bool:
+        """It wants the hidden states of the whole prompt (`Verdict.prompt_BTD`)."""
+        return True
+
+    @property
     def _scratch(self) -> int:
         """Rows of the cache that the nodes of a tree take."""
         return (self.depth - 1) * self.width

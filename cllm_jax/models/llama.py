@@ -30,6 +30,12 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     return y.astype(x.dtype) * gain.reshape((1,) * (x.ndim - 1) + gain.shape)
 
 
+def taken(x_BTX: jax.Array, rows_BN: jax.Array) -> jax.Array:
+    """Some rows of axis 1 of each batch row."""
+    at_BNX = rows_BN.reshape(rows_BN.shape + (1,) * (x_BTX.ndim - 2))
+    return jnp.take_along_axis(x_BTX, at_BNX, axis=1)
+
+
 class Block(nn.Module):
     """Attention and gated MLP, each behind an RMS norm and around a residual."""
 
@@ -47,7 +53,7 @@ class Block(nn.Module):
     def _vector(self, name: str, init: nn.initializers.Initializer, axes, *shape) -> jax.Array:
         return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.dtype)
 
-    def _qkv(self, x_BTD, sin, cos):
+    def _qkv(self, x_BTD, sin, cos, rows_BN):
         c, ones, zeros = self.config, nn.initializers.ones, nn.initializers.zeros
         out = {}
         for name, heads, axis in (
@@ -56,7 +62,8 @@ class Block(nn.Module):
             ('v', c.kv_heads, 'kv_heads'),
         ):
             w = self._weight(name, ('embed', axis, 'head'), c.dim, heads, c.head_dim)
-            y = linear(x_BTD, w.reshape(c.dim, -1), self.compute)
+            x = x_BTD if rows_BN is None or name != 'q' else taken(x_BTD, rows_BN)
+            y = linear(x, w.reshape(c.dim, -1), self.compute)
             y = y.reshape(*y.shape[:2], heads, c.head_dim)
             if c.qkv_bias:
                 bias = self._vector(f'{name}_bias', zeros, (axis, 'head'), heads, c.head_dim)
@@ -66,13 +73,16 @@ class Block(nn.Module):
                     y, self._vector(f'{name}_norm', ones, ('head',), c.head_dim), c.norm_eps
                 )
             out[name] = y
-        return rotate(out['q'], sin, cos), rotate(out['k'], sin, cos), out['v']
+        turns = (sin, cos) if rows_BN is None else (taken(a, rows_BN) for a in (sin, cos))
+        return rotate(out['q'], *turns), rotate(out['k'], sin, cos), out['v']
 
     @nn.compact
-    def __call__(self, x_BTD, sin, cos, mask_BTS, kv_RSH=None, start_B=None):
+    def __call__(self, x_BTD, sin, cos, mask_BTS, kv_RSH=None, start_B=None, rows_BN=None):
         c, ones = self.config, nn.initializers.ones
         h_BTD = rms_norm(x_BTD, self._vector('attn_norm', ones, ('embed',), c.dim), c.norm_eps)
-        q_BTNH, *kv_BTKH = self._qkv(h_BTD, sin, cos)
+        q_BTNH, *kv_BTKH = self._qkv(h_BTD, sin, cos, rows_BN)
+        if rows_BN is not None:  # what follows is asked of these alone
+            x_BTD, mask_BTS = (taken(a, rows_BN) for a in (x_BTD, mask_BTS))
         kv = [heads_first(x_BTKH) for x_BTKH in kv_BTKH]
         if kv_RSH is not None:
             kv = [write(*pair, start_B) for pair in zip(kv_RSH, kv, strict=True)]
@@ -122,6 +132,7 @@ class Llama(nn.Module):
         mask_BTS: jax.Array | PackedMask | None = None,
         cache: Cache | None = None,
         start_B: jax.Array | None = None,
+        rows_BN: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states after the final norm, and the cache with the new rows written.
 
@@ -132,6 +143,8 @@ class Llama(nn.Module):
             the new tokens among them. Plain causal (positions absent) if absent.
           cache: keys and values so far, or None to attend among the new tokens only.
           start_B: slot at which each row's new keys go; needed with a cache.
+          rows_BN: the tokens whose hidden states are wanted, all if absent. The last layer computes
+            no more than keys and values for the others.
         """
         c, (batch, length) = self.config, tokens_BT.shape
         if positions_BT is None:
@@ -150,7 +163,8 @@ class Llama(nn.Module):
         kv_L = []
         for i, layer in enumerate(self.layers):
             old = None if cache is None else (cache.k_RSH[i], cache.v_RSH[i])
-            x_BTD, kv = layer(x_BTD, sin, cos, mask_BTS, old, start_B)
+            rows = rows_BN if i == c.layers - 1 else None
+            x_BTD, kv = layer(x_BTD, sin, cos, mask_BTS, old, start_B, rows)
             kv_L.append(kv)
         if cache is not None:
             cache = Cache(*(tuple(column) for column in zip(*kv_L, strict=True)))
