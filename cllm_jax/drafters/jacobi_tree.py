@@ -57,8 +57,8 @@ class JacobiTree:
 
     def init(self, weights, sequences: Sequences) -> Choices:
         guess_BS = initial_guesses(sequences)
-        unknown_BS = jnp.full(guess_BS.shape, UNKNOWN)
-        return Choices(guess_BS, guess_BS, unknown_BS, unknown_BS)
+        unknown = (jnp.full(guess_BS.shape, UNKNOWN) for _ in range(2))
+        return Choices(guess_BS, jnp.zeros_like(guess_BS), *unknown)
 
     def draft(self, weights, state: Choices, sequences: Sequences):
         best_Bn, second_Bn, best_logp_Bn, second_logp_Bn = (
