@@ -13,6 +13,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.sources import open_source
@@ -46,11 +47,13 @@ CALIBRATION = 64
 """Samples by which Medusa's tree is chosen."""
 
 
-def objective_of(settings: TrainConfig, model: Model, samples: list[Sample]) -> Objective:
+def objective_of(
+    settings: TrainConfig, model: Model, samples: list[Sample], mesh: Mesh | None
+) -> Objective:
     """What the run trains."""
     compute, loss = DTYPES[settings.compute], settings.loss
     if settings.objective in ('ar', 'consistency'):
-        return of_text(model, loss, settings.held_out.block, compute, settings.remat)
+        return of_text(model, loss, settings.held_out.block, compute, settings.remat, mesh)
     calibration = make_batch(samples, min(len(samples), CALIBRATION), settings.seed, 0, None)
     return of_heads(
         settings.objective,
@@ -61,6 +64,7 @@ def objective_of(settings: TrainConfig, model: Model, samples: list[Sample]) -> 
         settings.seed,
         compute,
         settings.remat,
+        mesh,
     )
 
 
@@ -123,9 +127,13 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
     )
     if compiled:
         with console.status('compiling the step'):
-            seconds = (counted := compiled_needs(shape, mesh)).pop('seconds')
-        rows = [[f'{name} per device', size(count)] for name, count in counted.items()]
-        title = f'the compiled step, {seconds:.0f} s of compilation'
+            counted = compiled_needs(shape, mesh)
+        rows = [[f'{name} per device', size(count)] for name, count in counted.sizes.items()]
+        rows += [
+            [f'{kind}: {count}, per device', size(got)]
+            for kind, (count, got) in counted.collectives.items()
+        ]
+        title = f'the compiled step, {counted.seconds:.0f} s of compilation'
         console.out.print(table(title, ['', ''], rows))
 
 
@@ -199,7 +207,7 @@ def run() -> None:
             log_every=settings.log_every,
             save_every=settings.save_every,
         )
-        objective = objective_of(settings, model, samples)
+        objective = objective_of(settings, model, samples, mesh)
         train(directory, objective, samples, held_out, run_plan, console.metrics, console.note)
         kept = [name for name in ('model', 'drafter') if (directory / name).is_dir()]
         console.note(f'done; the best is in {" and ".join(str(directory / k) for k in kept)}')

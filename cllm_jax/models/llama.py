@@ -14,12 +14,14 @@ serves training (no cache), prefill, and the verification of a draft.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from cllm_jax.models.attention import attend, rope_tables, rotate
 from cllm_jax.models.cache import Cache, heads_first, write
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.linear import linear
 from cllm_jax.models.packed import PackedMask, attend_packed
+from cllm_jax.parallel.rules import batch_sharding
 
 
 @jax.named_scope('norm')
@@ -113,6 +115,9 @@ class Llama(nn.Module):
     product, and so are the activations they meet; norms, softmax and residuals stay in `dtype`."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    mesh: Mesh | None = None
+    """Devices of a training step: between layers each has whole hidden states of its own rows. Left
+    to itself the compiler would rather divide them by width, like the weights, and send them."""
 
     def setup(self):
         c, normal = self.config, nn.initializers.normal(0.02)
@@ -159,16 +164,22 @@ class Llama(nn.Module):
             slots_S = jnp.arange(cache.slots, dtype=jnp.int32)
             tables = rope_tables(slots_S[None], c.head_dim, c.rope_theta, c.rope_scaling)
             sin, cos = (table[0][positions_BT] for table in tables)
-        x_BTD = self._lookup(tokens_BT, cache is None).astype(self.dtype)
+        x_BTD = self._own_rows(self._lookup(tokens_BT, cache is None).astype(self.dtype))
         kv_L = []
         for i, layer in enumerate(self.layers):
             old = None if cache is None else (cache.k_RSH[i], cache.v_RSH[i])
             rows = rows_BN if i == c.layers - 1 else None
             x_BTD, kv = layer(x_BTD, sin, cos, mask_BTS, old, start_B, rows)
+            x_BTD = self._own_rows(x_BTD)
             kv_L.append(kv)
         if cache is not None:
             cache = Cache(*(tuple(column) for column in zip(*kv_L, strict=True)))
         return rms_norm(x_BTD, self.norm, c.norm_eps), cache
+
+    def _own_rows(self, x_BTD: jax.Array) -> jax.Array:
+        if self.mesh is None:
+            return x_BTD
+        return jax.lax.with_sharding_constraint(x_BTD, batch_sharding(self.mesh))
 
     def _lookup(self, tokens_BT: jax.Array, differentiable: bool) -> jax.Array:
         if differentiable or self.embed.dtype != jnp.bfloat16:

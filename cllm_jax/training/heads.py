@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from cllm_jax.drafters.eagle import Eagle
 from cllm_jax.drafters.heads import HeadWeights, borrow
@@ -85,6 +85,7 @@ def of_heads(
     seed: int,
     compute: Any = None,
     remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> Objective:
     """The objective of a trained drafter.
 
@@ -94,7 +95,7 @@ def of_heads(
       seed: of the new weights.
     """
     drafter = drafter_of(kind, sizes, model)
-    module = Llama(model.config, model.params['norm'].dtype, compute, remat)
+    module = Llama(model.config, model.params['norm'].dtype, compute, remat, mesh)
     if isinstance(drafter, Space):
         return Objective(
             params=model.params,

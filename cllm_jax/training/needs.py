@@ -1,6 +1,8 @@
 """What a training step needs on each device: by its shapes and shardings, and by the compiler."""
 
 import dataclasses
+import math
+import re
 import time
 from functools import partial
 from typing import Any
@@ -24,6 +26,11 @@ from cllm_jax.training.step import (
     state_places,
     text_loss,
 )
+
+COLLECTIVE = re.compile(
+    r' = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
+)
+SHAPE = re.compile(r'(\w+)\[([\d,]*)\]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,24 +120,49 @@ def needs(shape: StepShape, mesh: Mesh) -> dict[str, int]:
     }
 
 
-def compiled_needs(shape: StepShape, mesh: Mesh) -> dict[str, float]:
-    """The same as the compiler sees it, for the backend of the mesh's devices, and its seconds.
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled step: bytes on each device, and what the devices tell each other."""
 
-    On CPU it is a guide: products in bfloat16 are widened there, and take more than on a TPU.
+    seconds: float
+    """Of compilation."""
+    sizes: dict[str, int]
+    collectives: dict[str, tuple[int, int]]
+    """How many of each kind, and the bytes that one device gets of them."""
+
+
+def collectives(program: str) -> dict[str, tuple[int, int]]:
+    """The communication of a compiled program; what is in a loop counts once."""
+    found: dict[str, tuple[int, int]] = {}
+    for shapes, kind in COLLECTIVE.findall(program):
+        size = 0
+        for dtype, dims in SHAPE.findall(shapes):
+            bits = int(re.sub(r'\D', '', dtype) or 8)
+            size += math.prod(int(d) for d in dims.split(',') if d) * max(bits // 8, 1)
+        count, total = found.get(kind, (0, 0))
+        found[kind] = (count + 1, total + size)
+    return found
+
+
+def compiled_needs(shape: StepShape, mesh: Mesh) -> Compiled:
+    """The same as the compiler sees it, for the backend of the mesh's devices.
+
+    On CPU it is a guide: products in bfloat16 are widened there, and take more than on a TPU; and
+    where a TPU would scatter a sum, it adds everything everywhere.
     """
     state, batch = abstract_state(shape, mesh), abstract_batch(shape, mesh)
     places = jax.tree.map(lambda x: x.sharding, state)
-    module = Llama(shape.config, shape.dtype, shape.compute, shape.remat)
+    module = Llama(shape.config, shape.dtype, shape.compute, shape.remat, mesh)
     optimizer = make_optimizer(shape.optimizer, 100)
     step = make_step(
         text_loss(module, shape.weights), optimizer, shape.optimizer.accumulate, places
     )
     begin = time.perf_counter()
     compiled = step.lower(state, batch).compile()
-    found = compiled.memory_analysis()
-    return {
+    seconds, found = time.perf_counter() - begin, compiled.memory_analysis()
+    sizes = {
         'state and batch': found.argument_size_in_bytes,
         'temporary': found.temp_size_in_bytes,
         'code': found.generated_code_size_in_bytes,
-        'seconds': time.perf_counter() - begin,
     }
+    return Compiled(seconds, sizes, collectives(compiled.as_text()))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from cllm_jax.decoding.draft import Drafter
 from cllm_jax.drafters.jacobi import Jacobi
@@ -47,10 +48,15 @@ class Objective:
 
 
 def of_text(
-    model: Model, weights: LossWeights, block: int, compute: Any = None, remat: bool = False
+    model: Model,
+    weights: LossWeights,
+    block: int,
+    compute: Any = None,
+    remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> Objective:
     """All of a model is trained: on texts, or for consistency; tested with a Jacobi window."""
-    module = Llama(model.config, model.params['norm'].dtype, compute, remat)
+    module = Llama(model.config, model.params['norm'].dtype, compute, remat, mesh)
     return Objective(
         params=model.params,
         axes=param_axes(model.config),
