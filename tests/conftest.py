@@ -5,20 +5,33 @@ runs the same tests elsewhere.
 """
 
 import os
+import shutil
+import tempfile
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Unoptimised programs compile twice as fast, in commands that tests start too, and no test depends
 # on the last bit.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+# What one test compiles need not be compiled by the next: workers and commands share a directory.
+OWN_CACHE = 'JAX_COMPILATION_CACHE_DIR' not in os.environ
+if OWN_CACHE:
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='compiled-')
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+    os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
-import hypothesis
-import jax
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
+
+
+def pytest_unconfigure():
+    if OWN_CACHE:
+        shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
