@@ -34,15 +34,19 @@ def product(spec: str, a: jax.Array, b: jax.Array, compute: jnp.dtype) -> jax.Ar
     return _rounded(spec, compute, a, b)
 
 
-def transposed(x: jax.Array) -> jax.Array:
-    """`x` with its last two axes swapped, on CPUs in memory too.
+def transposed(x: jax.Array, compute: jnp.dtype) -> jax.Array:
+    """`x` with its last two axes swapped, on CPUs in memory too, between products in `compute`.
 
-    XLA's CPU backend would fold the swap into the product before or after, and then has no bfloat16
-    kernel for it: it converts the operands to float32, which takes three times as long, or fails.
+    XLA's CPU backend would fold the swap into the product before or after. For that it has no
+    bfloat16 kernel (it converts the operands to float32, which takes three times as long, or
+    fails), so the layout is fixed. A fixed layout, though, is gathered on every device of a mesh;
+    in float32 a barrier against the folding will do.
     """
     rows = Layout(major_to_minor=tuple(range(x.ndim)))
 
     def copied(x):
+        if compute == jnp.float32:
+            return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
         return with_layout_constraint(with_layout_constraint(x, rows).swapaxes(-1, -2), rows)
 
     return jax.lax.platform_dependent(x, cpu=copied, default=lambda x: x.swapaxes(-1, -2))
