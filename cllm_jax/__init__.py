@@ -70,6 +70,7 @@ def decode(
     stop: Sequence[str] = (),
     batch: int = 32,
     trace: bool = False,
+    typical: float = 0.0,
 ) -> DecodeResult:
     """Decode prompts (texts or lists of token ids), in the given order, whatever the drafter.
 
@@ -84,12 +85,14 @@ def decode(
       stop: the answer ends before the first of these strings.
       batch: prompts decoded together.
       trace: report the Jacobi states of every iteration (`DecodeResult.trajectories`).
+      typical: LOSSY, for Medusa and a temperature above 0: the epsilon of its typical acceptance
+        (the paper has 0.09). The answer is then no longer that of `AutoRegressive()`.
 
     Raises:
       ConfigError: a setting or a prompt that cannot be decoded.
     """
     drafter, weights = _parts(drafter)
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, typical)
     request = Request(drafter, max_tokens, sampling, seed, tuple(stop), batch, trace)
     return decode_all(model, request, prompts, weights)
 
@@ -121,4 +124,4 @@ def _parts(drafter: Any) -> tuple[Any, Any]:
     return Jacobi() if drafter is None else drafter, ()
 
 
-_SAMPLING = (('temperature', 0.0), ('top_k', 0), ('top_p', 1.0))
+_SAMPLING = (('temperature', 0.0), ('top_k', 0), ('top_p', 1.0), ('typical', 0.0))

@@ -72,6 +72,8 @@ class DecodeConfig:
     """Sample among the k most likely tokens; 0 is off."""
     top_p: float = 1.0
     """Sample among the most likely tokens that make up this probability."""
+    typical: float = 0.0
+    """LOSSY, with drafter medusa and a temperature: epsilon of its typical acceptance (0.09)."""
     seed: int = 0
     """Of sampling noise, initial guesses and demonstration prompts."""
     stop: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ class DecodeConfig:
 
 
 def sampling_of(settings: DecodeConfig) -> Sampling:
-    return Sampling(settings.temperature, settings.top_k, settings.top_p)
+    return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.typical)
 
 
 def drafter_named(settings: DecodeConfig) -> Named:
@@ -144,7 +146,8 @@ def compare(
 
     `single` is the model in the precision in which AR is timed (see `baseline`).
     """
-    ar = dataclasses.replace(request, drafter=AutoRegressive())
+    exact = dataclasses.replace(request.sampling, typical=0.0)
+    ar = dataclasses.replace(request, drafter=AutoRegressive(), sampling=exact)
     with console.status(f'AR and {name}, timed in turn'):
         plain = decode_all(model, ar, prompts)
         ways = {'AR': Way(single, ar), name: Way(model, request, weights)}
@@ -157,6 +160,8 @@ def compare(
     console.out.print(table('', columns, rows))
     same = share_identical(result, plain)
     verdict = 'IDENTICAL' if same == 1 else 'DIFFERENT'
+    if request.sampling.typical:
+        verdict = 'LOSSY'
     console.result(f'{verdict}: {name} and AR agree token for token on {same:.0%} of the prompts')
 
 
@@ -221,7 +226,7 @@ def run() -> None:
         show(console, prompts, result)
     if settings.compare and settings.drafter != 'ar':
         single = baseline(model, mesh)
-        name = TITLES[named.name]
+        name = TITLES[named.name] + (' (LOSSY)' if settings.typical else '')
         compare(console, name, model, single, request, loaded.weights, prompts, result)
 
 

@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 from cllm_jax.decoding.generate import decode_all, start, stop_ids
 from cllm_jax.decoding.loop import advance
 from cllm_jax.decoding.request import Request, row_keys
-from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.eagle import Eagle
 from cllm_jax.drafters.heads import borrow
@@ -91,6 +91,33 @@ def test_the_answer_is_that_of_the_target_however_it_is_decoded(name, sampling, 
     if not isinstance(drafter, Space):
         drafter = dataclasses.replace(drafter, sampling=sampling)
     check_identity(drafter, weights_of(drafter), sampling, batch)
+
+
+def test_typical_acceptance_takes_what_is_likely_enough_and_says_that_it_is_lossy():
+    """Each token of an answer is chosen, as without it, or its probability is above the border."""
+    drafter = DRAFTERS['medusa, sampled']
+    exact = Request(drafter, 20, FREE, seed=1)
+    lossy = dataclasses.replace(exact, sampling=dataclasses.replace(FREE, typical=0.09))
+    weights = weights_of(drafter)
+    found = decode_all(MODEL, lossy, PROMPTS, weights)
+    keys, others = row_keys(1, range(len(PROMPTS))), 0
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, found.tokens, strict=True)):
+        text_1T = jnp.asarray([[*prompt, *answer]], jnp.int32)
+        logits_1TV = forward(MODEL.module, MODEL.params, text_1T)[:, len(prompt) - 1 : -1]
+        at_1T = len(prompt) + jnp.arange(len(answer), dtype=jnp.int32)[None]
+        chosen_T = np.asarray(choose(logits_1TV, keys[row : row + 1], at_1T, FREE))[0]
+        p_TV = np.asarray(jax.nn.softmax(logits_1TV[0]))
+        for token, best, p_V in zip(answer, chosen_T, p_TV, strict=True):
+            entropy = -(p_V * np.log(p_V)).sum()
+            assert token == best or p_V[token] > min(0.09, 0.3 * np.exp(-entropy)) - 1e-5
+            others += token != best
+    assert others, 'something was taken that would not have been chosen'
+    plain = decode_all(MODEL, exact, PROMPTS, weights)
+    assert sum(found.forwards) < sum(plain.forwards)
+    with pytest.raises(ConfigError, match='lossy rule of Medusa, not of AutoRegressive'):
+        dataclasses.replace(lossy, drafter=AutoRegressive())
+    with pytest.raises(ConfigError, match='set a temperature'):
+        Sampling(typical=0.09)
 
 
 @pytest.mark.parametrize('name', ['AR', 'medusa, sampled'])

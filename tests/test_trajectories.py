@@ -8,16 +8,21 @@ import jax
 import numpy as np
 import pytest
 
+from cllm_jax.console import Console
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
+from cllm_jax.datasets.tokens import train_tokenizer
 from cllm_jax.decoding.generate import decode_all, stop_ids
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models.llama import param_axes
+from cllm_jax.models.load import tokenizer_fingerprint
 from cllm_jax.parallel.mesh import MeshConfig, make_mesh
 from cllm_jax.parallel.rules import RULES, param_shardings
+from cllm_jax.training.config import TrainConfig
+from cllm_jax.training.samples import trajectory_samples
 from cllm_jax.trajectories import collect as collecting
 from cllm_jax.trajectories.clean import Cleaning, clean
 from cllm_jax.trajectories.collect import CollectPlan, collect
@@ -162,6 +167,16 @@ def test_other_settings_are_refused(collected):
         collect(collected[0], MODEL, source(), other, identity(other))
     with pytest.raises(DataError, match='collect trajectories first'):
         read_records(collected[0] / 'nowhere')
+
+
+def test_trajectories_of_another_tokenizer_are_refused(tmp_path):
+    known = identity() | {'tokenizer': tokenizer_fingerprint(MODEL.tokenizer)}
+    collect(tmp_path, MODEL, source(2), PLAN, known)
+    settings, console = TrainConfig(data=str(tmp_path)), Console()
+    assert len(trajectory_samples(settings, MODEL, console)) <= 2
+    other = train_tokenizer(['some other text'] * 9, len(MODEL.tokenizer))
+    with pytest.raises(ConfigError, match='another tokenizer'):
+        trajectory_samples(settings, dataclasses.replace(MODEL, tokenizer=other), console)
 
 
 def test_a_collection_is_a_tfds_dataset(collected):

@@ -5,7 +5,8 @@ Invariants:
   I2  node 0 of every draft is the pending token; a node stands at position `length + depth` and
       sees the cache and what it follows (`tree.py`).
   I3  a choice depends on (params, committed prefix, row key, position) alone (`sampling.py`).
-  I4  the committed tokens are the target's choices: 1..N per forward.
+  I4  the committed tokens are the target's choices: 1..N per forward. (`Sampling.typical`, which
+      only Medusa takes, is the one exception, and lossy.)
   I5  rejected keys need no rollback: `length` is the only commit pointer, and the slots beyond it
       are overwritten before they are seen. Of a tree the accepted path is moved together first.
   I6  a row stops at its first stop token or exactly at its limit, and is frozen from then on.
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put
-from cllm_jax.decoding.sampling import Sampling, choose
-from cllm_jax.decoding.tree import Layout, accept, layout, mask
+from cllm_jax.decoding.sampling import Sampling, choose, likely_enough
+from cllm_jax.decoding.tree import Layout, accept, before, layout, mask
 from cllm_jax.models.cache import Cache, compact, init_cache
 from cllm_jax.models.llama import Llama, taken
 
@@ -155,7 +156,10 @@ def _commit(
     """Accept what the model chose after the nodes of `draft`, which are in the cache by now."""
     seq = state.sequences
     y_BN = choose(logits_BNV, seq.keys_B, seq.length_B[:, None] + 1 + where.depth_BN, sampling)
-    accepted_B, chosen_BP, path_BP = accept(draft, where, y_BN)
+    liked_BN = None
+    if sampling.typical:
+        liked_BN = likely_enough(before(draft, logits_BNV), draft.tokens_BN, sampling)
+    accepted_B, chosen_BP, path_BP = accept(draft, where, y_BN, liked_BN)
     length = chosen_BP.shape[1]
     steps_P = jnp.arange(length, dtype=jnp.int32)[None]
 

@@ -31,6 +31,11 @@ class Request:
             raise ConfigError(f'max_tokens {self.max_tokens}: must be at least 1')
         if self.batch < 1:
             raise ConfigError(f'batch {self.batch}: must be at least 1')
+        if self.sampling.typical and not getattr(self.drafter, 'typical_acceptance', False):
+            raise ConfigError(
+                f'typical {self.sampling.typical}: a lossy rule of Medusa, not of '
+                f'{type(self.drafter).__name__}; leave it out'
+            )
         if isinstance(self.stop, str):
             raise ConfigError(
                 f'stop {self.stop!r}: must be a tuple of strings; write ({self.stop!r},)'

@@ -27,6 +27,8 @@ class Sampling:
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of most likely tokens with at least this probability."""
+    typical: float = 0.0
+    """LOSSY: also accept drafted tokens that are likely enough, with this epsilon; 0 is exact."""
 
     def __post_init__(self):
         if self.temperature != 0 and not COLDEST <= self.temperature < float('inf'):
@@ -37,6 +39,10 @@ class Sampling:
             raise ConfigError(f'top_k {self.top_k}: must be 0 (off) or the number of tokens kept')
         if not 0 < self.top_p <= 1:
             raise ConfigError(f'top_p {self.top_p}: must be in (0, 1]; 1 keeps every token')
+        if not 0 <= self.typical < 1:
+            raise ConfigError(f'typical {self.typical}: must be in [0, 1); 0 is exact')
+        if self.typical and not self.temperature:
+            raise ConfigError(f'typical {self.typical}: is a rule of sampling; set a temperature')
 
 
 def gumbel(keys_B: jax.Array, positions_BT: jax.Array, vocab: int) -> jax.Array:
@@ -79,3 +85,17 @@ def choose(
         logits_BTV = truncate(logits_BTV / sampling.temperature, sampling)
         logits_BTV = logits_BTV + gumbel(keys_B, positions_BT, logits_BTV.shape[-1])
     return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+
+
+def likely_enough(logits_BTV: jax.Array, tokens_BT: jax.Array, sampling: Sampling) -> jax.Array:
+    """Typical acceptance of Medusa (arXiv 2401.10774, section 2.3.1), bool `[B, T]`.
+
+    A token is taken, whatever would have been chosen, if its probability is above
+    `min(eps, sqrt(eps) exp(-H))`, H being the entropy of the choice. Answers then follow another
+    distribution than the model's.
+    """
+    logp_BTV = jax.nn.log_softmax(truncate(logits_BTV / sampling.temperature, sampling))
+    p_BTV = jnp.exp(logp_BTV)
+    entropy_BT = -jnp.where(p_BTV > 0, p_BTV * logp_BTV, 0.0).sum(axis=-1)
+    border_BT = jnp.minimum(sampling.typical, sampling.typical**0.5 * jnp.exp(-entropy_BT))
+    return jnp.take_along_axis(p_BTV, tokens_BT[..., None], axis=-1)[..., 0] > border_BT

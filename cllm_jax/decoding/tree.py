@@ -52,30 +52,51 @@ def mask(where: Layout, length_B: jax.Array, slots: int) -> jax.Array:
     return (node_BS < 0)[:, None] | own_BNS
 
 
+def before(draft: Draft, values_BNX: jax.Array) -> jax.Array:
+    """For each node what `values` has at the node that it follows; node 0 gets its own."""
+    if draft.parent_BN is None:
+        return jnp.concatenate([values_BNX[:, :1], values_BNX[:, :-1]], axis=1)
+    at_BN = jnp.maximum(draft.parent_BN, 0)
+    at_BNX = at_BN.reshape(*at_BN.shape, *(1,) * (values_BNX.ndim - 2))
+    return jnp.take_along_axis(values_BNX, at_BNX, axis=1)
+
+
 def accept(
-    draft: Draft, where: Layout, y_BN: jax.Array
+    draft: Draft, where: Layout, y_BN: jax.Array, liked_BN: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The longest path whose every token is what the target chose after the node before it.
 
     Args:
       y_BN: the target's choice after each node.
+      liked_BN: nodes that are as good as chosen although they are not (lossy rules); None for none.
 
     Returns:
-      How many nodes after the pending one are accepted, int32 `[B]`; the target's choices along the
-      path, `[B, P]`, of which the first accepted + 1 count; and the path's nodes, `[B, P]`, None
-      for a chain, where node i is the i-th.
+      How many nodes after the pending one are accepted, int32 `[B]`; the tokens that follow each
+      other along the path, `[B, P]`, of which the first accepted + 1 count; and the path's nodes,
+      `[B, P]`, None for a chain, where node i is the i-th.
     """
+    right_BN = draft.tokens_BN == before(draft, y_BN)
+    if liked_BN is not None:
+        right_BN |= liked_BN
+    right_BN = (right_BN & draft.valid_BN).at[:, 0].set(True)
     if draft.parent_BN is None:
-        match_BN = (draft.tokens_BN[:, 1:] == y_BN[:, :-1]) & draft.valid_BN[:, 1:]
-        count_B = jnp.cumprod(match_BN.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
-        return count_B, y_BN, None
-    before_BN = jnp.take_along_axis(y_BN, jnp.maximum(draft.parent_BN, 0), axis=1)
-    right_BN = draft.valid_BN & (draft.tokens_BN == before_BN) & (where.depth_BN > 0)
-    right_BN = right_BN.at[:, 0].set(True)
-    whole_BN = ~(where.sees_BNN & ~right_BN[:, None]).any(axis=2)
-    best_B = jnp.argmax(jnp.where(whole_BN, where.depth_BN, -1), axis=1)
-    on_path_BN = jnp.take_along_axis(where.sees_BNN, best_B[:, None, None], axis=1)[:, 0]
-    # Ancestors have smaller numbers, so a stable sort lists the path from the pending token on.
-    path_BP = jnp.argsort(~on_path_BN, axis=1, stable=True)[:, : draft.depth + 1].astype(jnp.int32)
-    count_B = on_path_BN.sum(axis=1, dtype=jnp.int32) - 1
-    return count_B, jnp.take_along_axis(y_BN, path_BP, axis=1), path_BP
+        path_BP, chosen_BP = None, y_BN
+        count_B = jnp.cumprod(right_BN[:, 1:].astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
+    else:
+        right_BN = right_BN.at[:, 1:].set(right_BN[:, 1:] & (where.depth_BN[:, 1:] > 0))
+        whole_BN = ~(where.sees_BNN & ~right_BN[:, None]).any(axis=2)
+        best_B = jnp.argmax(jnp.where(whole_BN, where.depth_BN, -1), axis=1)
+        on_path_BN = jnp.take_along_axis(where.sees_BNN, best_B[:, None, None], axis=1)[:, 0]
+        # Ancestors have smaller numbers, so a stable sort lists the path from the pending token on.
+        order_BN = jnp.argsort(~on_path_BN, axis=1, stable=True)
+        path_BP = order_BN[:, : draft.depth + 1].astype(jnp.int32)
+        count_B = on_path_BN.sum(axis=1, dtype=jnp.int32) - 1
+        chosen_BP = jnp.take_along_axis(y_BN, path_BP, axis=1)
+    if liked_BN is not None:  # else the two are the same
+        drafted_BP = draft.tokens_BN
+        if path_BP is not None:
+            drafted_BP = jnp.take_along_axis(drafted_BP, path_BP, axis=1)
+        steps_P = jnp.arange(drafted_BP.shape[1], dtype=jnp.int32)[None]
+        following_BP = jnp.roll(drafted_BP, -1, axis=1)
+        chosen_BP = jnp.where(steps_P < count_B[:, None], following_BP, chosen_BP)
+    return count_B, chosen_BP, path_BP

@@ -7,6 +7,7 @@ the program is compiled: the nodes that most often turn out right.
 
 import dataclasses
 import heapq
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,7 @@ class Medusa:
     own_tables: bool = True
     """Each head has an output table of its own, as in the paper, or all use the target's."""
     sampling: Sampling = Sampling()
+    typical_acceptance: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.heads < 1:
