@@ -80,7 +80,7 @@ class BenchConfig:
     """Settings of a benchmark."""
 
     root: str = 'runs/embedded'
-    """Directory of the recipe's runs; without one there, the embedded models are used."""
+    """Directory of the recipe's runs, runs/NAME of its file; the embedded models where none is."""
     model: str = ''
     """The CLLM; default ROOT/export/cllm, else embedded."""
     target: str = ''

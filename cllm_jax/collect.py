@@ -28,7 +28,7 @@ class CollectConfig:
     """Settings of a collection."""
 
     root: str = 'runs/embedded'
-    """Directory of the recipe's runs."""
+    """Directory of the recipe's runs, runs/NAME of its file."""
     out: str = ''
     """Where trajectories go; default ROOT/trajectories, of stage recollect ROOT/retrajectories."""
     model: str = ''

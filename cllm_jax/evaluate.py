@@ -39,7 +39,7 @@ class EvaluateConfig:
     """Settings of an evaluation."""
 
     root: str = 'runs/embedded'
-    """Directory of the recipe's runs; without one there, the embedded models are used."""
+    """Directory of the recipe's runs, runs/NAME of its file; the embedded models where none is."""
     model: str = ''
     """The CLLM; default ROOT/export/cllm, else embedded."""
     target: str = ''

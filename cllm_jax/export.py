@@ -27,7 +27,7 @@ class ExportConfig:
     """Settings of an export."""
 
     root: str = 'runs/embedded'
-    """Directory of the recipe's runs."""
+    """Directory of the recipe's runs, runs/NAME of its file."""
     runs: tuple[str, ...] = ('target', 'cllm')
     """Which runs below ROOT to export. Of cllm its refinement, ROOT/refine, if there is one."""
     out: str = ''

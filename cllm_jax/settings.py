@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import jax
@@ -50,6 +51,8 @@ def parse(
     argv: Sequence[str] | None = None,
 ) -> tuple[C, Flags]:
     """Settings of one run of a command: class defaults < recipe stage < command line.
+
+    A setting `root`, where a recipe's runs are, is by default runs/NAME of the recipe's file.
 
     `program` and `description` head --help, `stage` is what runs when --stage is not given and
     `stages` are those the command can run; one that is `meshed` can also plan for other devices
@@ -179,7 +182,10 @@ def _from_recipe(config_class: type[C], path: str, stage: str) -> C:
             f"{path}: no stage '{stage}' (it has {', '.join(recipe) or 'none'}); "
             f"add '{stage}: {{}}' to run it with the defaults"
         )
-    return from_mapping(config_class, recipe[stage], f'{path}: {stage}')
+    settings = recipe[stage]
+    if 'root' in {field.name for field in dataclasses.fields(config_class)}:
+        settings = {'root': f'runs/{Path(path).stem}'} | settings
+    return from_mapping(config_class, settings, f'{path}: {stage}')
 
 
 def _last_value(argv: Sequence[str], option: str) -> str | None:

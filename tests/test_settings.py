@@ -98,6 +98,21 @@ def test_command_line_beats_recipe_beats_defaults(recipe):
     assert read([]) == (Training(), Flags(None, 'target', False, False))
 
 
+def test_a_recipe_names_the_directory_of_its_runs(recipe):
+    @dataclass(frozen=True)
+    class Rooted:
+        root: str = 'runs/other'
+
+    def root(*argv):
+        return parse(Rooted, program='x', description='x', stage='target', argv=argv)[0].root
+
+    assert root() == 'runs/other'
+    path = recipe('target: {}\n')
+    assert root('--config', path) == 'runs/recipe'
+    assert root('--config', path, '--root', 'here') == 'here'
+    assert root('--config', recipe('target: {root: there}\n')) == 'there'
+
+
 def test_every_kind_of_field_reads_from_yaml_and_from_the_line(recipe):
     path = recipe(
         'target:\n  loss: local\n  resume: false\n  model: some/dir\n  data: a/b.jsonl\n'

@@ -41,7 +41,7 @@ class TrainConfig:
     """Settings of a training run."""
 
     root: str = 'runs/embedded'
-    """Directory of the recipe's runs; this run is ROOT/STAGE."""
+    """Directory of the recipe's runs, runs/NAME of its file; this run is ROOT/STAGE."""
     objective: Literal['ar', 'consistency', 'medusa', 'redrafter', 'eagle', 'space'] = 'consistency'
     """Learn texts; or learn to jump from any Jacobi state to its fixed point; or train a drafter
     of that kind on the answers of a model."""
