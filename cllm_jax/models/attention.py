@@ -72,8 +72,8 @@ def _attend_backward(compute, saved, do_KBXH):
 def key_gradient(w_KBXS: jax.Array, x_KBXH: jax.Array, compute: jnp.dtype) -> jax.Array:
     """Sum over the queries of their weight for a key times what they have, `[..., S, H]`."""
     # Of the possible orders the one that transposes small arrays.
-    x_KBHX = transposed(x_KBXH.astype(compute), compute)
-    return transposed(product('...HX,...XS->...HS', x_KBHX, w_KBXS, compute), compute)
+    y_KBHS = product('...HX,...XS->...HS', transposed(x_KBXH.astype(compute)), w_KBXS, compute)
+    return transposed(y_KBHS)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

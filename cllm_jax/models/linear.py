@@ -4,7 +4,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 def linear(
@@ -34,22 +37,29 @@ def product(spec: str, a: jax.Array, b: jax.Array, compute: jnp.dtype) -> jax.Ar
     return _rounded(spec, compute, a, b)
 
 
-def transposed(x: jax.Array, compute: jnp.dtype) -> jax.Array:
-    """`x` with its last two axes swapped, on CPUs in memory too, between products in `compute`.
+def transposed(x: jax.Array) -> jax.Array:
+    """`x` with its last two axes swapped, on CPUs in memory too.
 
-    XLA's CPU backend would fold the swap into the product before or after. For that it has no
-    bfloat16 kernel (it converts the operands to float32, which takes three times as long, or
-    fails), so the layout is fixed. A fixed layout, though, is gathered on every device of a mesh;
-    in float32 a barrier against the folding will do.
+    XLA's CPU backend would fold the swap into the product before or after, and then has no bfloat16
+    kernel for it: it converts the operands to float32, which takes three times as long, or fails.
     """
+    return jax.lax.platform_dependent(x, cpu=_rewritten, default=lambda x: x.swapaxes(-1, -2))
+
+
+def _swap_in_memory(x: jax.Array) -> jax.Array:
     rows = Layout(major_to_minor=tuple(range(x.ndim)))
+    return with_layout_constraint(with_layout_constraint(x, rows).swapaxes(-1, -2), rows)
 
-    def copied(x):
-        if compute == jnp.float32:
-            return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
-        return with_layout_constraint(with_layout_constraint(x, rows).swapaxes(-1, -2), rows)
 
-    return jax.lax.platform_dependent(x, cpu=copied, default=lambda x: x.swapaxes(-1, -2))
+def _on_each_device(mesh, args, result):
+    *batch, i, j = (*args[0].sharding.spec, *(None,) * args[0].ndim)[: args[0].ndim]
+    swapped = NamedSharding(mesh, P(*batch, j, i))
+    return mesh, _swap_in_memory, swapped, (args[0].sharding,)
+
+
+# A layout alone would be imposed on the whole array, gathered on every device.
+_rewritten = custom_partitioning(_swap_in_memory)
+_rewritten.def_partition(partition=_on_each_device, sharding_rule='... i j -> ... j i')
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -14,14 +14,15 @@ serves training (no cache), prefill, and the verification of a draft.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from cllm_jax.models.attention import attend, rope_tables, rotate
 from cllm_jax.models.cache import Cache, heads_first, write
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.linear import linear
 from cllm_jax.models.packed import PackedMask, attend_packed
-from cllm_jax.parallel.rules import batch_sharding
+from cllm_jax.parallel.rules import RULES, batch_sharding
 
 
 @jax.named_scope('norm')
@@ -182,6 +183,10 @@ class Llama(nn.Module):
         return jax.lax.with_sharding_constraint(x_BTD, batch_sharding(self.mesh))
 
     def _lookup(self, tokens_BT: jax.Array, differentiable: bool) -> jax.Array:
+        if self.mesh is not None:
+            # Else the gradient of all rows would be gathered where a column of the table lives.
+            whole = NamedSharding(self.mesh, P(RULES['vocab']))
+            return jax.lax.with_sharding_constraint(self.embed, whole)[tokens_BT]
         if differentiable or self.embed.dtype != jnp.bfloat16:
             return self.embed[tokens_BT]
         # XLA's CPU backend converts a bfloat16 table as a whole before it looks up a few rows.
