@@ -115,13 +115,13 @@ def prefill(
     tokens_BT = put(tokens_BT, length_B, draft.tokens_BN, everywhere)
     steps_T = jnp.arange(width + nodes - 1, dtype=jnp.int32)
     positions_BT = jnp.broadcast_to(steps_T[None], tokens_BT.shape)
-    mask_BTS = jnp.arange(slots, dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
+    mask_BTS = steps_T[None, None] <= positions_BT[:, :, None]
     where = layout(draft)
     if where.sees_BNN is not None:
         positions_BT = put(positions_BT, length_B, length_B[:, None] + where.depth_BN, everywhere)
         rows_BN = length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
         each_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        mask_BTS = mask_BTS.at[each_B1, rows_BN].set(mask(where, length_B, slots))
+        mask_BTS = mask_BTS.at[each_B1, rows_BN].set(mask(where, length_B, len(steps_T)))
     at_BN = length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
     reads_prompt = getattr(drafter, 'reads_prompt', False)
     hidden_BTD, cache = model.apply(

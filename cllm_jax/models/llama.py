@@ -86,11 +86,12 @@ class Block(nn.Module):
         q_BTNH, *kv_BTKH = self._qkv(h_BTD, sin, cos, rows_BN)
         if rows_BN is not None:  # what follows is asked of these alone
             x_BTD, mask_BTS = (taken(a, rows_BN) for a in (x_BTD, mask_BTS))
-        kv = [heads_first(x_BTKH) for x_BTKH in kv_BTKH]
+        seen = kv = [heads_first(x_BTKH) for x_BTKH in kv_BTKH]
         if kv_RSH is not None:
             kv = [write(*pair, start_B) for pair in zip(kv_RSH, kv, strict=True)]
+            seen = kv if mask_BTS.shape[2] == kv_RSH[0].shape[1] else seen
         attention = attend_packed if isinstance(mask_BTS, PackedMask) else attend
-        o_BTNH = attention(q_BTNH, *kv, mask_BTS, self.compute)
+        o_BTNH = attention(q_BTNH, *seen, mask_BTS, self.compute)
         o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
         o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
         x_BTD = x_BTD + linear(o_BTA, o.reshape(-1, c.dim), self.compute)
@@ -146,7 +147,8 @@ class Llama(nn.Module):
           tokens_BT: int32 token ids.
           positions_BT: int32 rotary positions; 0..T-1 if absent.
           mask_BTS: True where a query may look; S is T without a cache, else the cache slots,
-            the new tokens among them. Plain causal (positions absent) if absent.
+            the new tokens among them, or T where these see nothing but each other. Plain causal
+            (positions absent) if absent.
           cache: keys and values so far, or None to attend among the new tokens only.
           start_B: slot at which each row's new keys go; needed with a cache.
           rows_BN: the tokens whose hidden states are wanted, all if absent. The last layer computes

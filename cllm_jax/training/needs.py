@@ -147,8 +147,8 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
 def compiled_needs(shape: StepShape, mesh: Mesh) -> Compiled:
     """The same as the compiler sees it, for the backend of the mesh's devices.
 
-    On CPU it is a guide: products in bfloat16 are widened there, and take more than on a TPU; and
-    where a TPU would scatter a sum, it adds everything everywhere.
+    On CPU it is an upper bound: products in bfloat16 are widened there, gathered weights with them;
+    and where a TPU would scatter the sum of a gradient, it adds all of all gradients everywhere.
     """
     state, batch = abstract_state(shape, mesh), abstract_batch(shape, mesh)
     places = jax.tree.map(lambda x: x.sharding, state)
@@ -158,7 +158,10 @@ def compiled_needs(shape: StepShape, mesh: Mesh) -> Compiled:
         text_loss(module, shape.weights), optimizer, shape.optimizer.accumulate, places
     )
     begin = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
+    # The order of work that needs least memory, as on an accelerator, not the most parallel one.
+    frugal = {'xla_cpu_enable_concurrency_optimized_scheduler': False}
+    cpu = mesh.devices.flat[0].platform == 'cpu'
+    compiled = step.lower(state, batch).compile(frugal if cpu else None)
     seconds, found = time.perf_counter() - begin, compiled.memory_analysis()
     sizes = {
         'state and batch': found.argument_size_in_bytes,
