@@ -106,7 +106,7 @@ class BenchConfig:
     others: bool = True
     """Also prompt lookup, lookahead, recycling, and the drafters trained in ROOT."""
     draft_model: str = ''
-    """A smaller model that drafts for the target."""
+    """A smaller model that drafts for the target; default ROOT/draft if that was trained."""
     max_tokens: int = 128
     """Longest answer."""
     repeats: int = 5
@@ -182,8 +182,11 @@ def ways_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, Way]
         f'CLLM, Jacobi {block}, recycling': drafted(cllm, Jacobi(block, recycle=2)),
         f'CLLM, Jacobi {block}, lookahead': drafted(cllm, Lookahead(5, 4, 5, block)),
     }
-    if settings.draft_model:
-        loaded = draft_model(target, load(settings.draft_model, settings.dtype))
+    small = settings.draft_model
+    if not small and (Path(settings.root) / 'draft/model').is_dir():
+        small = f'{settings.root}/draft'
+    if small:
+        loaded = draft_model(target, load(small, settings.dtype))
         ways['target, draft model'] = drafted(target, loaded.drafter, loaded.weights)
     for stage, title in DRAFTED.items():
         directory = Path(settings.root) / stage

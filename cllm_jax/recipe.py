@@ -28,8 +28,8 @@ from cllm_jax.errors import ConfigError
 C = TypeVar('C')
 
 STAGES = (
-    'target', 'collect', 'cllm', 'recollect', 'refine', 'medusa', 'medusa2', 'redrafter', 'eagle',
-    'space', 'export', 'evaluate', 'decode', 'bench',
+    'target', 'collect', 'cllm', 'recollect', 'refine', 'export', 'evaluate', 'decode', 'bench',
+    'draft', 'medusa', 'medusa2', 'redrafter', 'eagle', 'space',
 )  # fmt: skip
 MAX_RECIPE_BYTES = 1_000_000
 _KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text'}

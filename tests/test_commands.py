@@ -95,7 +95,7 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
 def test_plans_start_nothing(tmp_path, monkeypatch, capsys):
     call(monkeypatch, train, '--config', RECIPE, '--stage', 'target', '--root', tmp_path, '--plan')
     out = capsys.readouterr().out
-    parameters = 1536 * 192 + 4 * (4 * 192 * 192 + 3 * 192 * 640 + 2 * 192) + 192
+    parameters = 1536 * 256 + 4 * (4 * 256 * 256 + 3 * 256 * 640 + 2 * 256) + 256
     assert f'{parameters:,}' in out and 'steps' in out and 'learning_rate' in out
     assert not any(tmp_path.iterdir())
 

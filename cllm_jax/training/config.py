@@ -13,7 +13,9 @@ from cllm_jax.training.run import HeldOut
 from cllm_jax.training.step import LossWeights, OptimizerConfig
 from cllm_jax.trajectories.clean import Cleaning
 
-STAGES = ('target', 'cllm', 'refine', 'medusa', 'medusa2', 'redrafter', 'eagle', 'space')
+STAGES = (
+    'target', 'cllm', 'refine', 'draft', 'medusa', 'medusa2', 'redrafter', 'eagle', 'space',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
