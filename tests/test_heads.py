@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -101,9 +102,12 @@ def test_typical_acceptance_takes_what_is_likely_enough_and_says_that_it_is_loss
     weights = weights_of(drafter)
     found = decode_all(MODEL, lossy, PROMPTS, weights)
     keys, others = row_keys(1, range(len(PROMPTS))), 0
+    logits_of = jax.jit(partial(forward, MODEL.module))
     for row, (prompt, answer) in enumerate(zip(PROMPTS, found.tokens, strict=True)):
-        text_1T = jnp.asarray([[*prompt, *answer]], jnp.int32)
-        logits_1TV = forward(MODEL.module, MODEL.params, text_1T)[:, len(prompt) - 1 : -1]
+        text_1T = np.zeros((1, 48), np.int32)
+        text_1T[0, : len(prompt) + len(answer)] = [*prompt, *answer]
+        from_answer = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        logits_1TV = logits_of(MODEL.params, text_1T)[:, from_answer]
         at_1T = len(prompt) + jnp.arange(len(answer), dtype=jnp.int32)[None]
         chosen_T = np.asarray(choose(logits_1TV, keys[row : row + 1], at_1T, FREE))[0]
         p_TV = np.asarray(jax.nn.softmax(logits_1TV[0]))
