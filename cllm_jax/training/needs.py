@@ -158,10 +158,7 @@ def compiled_needs(shape: StepShape, mesh: Mesh) -> Compiled:
         text_loss(module, shape.weights), optimizer, shape.optimizer.accumulate, places
     )
     begin = time.perf_counter()
-    # The order of work that needs least memory, as on an accelerator, not the most parallel one.
-    frugal = {'xla_cpu_enable_concurrency_optimized_scheduler': False}
-    cpu = mesh.devices.flat[0].platform == 'cpu'
-    compiled = step.lower(state, batch).compile(frugal if cpu else None)
+    compiled = step.lower(state, batch).compile()
     seconds, found = time.perf_counter() - begin, compiled.memory_analysis()
     sizes = {
         'state and batch': found.argument_size_in_bytes,
