@@ -194,7 +194,7 @@ def run() -> None:
         DecodeConfig, program='python -m cllm_jax.decode', description=__doc__, stage='decode'
     )
     console = Console()
-    named = drafter_named(settings)
+    named, sampling = drafter_named(settings), sampling_of(settings)
     named.check()
     prompts = read_prompts(settings)
     if settings.stream and len(prompts) != 1:
@@ -204,15 +204,17 @@ def run() -> None:
         return
     mesh = tensor_mesh(settings.tensor)
     model = load(settings.model, settings.dtype, mesh)
-    loaded = open_drafter(named, model, sampling_of(settings), settings.dtype, mesh)
+    loaded = open_drafter(named, model, sampling, settings.dtype, mesh)
     request = Request(
         loaded.drafter,
         settings.max_tokens,
-        sampling_of(settings),
+        sampling,
         settings.seed,
         settings.stop,
         settings.batch,
     )
+    if sampling.typical:
+        console.note('LOSSY: with typical acceptance answers are not those of AR')
     if settings.stream:
         for piece in stream(model, request, prompts[0], loaded.weights):
             print(piece, end='', flush=True)

@@ -127,6 +127,7 @@ def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
         (decode, ['--drafter', 'jakobi', '--prompts', 'a'], 2, "did you mean 'jacobi'"),
         (decode, ['--drafter', 'model', '--prompts', 'a'], 2, 'write model:DIR'),
         (decode, ['--drafter', 'ar:x', '--prompts', 'a'], 2, 'write ar'),
+        (decode, ['--typical', '0.1', '--prompts', 'a'], 2, 'set a temperature'),
         (decode, ['--reference', 'a.txt', '--prompts', 'a'], 2, 'only lookup'),
         (decode, ['--reference', '/no.txt', '--drafter', 'lookup', '--prompts', 'a'], 3, '/no.txt'),
         (decode, ['--drafter', 'model:/no/such', '--prompts', 'a'], 2, 'no such directory'),
