@@ -21,6 +21,7 @@ from cllm_jax.rundir import open_run, read_metrics
 from cllm_jax.sums import SUMS
 from cllm_jax.training import run as training_run
 from cllm_jax.training.batches import Noise, Sample, make_batch, samples_of_step
+from cllm_jax.training.checkpoint import open_checkpoints, restore
 from cllm_jax.training.losses import divergence
 from cllm_jax.training.objective import of_text
 from cllm_jax.training.run import HeldOut, RunPlan, alarm, train
@@ -428,11 +429,25 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_goes_on_from_the_one_bef
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_path):
-    objective, data, source, plan = tiny_run(steps=40, max_skipped=2)
-    params = dict(objective.params) | {'norm': objective.params['norm'] * jnp.nan}
-    broken = dataclasses.replace(objective, params=params)
-    with pytest.raises(NumericalError, match='NaN or Inf'):
-        train(tmp_path, broken, data, source, plan)
+    objective, data, source, plan = tiny_run(steps=4, max_skipped=2)
+    train(tmp_path, objective, data, source, plan)
+
+    def newest():
+        state = new_state(make_optimizer(plan.optimizer, plan.steps), objective.params)
+        with open_checkpoints(tmp_path / 'checkpoints', lambda text: None) as checkpoints:
+            return restore(checkpoints, state)[0]
+
+    def broken(*arguments):
+        loss, metrics = objective.loss(*arguments)
+        return loss * jnp.nan, metrics
+
+    good, longer = newest(), dataclasses.replace(plan, steps=40)
+    with pytest.raises(NumericalError, match='step 7: 3 updates in a row were NaN or Inf'):
+        train(tmp_path, dataclasses.replace(objective, loss=broken), data, source, longer)
+    kept = newest()
+    assert (int(good.step), int(kept.step)) == (4, 6)
+    for a, b in zip(jax.tree.leaves(good.params), jax.tree.leaves(kept.params), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_run_directory_has_one_owner_and_one_set_of_settings(tmp_path):
