@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cllm_jax.decoding.generate import decode_all, run_until, start
+from cllm_jax.decoding.generate import decode_all, decode_batch, run_until, start
 from cllm_jax.decoding.loop import advance, prefill, replace_rows
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling
@@ -28,18 +28,23 @@ def test_refilled_rows_decode_as_if_alone(drafter, sampling):
     weights = ()
     if drafter == 'draft model':  # its state is a cache, which has heads before rows
         drafter, weights = DraftModel(MODEL.module, 3, sampling), MODEL.params
-    request = Request(drafter, 24, sampling, seed=3, batch=1, trace=True)
+    request = Request(drafter, 24, sampling, seed=3, trace=True)
     prompts = ragged_prompts(2, LENGTHS)
-    alone = decode_all(MODEL, request, prompts, weights)
-    assert len({len(tokens) for tokens in alone.tokens}) > 2, 'they finish at different times'
-    request, done = dataclasses.replace(request, batch=3), []
-    refilled = decode_all(MODEL, request, prompts, weights, done.append)
-    assert refilled.texts == alone.texts and refilled.tokens == alone.tokens
-    assert refilled.accepted == alone.accepted
-    assert done == sorted(done) and done[-1] == len(prompts)
-    for here, there in zip(refilled.trajectories, alone.trajectories, strict=True):
-        np.testing.assert_array_equal(here.states, there.states)
-        np.testing.assert_array_equal(here.start, there.start)
+    alone = [
+        decode_batch(MODEL, request, [prompt], row_keys(3, [i]), weights)
+        for i, prompt in enumerate(prompts)
+    ]
+    assert len({len(one.tokens[0]) for one in alone}) > 2, 'they finish at different times'
+    for batch in (1, 3):
+        request, done = dataclasses.replace(request, batch=batch), []
+        refilled = decode_all(MODEL, request, prompts, weights, done.append)
+        assert refilled.texts == [one.texts[0] for one in alone]
+        assert refilled.tokens == [one.tokens[0] for one in alone]
+        assert refilled.accepted == [one.accepted[0] for one in alone]
+        assert done == sorted(done) and done[-1] == len(prompts)
+        for here, one in zip(refilled.trajectories, alone, strict=True):
+            np.testing.assert_array_equal(here.states, one.trajectories[0].states)
+            np.testing.assert_array_equal(here.start, one.trajectories[0].start)
 
 
 def test_refilling_compiles_once_for_any_number_of_prompts():

@@ -30,12 +30,14 @@ def start(
     weights: Any,
     rows: int = 0,
     width: int = 0,
+    to_the_end: bool = False,
 ) -> DecodeState:
     """Prefill one batch. The batch is filled up with rows that never run.
 
     Args:
       rows: size of the batch; by default the next power of two.
       width: length to which prompts are padded; by default the bucket of the longest.
+      to_the_end: decode to the end in the same call.
 
     Raises:
       ConfigError: see `check`.
@@ -66,6 +68,7 @@ def start(
         slots=cache_slots(width, steps, request.drafter.nodes),
         steps=steps,
         trace=request.trace,
+        to_the_end=to_the_end,
     )
 
 
@@ -181,7 +184,13 @@ def _decode(
 
     So no row waits long for the slowest, and all of it runs with three compilations.
     """
-    size, begin = min(request.batch, len(prompts)), time.perf_counter()
+    begin = time.perf_counter()
+    if len(prompts) <= request.batch and not request.stop:
+        state = start(model, request, prompts, keys, weights, to_the_end=True)
+        found = _harvest(model, request, state, dict.fromkeys(range(len(prompts)), begin))
+        progress(len(found))
+        return list(found.values())
+    size = min(request.batch, len(prompts))
     width, refill = bucket(max(map(len, prompts))), max(size // 4, 1)
     state = start(model, request, prompts[:size], keys[:size], weights, width=width)
     batch, padding = len(state.finished_B), len(state.finished_B) - size

@@ -56,7 +56,10 @@ def _is_stop(tokens_BN: jax.Array, stop_ids_E: jax.Array) -> jax.Array:
     return (tokens_BN[:, :, None] == stop_ids_E[None, None]).any(-1)
 
 
-@partial(jax.jit, static_argnames=('model', 'drafter', 'sampling', 'slots', 'steps', 'trace'))
+@partial(
+    jax.jit,
+    static_argnames=('model', 'drafter', 'sampling', 'slots', 'steps', 'trace', 'to_the_end'),
+)
 def prefill(
     model: Llama,
     params: Any,
@@ -72,6 +75,7 @@ def prefill(
     slots: int,
     steps: int,
     trace: bool,
+    to_the_end: bool = False,
 ) -> DecodeState:
     """Run the prompts once, verify a first draft behind them, and set up the loop's state.
 
@@ -88,6 +92,8 @@ def prefill(
       slots: cache length; at least P, and prompt_len + max_tokens + N of every row.
       steps: upper bound on answer tokens, hence on forwards.
       trace: keep every draft (`DecodeState.trace`).
+      to_the_end: also iterate until every row is finished. One call where `advance` would be a
+        second one, which takes about as long as half a forward of a small model.
     """
     (batch, width), nodes = prompt_BP.shape, drafter.nodes
     live_B = max_tokens_B > 0
@@ -138,7 +144,11 @@ def prefill(
     logits_BNV = model.apply({'params': params}, hidden_BND, method='logits')
     state = state.replace(cache=cache)
     said = (hidden_BND, logits_BNV)
-    return _commit(drafter, weights, sampling, stop_ids_E, state, draft, where, *said, prompt_BTD)
+    state = _commit(drafter, weights, sampling, stop_ids_E, state, draft, where, *said, prompt_BTD)
+    if not to_the_end:
+        return state
+    fixed = (model, params, drafter, weights, sampling, stop_ids_E)
+    return _iterate_until(*fixed, jnp.int32(steps), jnp.int32(batch), state)
 
 
 def _commit(
@@ -200,8 +210,7 @@ def _commit(
     )
 
 
-@partial(jax.jit, static_argnames=('model', 'drafter', 'sampling'), donate_argnames='state')
-def advance(
+def _iterate_until(
     model: Llama,
     params: Any,
     drafter: Any,
@@ -212,12 +221,7 @@ def advance(
     idle: jax.Array,
     state: DecodeState,
 ) -> DecodeState:
-    """Iterate until `idle` rows are finished or `state.iteration` reaches `until`.
-
-    Both are traced numbers: streaming calls this with small steps, and a batch that is to be
-    refilled stops early, with one compilation. Nothing is read back to the host inside. `state` is
-    donated.
-    """
+    """Iterate until `idle` rows are finished or `state.iteration` reaches `until`."""
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.finished_B.sum() < idle) & (state.iteration < until)
@@ -238,6 +242,19 @@ def advance(
         )
 
     return jax.lax.while_loop(unfinished, iterate, state)
+
+
+advance = jax.jit(
+    _iterate_until,
+    static_argnames=('model', 'drafter', 'sampling'),
+    donate_argnames='state',
+)
+"""`_iterate_until` for a state to be continued.
+
+`until` and `idle` are traced numbers: streaming calls this with small steps, and a batch that is to
+be refilled stops early, with one compilation. Nothing is read back to the host inside. `state` is
+donated.
+"""
 
 
 @partial(jax.jit, donate_argnames='state')
