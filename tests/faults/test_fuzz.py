@@ -37,13 +37,18 @@ GROWTH = 1 << 30
 """Bytes by which the process may grow."""
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-ROWS = [
-    {'prompt': 'a', 'answer': 'b', 'question': 'c', 'query': 'd', 'db_id': 'e'},
-    {'question': 'How many?', 'answer': '1 + 1 = <<1+1=2>>2\n#### 2'},
-    {'table': 't', 'columns': ['a', 'b'], 'question': 'which?', 'sql': 'SELECT a FROM t'},
-    {'conversations': [{'from': 'human', 'value': 'hi'}, {'from': 'gpt', 'value': 'ho'}]},
-    {'docstring': 'adds', 'code': 'def f(): ...', 'code_tokens': ['def'], 'partition': 'train'},
-]
+ROWS = {
+    'codesearchnet': {'docstring': 'adds', 'code': 'def f(): ...', 'partition': 'train'},
+    'gsm8k': {'question': 'How many?', 'answer': '1 + 1 = <<1+1=2>>2\n#### 2'},
+    'gsm8k-plain': {'question': 'How many?', 'answer': '1 + 1 = <<1+1=2>>2\n#### 2'},
+    'jsonl': {'prompt': 'a', 'answer': 'b'},
+    'sharegpt': {'conversations': [{'from': 'human', 'value': 'h'}, {'from': 'gpt', 'value': 'g'}]},
+    'spider': {'db_id': 'd', 'question': 'q', 'query': 's'},
+    'wikisql': {'table': 't', 'columns': ['a', 'b'], 'question': 'which?', 'sql': 'SELECT a'},
+}
+LISTS = ('sharegpt', 'spider')
+"""Kinds whose files are one JSON list."""
+TABLES = {'db_id': 'd', 'table_names_original': ['t'], 'column_names_original': [[0, 'c']]}
 
 pytestmark = pytest.mark.faults
 
@@ -115,7 +120,7 @@ def tried(name: str, read, contents: st.SearchStrategy, put) -> Counter:
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     print(f'{name}: {sum(counts.values())} files in {SECONDS:.0f} s, {dict(counts)}')
     assert grown < GROWTH
-    assert counts['refused']
+    assert counts['refused'] and counts['read'], 'both are tried'
     return counts
 
 
@@ -166,22 +171,39 @@ def test_tokenizer(tmp_path):
     tried('tokenizer.json', lambda: read_tokenizer(tmp_path), contents, path.write_bytes)
 
 
-@pytest.mark.parametrize('kind', sorted(set(FORMATS) - {'tfds'}))
-def test_rows(kind, tmp_path):
-    lines = [json.dumps(row) for row in ROWS]
-    plain, packed = tmp_path / 'rows.jsonl', tmp_path / 'rows.jsonl.gz'
-    row = st.sampled_from(ROWS).flatmap(changed)
-    text = edited('\n'.join(lines).encode()) | st.lists(row, max_size=3).map(b'\n'.join)
-    zipped = st.tuples(text.map(gzip.compress), st.booleans()).flatmap(
-        lambda pair: edited(pair[0]) if pair[1] else st.just(pair[0])
-    )
-    for path, contents in ((plain, text), (packed, zipped)):
-        tried(
-            f'{kind} {path.suffix}',
-            lambda path=path: open_source(f'{kind}:{path}#all'),
-            contents,
-            path.write_bytes,
+def some_rows(row: dict, is_list: bool) -> st.SearchStrategy[bytes]:
+    """A file of such rows: cut and overwritten anywhere, or with other values in some rows."""
+
+    def file(rows: list[bytes]) -> bytes:
+        return b'[' + b','.join(rows) + b']' if is_list else b'\n'.join(rows)
+
+    whole = json.dumps(row).encode()
+    return edited(file([whole] * 3)) | st.lists(changed(row) | st.just(whole), max_size=3).map(file)
+
+
+def test_every_format_has_rows():
+    assert set(ROWS) == set(FORMATS) - {'tfds'}
+
+
+@pytest.mark.parametrize('packed', [False, True], ids=['plain', 'gzip'])
+@pytest.mark.parametrize('kind', sorted(ROWS))
+def test_rows(kind, packed, tmp_path):
+    path = tmp_path / ('rows.json.gz' if packed else 'rows.json')
+    (tmp_path / 'tables.json').write_text(json.dumps([TABLES]))
+    contents = some_rows(ROWS[kind], kind in LISTS)
+    if packed:
+        contents = st.tuples(contents.map(gzip.compress), st.booleans()).flatmap(
+            lambda pair: edited(pair[0]) if pair[1] else st.just(pair[0])
         )
+    source = f'{kind}:{path}#all'
+    tried(f'{kind} {path.suffix}', lambda: open_source(source), contents, path.write_bytes)
+
+
+def test_spider_tables(tmp_path):
+    (tmp_path / 'rows.json').write_text(json.dumps([ROWS['spider']]))
+    source, path = f'spider:{tmp_path / "rows.json"}#all', tmp_path / 'tables.json'
+    contents = some_rows(TABLES, is_list=True)
+    tried('tables.json', lambda: open_source(source), contents, path.write_bytes)
 
 
 def test_recipe(tmp_path):
