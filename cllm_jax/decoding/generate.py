@@ -182,7 +182,8 @@ def _decode(
 ) -> list[_Answer]:
     """Decode prompts in one batch; when a quarter of it is finished, the next ones take its place.
 
-    So no row waits long for the slowest, and all of it runs with three compilations.
+    So no row waits long for the slowest, and all of it runs with three compilations. One batch that
+    no stop string can end is decoded in a single call.
     """
     begin = time.perf_counter()
     if len(prompts) <= request.batch and not request.stop:

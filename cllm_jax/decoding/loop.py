@@ -148,7 +148,7 @@ def prefill(
     if not to_the_end:
         return state
     fixed = (model, params, drafter, weights, sampling, stop_ids_E)
-    return _iterate_until(*fixed, jnp.int32(steps), jnp.int32(batch), state)
+    return advance(*fixed, jnp.int32(steps), jnp.int32(batch), state)
 
 
 def _commit(
@@ -210,7 +210,8 @@ def _commit(
     )
 
 
-def _iterate_until(
+@partial(jax.jit, static_argnames=('model', 'drafter', 'sampling'), donate_argnames='state')
+def advance(
     model: Llama,
     params: Any,
     drafter: Any,
@@ -221,7 +222,12 @@ def _iterate_until(
     idle: jax.Array,
     state: DecodeState,
 ) -> DecodeState:
-    """Iterate until `idle` rows are finished or `state.iteration` reaches `until`."""
+    """Iterate until `idle` rows are finished or `state.iteration` reaches `until`.
+
+    Both are traced numbers: streaming calls this with small steps, and a batch that is to be
+    refilled stops early, with one compilation. Nothing is read back to the host inside. `state` is
+    donated.
+    """
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.finished_B.sum() < idle) & (state.iteration < until)
@@ -242,19 +248,6 @@ def _iterate_until(
         )
 
     return jax.lax.while_loop(unfinished, iterate, state)
-
-
-advance = jax.jit(
-    _iterate_until,
-    static_argnames=('model', 'drafter', 'sampling'),
-    donate_argnames='state',
-)
-"""`_iterate_until` for a state to be continued.
-
-`until` and `idle` are traced numbers: streaming calls this with small steps, and a batch that is to
-be refilled stops early, with one compilation. Nothing is read back to the host inside. `state` is
-donated.
-"""
 
 
 @partial(jax.jit, donate_argnames='state')

@@ -25,7 +25,7 @@ from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
 from cllm_jax.datasets.tokens import encode_examples
 from cllm_jax.decoding.generate import stop_ids, text_of
-from cllm_jax.decoding.loop import advance, prefill
+from cllm_jax.decoding.loop import prefill
 from cllm_jax.decoding.request import bucket, cache_slots
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.jacobi import Jacobi
@@ -71,13 +71,12 @@ def _collector(module: Llama, drafter: Jacobi, mesh: Mesh, slots: int, steps: in
     """A compiled `(params, stop_ids, prompts, lengths, max_tokens, keys) -> decoded rows`."""
 
     def shard(params, stop_ids_E, prompt_BP, prompt_len_B, max_tokens_B, keys_B):
-        greedy = Sampling()
         state = prefill(
             module,
             params,
             drafter,
             (),
-            greedy,
+            Sampling(),
             prompt_BP,
             prompt_len_B,
             max_tokens_B,
@@ -86,9 +85,8 @@ def _collector(module: Llama, drafter: Jacobi, mesh: Mesh, slots: int, steps: in
             slots=slots,
             steps=steps,
             trace=True,
+            to_the_end=True,
         )
-        until, idle = jnp.asarray(steps, jnp.int32), jnp.asarray(len(prompt_BP), jnp.int32)
-        state = advance(module, params, drafter, (), greedy, stop_ids_E, until, idle, state)
         seq, trace = state.sequences, state.trace
         return (
             seq.tokens_BS,
