@@ -1,7 +1,7 @@
 """Measure what decoding, collecting and training cost here, and what each way of decoding gains.
 
     python -m cllm_jax.bench --json bench.json
-    python -m cllm_jax.bench --random-weights path/to/config.json --dtype bfloat16 --batches 1
+    python -m cllm_jax.bench --random-weights configs/shapes/1b.json --dtype bfloat16 --batches 1
 
 The cost of a forward with N tokens over one with a single token is c(N); tokens/forward over c(N)
 bounds the speed-up. In the tables `cost` is the time of an iteration, drafting included, over that
@@ -86,7 +86,7 @@ class BenchConfig:
     target: str = ''
     """The target; default ROOT/export/target, else embedded-target."""
     random_weights: str = ''
-    """A model directory or config.json: measure forwards of that size, with random weights."""
+    """A model directory or config file: measure forwards of that size, with random weights."""
     tasks: tuple[str, ...] = ('sql', 'arithmetic')
     """Datasets whose held-out prompts are decoded."""
     limit: int = 40
@@ -124,8 +124,8 @@ class BenchConfig:
 
 
 def random_model(path: Path, dtype: str) -> Model:
-    """Random weights of the size a config.json describes."""
-    config = read_config(path.parent if path.is_file() else path)
+    """Random weights of the size that a config describes."""
+    config = read_config(path)
     module = Llama(config, storage(dtype))
     params = jax.jit(lambda key: init_params(module, key))(jax.random.key(0))
     params = mixed(params) if dtype == MIXED else params

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,7 +12,7 @@ from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.evaluation.cost import Stall, bandwidth, costs, weight_bytes
-from cllm_jax.models.config import config_json
+from cllm_jax.models.config import config_json, read_config
 from tests.tiny import model_directory, ragged_prompts, random_model, tiny_config
 
 
@@ -69,10 +70,18 @@ def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
 
 
 def test_random_weights_need_only_a_config(tmp_path, monkeypatch):
-    (tmp_path / 'config.json').write_text(json.dumps(config_json(tiny_config(), 'float32')))
+    (tmp_path / 'tiny.json').write_text(json.dumps(config_json(tiny_config(), 'float32')))
     for dtype in ('float32', 'mixed'):
         flags = ('--quick', '--dtype', dtype, '--json', tmp_path / 'bench.json')
         with jax.numpy_dtype_promotion('standard'):
-            call(monkeypatch, '--random-weights', tmp_path / 'config.json', *flags)
+            call(monkeypatch, '--random-weights', tmp_path / 'tiny.json', *flags)
         found = json.loads((tmp_path / 'bench.json').read_text())
         assert found['dtype'] == dtype and 'tasks' not in found
+
+
+@pytest.mark.parametrize(
+    'name, parameters', [('27m', 27.5e6), ('110m', 110e6), ('1b', 1.10e9), ('7b', 6.74e9)]
+)
+def test_shapes_to_benchmark_have_the_size_of_their_name(name, parameters):
+    config = read_config(Path(__file__).parents[1] / f'configs/shapes/{name}.json')
+    assert config.parameters == pytest.approx(parameters, rel=0.01)

@@ -178,16 +178,18 @@ def _check_raw(path: Path, raw: dict[str, Any]) -> None:
             )
 
 
-def read_config(directory: Path) -> LlamaConfig:
-    """Read `config.json` (and the stop ids of `generation_config.json`) of a model directory.
+def read_config(place: Path) -> LlamaConfig:
+    """Read a config file, or `config.json` and `generation_config.json` of a model directory.
+
+    The second of these only adds stop ids.
 
     Raises:
       DataError: a file is missing or not JSON, or a value has the wrong type.
       ConfigError: the architecture is outside what `llama.py` computes; the message names the key.
     """
-    path = directory / 'config.json'
+    path = place if place.is_file() else place / 'config.json'
     raw = _read_json(path)
-    extra = directory / 'generation_config.json'
+    extra = place / 'generation_config.json'
     stops = _ids(extra, _read_json(extra).get('eos_token_id')) if extra.exists() else ()
     try:
         return parse_config(path, raw, stops)
