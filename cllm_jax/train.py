@@ -33,6 +33,7 @@ from cllm_jax.training.config import (
     TrainConfig,
     architecture,
     check_losses,
+    check_tokenizer,
     quick,
     with_names,
 )
@@ -177,6 +178,7 @@ def run() -> None:
         pretend(flags.devices)
     if settings.quick:
         settings = quick(settings)
+    check_tokenizer(settings)
     settings = check_losses(settings)
     check_accumulation(settings.batch, settings.optimizer.accumulate)
     directory, console = Path(settings.root) / flags.stage, Console()

@@ -137,6 +137,7 @@ def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
         (train, ['--objective', 'ar', '--root', 'ROOT'], 2, 'without data'),
         (train, ['--loss.global-weight', '0', '--root', 'ROOT'], 2, 'use objective ar'),
         (train, ['--texts', 'sql', '--noise.pairs', '--root', 'ROOT'], 2, 'no successor'),
+        (train, ['--tokenizer', 'embedded', '--root', 'ROOT'], 2, 'set model: new'),
         (train, ['--optimizer.accumulate', '3', '--root', 'ROOT'], 2, 'accumulate 3'),
         (export, ['--root', '/no/run'], 2, 'no such directory'),
     ],

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import cllm_jax as cllm
+from cllm_jax.console import Console
 from cllm_jax.datasets.tokens import train_tokenizer
 from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.loop import advance
@@ -14,6 +15,8 @@ from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import DraftModel
+from cllm_jax.training.config import NewModel, TrainConfig, with_names
+from cllm_jax.training.samples import prepare
 from tests.tiny import byte_tokenizer, ragged_prompts, random_model, text_config, tiny_config
 
 PROMPTS = ragged_prompts(0, (1, 2, 9, 5))
@@ -72,3 +75,21 @@ def test_a_draft_model_with_another_vocabulary_is_refused():
     same_size = dataclasses.replace(target, tokenizer=other)
     with pytest.raises(cllm.ConfigError, match='another tokenizer'):
         cllm.draft_model(target, same_size)
+
+
+def test_a_new_draft_model_takes_the_tokenizer_of_its_target(tmp_path):
+    small = NewModel(dim=32, layers=1, heads=2, kv_heads=2, mlp_dim=32)
+    settings = TrainConfig(
+        root=str(tmp_path), objective='ar', model='new', new=small, data='sql', examples=8
+    )
+    settings = with_names(settings, 'draft')
+    model, samples = prepare(settings, None, Console())
+    target = cllm.load('embedded-target', 'float32')
+    assert samples[0].answer[-1] == target.config.eos_ids[0]
+    drafted = cllm.draft_model(target, model)
+    prompts = ['Question: how many cats are there?\nAnswer:']
+    fast = cllm.decode(target, prompts, drafted, max_tokens=8)
+    assert fast.tokens == cllm.decode(target, prompts, cllm.AutoRegressive(), max_tokens=8).tokens
+    other = dataclasses.replace(settings, new=dataclasses.replace(small, vocab_size=999))
+    with pytest.raises(cllm.ConfigError, match='embedded-target has 1536 tokens'):
+        prepare(other, None, Console())

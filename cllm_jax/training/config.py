@@ -52,6 +52,9 @@ class TrainConfig:
     but for objective ar ROOT/target where there is one (stage refine: ROOT/cllm, else embedded)."""
     new: NewModel = NewModel()
     """The architecture if model is 'new'."""
+    tokenizer: str = ''
+    """Model whose tokenizer a new one takes, as a draft model must: default of stage draft is that
+    of ROOT/target, else embedded-target. Else one is trained on the dataset."""
     data: str = ''
     """Dataset (see the README) for ar; else a trajectory directory, default ROOT/trajectories
     (stage refine: ROOT/retrajectories). Drafters learn from its answers."""
@@ -112,6 +115,15 @@ def quick(settings: TrainConfig) -> TrainConfig:
     )
 
 
+def check_tokenizer(settings: TrainConfig) -> None:
+    """Raises ConfigError if a tokenizer is named for a model that has one."""
+    if settings.tokenizer and settings.model != 'new':
+        raise ConfigError(
+            f'tokenizer {settings.tokenizer} with model {settings.model or "(default)"}, which has '
+            'its own: only a new model takes that of another; leave it out, or set model: new'
+        )
+
+
 def check_losses(settings: TrainConfig) -> TrainConfig:
     """The settings with the losses that the objective has.
 
@@ -138,7 +150,11 @@ def check_losses(settings: TrainConfig) -> TrainConfig:
 def with_names(settings: TrainConfig, stage: str) -> TrainConfig:
     """The settings with the model and the trajectories that a stage takes if none are named."""
     if settings.objective == 'ar':
-        return dataclasses.replace(settings, model=settings.model or 'embedded-target')
+        tokenizer = settings.tokenizer
+        if stage == 'draft' and settings.model == 'new':
+            tokenizer = named_or(tokenizer, f'{settings.root}/target', 'embedded-target')
+        model = settings.model or 'embedded-target'
+        return dataclasses.replace(settings, model=model, tokenizer=tokenizer)
     run, shipped, collected = (
         ('cllm', 'embedded', 'retrajectories')
         if stage == 'refine'

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,15 @@ from cllm_jax.datasets.sources import open_source
 from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.llama import Llama, init_params
-from cllm_jax.models.load import DTYPES, Model, load, tokenizer_fingerprint
+from cllm_jax.models.load import (
+    DTYPES,
+    Model,
+    load,
+    peek,
+    read_tokenizer,
+    resolve,
+    tokenizer_fingerprint,
+)
 from cllm_jax.training.batches import Sample
 from cllm_jax.training.config import TrainConfig, architecture
 from cllm_jax.trajectories.clean import clean
@@ -24,17 +33,40 @@ TOKENIZER_ROWS = 8000
 """Rows of the dataset that a new tokenizer is trained on."""
 
 
-def new_model(settings: TrainConfig, texts: list[str]) -> Model:
-    """Random weights and a tokenizer trained on the texts."""
+def new_model(settings: TrainConfig, examples: list[Example]) -> Model:
+    """Random weights, and a tokenizer trained on the examples or that of another model."""
     config = architecture(settings)
-    tokenizer = train_tokenizer(texts, config.vocab_size)
-    special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
+    if settings.tokenizer:
+        tokenizer, special = shared_tokenizer(settings.tokenizer, config.vocab_size)
+    else:
+        # A random choice: a regular one could miss a task of a mixture altogether.
+        rows = min(len(examples), TOKENIZER_ROWS)
+        chosen = random.Random(settings.seed).sample(examples, rows)
+        tokenizer = train_tokenizer([e.prompt + e.answer for e in chosen], config.vocab_size)
+        special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
     config = dataclasses.replace(config, **special)
     dtype = DTYPES[settings.dtype]
     params = jax.jit(lambda key: init_params(Llama(config, dtype), key))(
         jax.random.key(settings.seed)
     )
     return Model(config, params, tokenizer, 'new')
+
+
+def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer of a model, and the token ids that its config gives a meaning to.
+
+    Raises:
+      ConfigError: it has none, or its vocabulary has another size.
+    """
+    config, tokenizer = peek(name), read_tokenizer(resolve(name))
+    if tokenizer is None:
+        raise ConfigError(f'{name} has no tokenizer; name a model that has one')
+    if config.vocab_size != vocab_size:
+        raise ConfigError(
+            f'new.vocab_size {vocab_size}: the tokenizer of {name} has {config.vocab_size} tokens; '
+            'set the same'
+        )
+    return tokenizer, {'eos_ids': config.eos_ids, 'pad_id': config.pad_id}
 
 
 def trajectory_samples(settings: TrainConfig, model: Model, console: Console) -> list[Sample]:
@@ -92,10 +124,7 @@ def prepare(
             raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
         examples = read_examples(settings, settings.data, console)
         if settings.model == 'new':
-            # A random choice: a regular one could miss a task of a mixture altogether.
-            rows = min(len(examples), TOKENIZER_ROWS)
-            chosen = random.Random(settings.seed).sample(examples, rows)
-            model = new_model(settings, [e.prompt + e.answer for e in chosen])
+            model = new_model(settings, examples)
         else:
             model = load(settings.model, settings.dtype, mesh)
         samples = text_samples(model, examples, console)
