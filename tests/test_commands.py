@@ -11,6 +11,7 @@ import pytest
 import cllm_jax
 from cllm_jax import collect, evaluate, export, train
 from cllm_jax.errors import ConfigError
+from cllm_jax.recipe import read_recipe
 from cllm_jax.settings import guard
 from cllm_jax.training.config import STAGES, TrainConfig, with_names
 
@@ -78,7 +79,6 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
     from cllm_jax.collect import CollectConfig
     from cllm_jax.evaluate import EvaluateConfig
     from cllm_jax.export import ExportConfig
-    from cllm_jax.recipe import read_recipe
     from cllm_jax.settings import parse
 
     classes = dict.fromkeys(STAGES, TrainConfig)
@@ -95,7 +95,9 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
 def test_plans_start_nothing(tmp_path, monkeypatch, capsys):
     call(monkeypatch, train, '--config', RECIPE, '--stage', 'target', '--root', tmp_path, '--plan')
     out = capsys.readouterr().out
-    parameters = 1536 * 256 + 4 * (4 * 256 * 256 + 3 * 256 * 640 + 2 * 256) + 256
+    new = read_recipe(RECIPE)['target']['new']
+    dim, layer = new['dim'], 4 * new['dim'] ** 2 + 3 * new['dim'] * new['mlp_dim'] + 2 * new['dim']
+    parameters = new['vocab_size'] * dim + new['layers'] * layer + dim
     assert f'{parameters:,}' in out and 'steps' in out and 'learning_rate' in out
     assert not any(tmp_path.iterdir())
 

@@ -42,6 +42,6 @@ def test_forward_gives_logits(model):
 
 def test_streamed_text_is_the_decoded_text(model):
     prompt = 'Question: Kate has 4 pears. She buys 3 more. How many pears has she?\nAnswer:'
-    pieces = list(cllm.stream(model, prompt, max_tokens=24))
+    pieces = list(cllm.stream(model, prompt, cllm.Jacobi(block=3), max_tokens=24))
     assert ''.join(pieces) == cllm.decode(model, [prompt], max_tokens=24).texts[0]
     assert len(pieces) > 1
