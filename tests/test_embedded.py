@@ -35,6 +35,17 @@ def test_target_and_cllm_share_a_tokenizer_and_fit_the_package(model):
     assert size <= 16_000_000
 
 
+@pytest.mark.parametrize(('name', 'least'), [('medusa', 2.0), ('redrafter', 2.3), ('eagle', 3.0)])
+def test_shipped_drafters_are_exact_and_draft_well(name, least):
+    target = cllm.load('embedded-target')
+    source = open_source('sql+arithmetic', split='heldout', seed=3, limit=4)
+    prompts = [source[i].prompt for i in range(4)]
+    slow = cllm.decode(target, prompts, cllm.AutoRegressive(), max_tokens=40)
+    fast = cllm.decode(target, prompts, cllm.load_drafter(target, SHIPPED / name), max_tokens=40)
+    assert fast.tokens == slow.tokens
+    assert sum(map(len, fast.tokens)) > least * sum(fast.forwards)
+
+
 def test_forward_gives_logits(model):
     logits = cllm.forward(model, jnp.asarray([[1, 2, 3]], jnp.int32))
     assert logits.shape == (1, 3, model.config.vocab_size) and logits.dtype == jnp.float32
