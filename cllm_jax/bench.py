@@ -23,7 +23,6 @@ import jax.numpy as jnp
 
 from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.sources import open_source
-from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import draft_model
@@ -38,6 +37,7 @@ from cllm_jax.evaluation.pipeline import collection_speed, step_cost
 from cllm_jax.evaluation.quality import share_right
 from cllm_jax.evaluation.speed import (
     Way,
+    one_by_one,
     share_identical,
     tokens_per_forward,
     tokens_per_second,
@@ -118,7 +118,7 @@ class BenchConfig:
     torch: bool = True
     """Time `transformers` generate beside it, if torch is installed."""
     json: str = ''
-    """Write all results to this file."""
+    """Write all results to this file, again after every part."""
     quick: bool = False
     """A tiny version, to see that it works."""
 
@@ -216,7 +216,7 @@ def decoding(
     results = {}
     for name, way in ways.items():
         with console.status(f'{source.name}: {name}'):
-            results[name] = decode_all(way.model, way.request, prompts, way.weights)
+            results[name] = one_by_one(way, prompts)
     with console.progress(f'{source.name}: timing', len(prompts)) as bar:
         speed = tokens_per_second(ways, prompts, settings.repeats, bar)
     base = speed['target, AR']
@@ -367,21 +367,26 @@ def run() -> None:
     if settings.random_weights:
         model = random_model(Path(settings.random_weights), dtype)
         found |= {'model': model.source, 'cost': forward_costs(settings, model, console)}
+        keep(settings, found)
     else:
         name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
         target = load(name, dtype)
         cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'), dtype)
         found |= {'model': cllm.source, 'target': target.source}
         found['cost'] = forward_costs(settings, target, console)
-        found['tasks'] = [
-            decoding(settings, task, target, cllm, console) for task in settings.tasks
-        ]
-        if settings.collected:
-            found['pipeline'] = [
-                pipeline(settings, task, target, console) for task in settings.tasks
-            ]
-    found['peak_memory_bytes'] = peak_memory()
+        keep(settings, found)
+        for task in settings.tasks:
+            found.setdefault('tasks', []).append(decoding(settings, task, target, cllm, console))
+            keep(settings, found)
+        for task in settings.tasks if settings.collected else ():
+            found.setdefault('pipeline', []).append(pipeline(settings, task, target, console))
+            keep(settings, found)
     report(console, found)
+
+
+def keep(settings: BenchConfig, found: dict[str, Any]) -> None:
+    """Write what has been measured so far: a long run that is cut short keeps its parts."""
+    found['peak_memory_bytes'] = peak_memory()
     if settings.json:
         path = Path(settings.json)
         path.parent.mkdir(parents=True, exist_ok=True)

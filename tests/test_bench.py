@@ -69,6 +69,20 @@ def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     assert 'c(N)' in capsys.readouterr().out
 
 
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, 'decoding', interrupted)
+    with jax.numpy_dtype_promotion('standard'):
+        model = model_directory(tmp_path / 'tiny')
+        models = ('--model', model, '--target', model)
+        with pytest.raises(KeyboardInterrupt):
+            call(monkeypatch, '--quick', *models, '--json', tmp_path / 'bench.json')
+    found = json.loads((tmp_path / 'bench.json').read_text())
+    assert found['cost']['per_batch']['1']['1']['c'] == 1 and found['peak_memory_bytes'] > 0
+
+
 def test_random_weights_need_only_a_config(tmp_path, monkeypatch):
     (tmp_path / 'tiny.json').write_text(json.dumps(config_json(tiny_config(), 'float32')))
     for dtype in ('float32', 'mixed'):

@@ -37,6 +37,17 @@ def share_identical(a: DecodeResult, b: DecodeResult) -> float:
     return sum(same) / max(len(same), 1)
 
 
+def one_by_one(way: Way, prompts: Sequence[str | Sequence[int]]) -> DecodeResult:
+    """Every prompt decoded alone, by the very calls that `tokens_per_second` times."""
+    parts = [_once(way, prompts, range(i, i + 1), 1)[0] for i in range(len(prompts))]
+    return DecodeResult(
+        [text for part in parts for text in part.texts],
+        [tokens for part in parts for tokens in part.tokens],
+        [accepted for part in parts for accepted in part.accepted],
+        [seconds for part in parts for seconds in part.seconds],
+    )
+
+
 def tokens_per_second(
     ways: Mapping[str, Way],
     prompts: Sequence[str | Sequence[int]],
@@ -54,7 +65,7 @@ def tokens_per_second(
     for begin in range(0, len(prompts), together):
         rows = range(begin, min(begin + together, len(prompts)))
         for name, way in ways.items():
-            totals[name][0] += _once(way, prompts, rows, batch)[0]
+            totals[name][0] += sum(map(len, _once(way, prompts, rows, batch)[0].tokens))
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repeats):
             for name, way in ways.items():
@@ -67,10 +78,10 @@ def tokens_per_second(
 
 def _once(
     way: Way, prompts: Sequence[str | Sequence[int]], rows: range, batch: int
-) -> tuple[int, float]:
-    """Tokens and seconds of decoding some of the prompts."""
+) -> tuple[DecodeResult, float]:
+    """Some of the prompts decoded, and the seconds that took."""
     request = dataclasses.replace(way.request, batch=batch)
     ids, keys = [encode(way.model, prompts[i]) for i in rows], row_keys(request.seed, rows)
     begin = time.perf_counter()
     result = decode_batch(way.model, request, ids, keys, way.weights)
-    return sum(map(len, result.tokens)), time.perf_counter() - begin
+    return result, time.perf_counter() - begin
