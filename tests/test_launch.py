@@ -77,13 +77,13 @@ def checkout(directory: Path) -> Path:
 
 
 def test_local_runs_every_stage_in_order():
-    done = launch('configs/wikisql.yaml', '--dry-run', '--out', 'some where')
+    done = launch('configs/gsm8k.yaml', '--dry-run', '--out', 'some where')
     lines = [line for line in done.stdout.splitlines() if 'cllm_jax' in line]
     assert done.returncode == 0
     commands = [line.split('cllm_jax.')[1].split()[0] for line in lines]
     assert commands == ['train', 'collect', 'train', 'export', 'evaluate']
     assert '--stage target' in lines[0] and '--stage cllm' in lines[2]
-    assert all('--config configs/wikisql.yaml' in line for line in lines)
+    assert all('--config configs/gsm8k.yaml' in line for line in lines)
     assert all(r'some\ where' in line or "'some where'" in line for line in lines)
 
 
