@@ -109,6 +109,6 @@ for row in "${rows[@]}"; do
         --model "${models[$start]}" --data "$data" --steps "$steps" \
         --held-out.every "$steps" --save-every "$steps" "${settings[@]}" "${rest[@]}"
     run "$python" -m cllm_jax.evaluate --config "$config" --model "$place/cllm" \
-        --target "$root/target" --block "$block" --limit 100 --timed 20 \
+        --target "$root/target" --block "$block" --limit 100 --timed 8 \
         --json "$place/evaluate.json"
 done
