@@ -72,7 +72,7 @@ DRAFTED = {
 }
 """Stages of a recipe that train a drafter."""
 BATCH = 16
-"""Prompts in flight where batches are compared."""
+"""Prompts per call where batches are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ def decoding(
         speed = tokens_per_second(ways, prompts, settings.repeats, bar)
     base = speed['target, AR']
     plain = ['target, AR', *(f'CLLM, Jacobi {block}' for block in settings.blocks)]
-    with console.status(f'{source.name}: {BATCH} in flight'):
+    with console.status(f'{source.name}: {BATCH} at a time'):
         together = {name: ways[name] for name in plain}
         batched = tokens_per_second(together, prompts, settings.repeats, batch=BATCH)
     rows = {}
@@ -309,7 +309,7 @@ def report(console: Console, found: dict[str, Any]) -> None:
         console.out.print(table(f'{task["task"]}: {task["n"]} prompts, batch 1', columns, rows))
         batched = task['batched']
         rows = [[name, value, value / batched['target, AR']] for name, value in batched.items()]
-        title = f'{task["task"]}: the same prompts, {BATCH} in flight'
+        title = f'{task["task"]}: the same prompts, {BATCH} at a time'
         console.out.print(table(title, ['', 'tokens/s', 'speed-up'], rows))
     for part in found.get('pipeline', ()):
         collect, train = part['collect'], part['train']

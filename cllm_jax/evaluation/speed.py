@@ -57,13 +57,12 @@ def tokens_per_second(
 ) -> dict[str, float]:
     """End-to-end speed of each way: tokens over wall-clock, prefill included.
 
-    One prompt after the other is decoded `repeats` times by every way in turn, and its time is the
-    median; with `batch`, all prompts are, with so many in flight.
+    `batch` prompts after the other are decoded `repeats` times by every way in turn, in one call,
+    and their time is the median.
     """
-    together = 1 if batch == 1 else len(prompts)
     totals = {name: [0, 0.0] for name in ways}
-    for begin in range(0, len(prompts), together):
-        rows = range(begin, min(begin + together, len(prompts)))
+    for begin in range(0, len(prompts), batch):
+        rows = range(begin, min(begin + batch, len(prompts)))
         for name, way in ways.items():
             totals[name][0] += sum(map(len, _once(way, prompts, rows, batch)[0].tokens))
         seconds: dict[str, list[float]] = {name: [] for name in ways}
