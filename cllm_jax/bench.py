@@ -217,6 +217,9 @@ def decoding(
     for name, way in ways.items():
         with console.status(f'{source.name}: {name}'):
             results[name] = one_by_one(way, prompts)
+    # The baseline may be in another precision than the ways that are compared with it.
+    target_ar = one_by_one(Way(target, ways['target, AR'].request), prompts)
+    own_ar = results | {'target, AR': target_ar}
     with console.progress(f'{source.name}: timing', len(prompts)) as bar:
         speed = tokens_per_second(ways, prompts, settings.repeats, bar)
     base = speed['target, AR']
@@ -226,7 +229,7 @@ def decoding(
         batched = tokens_per_second(together, prompts, settings.repeats, batch=BATCH)
     rows = {}
     for name, result in results.items():
-        own_ar = results[f'{name.split(",")[0]}, AR']
+        same = result if name == 'target, AR' else own_ar[f'{name.split(",")[0]}, AR']
         forward = tokens_per_forward(result)
         rows[name] = {
             'extra_parameters': extra_parameters(ways[name]),
@@ -235,7 +238,7 @@ def decoding(
             'tokens_per_second': speed[name],
             'speedup': speed[name] / base,
             'conversion': speed[name] / base / forward,
-            'identical': share_identical(result, own_ar),
+            'identical': share_identical(result, same),
             'quality': share_right(source, result.texts) if source.checkable else None,
         }
     found = {'task': source.name, 'n': len(prompts), 'ways': rows, 'batched': batched}
