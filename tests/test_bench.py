@@ -44,12 +44,15 @@ def test_costs_run_to_the_end_whatever_the_model_says(batch):
     assert bandwidth(1 << 16, repeats=1) > 0
 
 
+def negated(model):
+    return dataclasses.replace(model, params=jax.tree.map(lambda leaf: -leaf, model.params))
+
+
 @pytest.mark.slow
 def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # A baseline that answers otherwise: identity is to the AR of the very model that is compared.
-    other = lambda model: dataclasses.replace(model, params=jax.tree.map(lambda x: -x, model.params))
-    monkeypatch.setattr(bench, 'baseline', other)
+    monkeypatch.setattr(bench, 'baseline', negated)
     with jax.numpy_dtype_promotion('standard'):  # optax relies on it
         model = model_directory(tmp_path / 'tiny')
         models = ('--model', model, '--target', model)
