@@ -4,18 +4,15 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash launch/ablations.sh CONFIG --root DIR [--steps N] [--from MODEL] [--dry-run]
-                                [-- OVERRIDE...]
+usage: bash launch/ablations.sh CONFIG --root DIR [--steps N] [--dry-run] [-- OVERRIDE...]
 
 Trains a CLLM for every row of the table below, from DIR/target (made by
 `bash launch/local.sh CONFIG --out DIR`) with one setting of CONFIG's stage cllm changed, or from the
 CLLM of the first row on other trajectories; evaluates it, and prints a table of all rows, or at an
 interruption of those that are done. What is done already is not done again.
 
-  --root DIR      directory with the run `target`; rows go to DIR/ablations (-from-NAME)
+  --root DIR      directory with the run `target`; rows go to DIR/ablations
   --steps N       optimisation steps of each row (default 400)
-  --from MODEL    start from this model in place of DIR/target, and on its trajectories: from a
-                  finished CLLM, a few steps show which choices keep it fast and right
   --dry-run       only print the commands
   -- OVERRIDE...  settings for every training
 TEXT
@@ -64,7 +61,7 @@ steps=${steps:-400}
 malloc=hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=$((1 << 33))
 malloc+=:glibc.malloc.trim_threshold=$((1 << 34))
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.$malloc}
-python=${PYTHON:-python} out=$root/ablations${from:+-from-$(basename "$from")}
+python=${PYTHON:-python} out=$root/ablations
 
 names=()
 for row in "${rows[@]}"; do
@@ -95,7 +92,7 @@ PYTHON
 }
 $dry_run || trap show_rows EXIT
 
-declare -A collected models=([target]=${from:-$root/target} [recipe]=$out/$steps-steps/the-recipe/cllm)
+declare -A collected models=([target]=$root/target [recipe]=$out/$steps-steps/the-recipe/cllm)
 for row in "${rows[@]}"; do
     IFS='|' read -r name start states flags <<<"$row"
     read -ra settings <<<"$flags"

@@ -44,10 +44,10 @@ take_verb() {
     [[ -n $verb && " $1 " == *" $verb "* ]] || refuse "no command '$verb'; there are ${1// /, }"
 }
 
-config='' root='' steps='' from='' with=() rest=()
+config='' root='' steps='' with=() rest=()
 
-# Options that the scripts share: [CONFIG] [--root DIR] [--steps LIST] [--from MODEL]
-# [--with PATH] [--dry-run] [-- REST...]; each script says in its usage which it takes.
+# Options that the scripts share: [CONFIG] [--root DIR] [--steps LIST] [--with PATH] [--dry-run]
+# [-- REST...]; each script says in its usage which it takes.
 parse() {
     while (($#)); do
         case $1 in
@@ -56,12 +56,11 @@ parse() {
                 exit 0
                 ;;
             --dry-run) dry_run=true ;;
-            --root | --steps | --from | --with)
+            --root | --steps | --with)
                 [[ -n ${2-} && $2 != -* ]] || refuse "$1 needs a value; see --help"
                 case $1 in
                     --root) root=${2%/} ;;
                     --steps) steps=$2 ;;
-                    --from) from=$2 ;;
                     --with) with+=("$2") ;;
                 esac
                 shift

@@ -57,8 +57,8 @@ def tokens_per_second(
 ) -> dict[str, float]:
     """End-to-end speed of each way: tokens over wall-clock, prefill included.
 
-    `batch` prompts after the other are decoded `repeats` times by every way in turn, in one call,
-    and their time is the median.
+    Prompts are decoded `batch` at a time, in one call, `repeats` times by every way in turn; the
+    median of its times counts.
     """
     totals = {name: [0, 0.0] for name in ways}
     for begin in range(0, len(prompts), batch):
