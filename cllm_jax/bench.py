@@ -226,6 +226,8 @@ def decoding(
     plain = ['target, AR', *(f'CLLM, Jacobi {block}' for block in settings.blocks)]
     with console.status(f'{source.name}: {BATCH} at a time'):
         together = {name: ways[name] for name in plain}
+        if ways['target, AR'].model is not target:  # many rows are another matter than one
+            together['target, AR, mixed'] = Way(target, ways['target, AR'].request)
         batched = tokens_per_second(together, prompts, settings.repeats, batch=BATCH)
     rows = {}
     for name, result in results.items():

@@ -19,6 +19,9 @@ class Cache:
     XLA's CPU backend copies whatever is sliced, transposed or reshaped on the way from the loop's
     carry to a product, in every layer of every forward: one array for all layers, tokens before
     heads, or batch and heads as two axes each cost more than the products themselves.
+
+    On CPUs a bfloat16 cache holds the bits, as uint16: XLA's CPU backend would write a few rows by
+    converting all of them to float32 and back.
     """
 
     k_RSH: tuple[jax.Array, ...]
@@ -31,6 +34,8 @@ class Cache:
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
     """An empty cache. Separate buffers throughout, since one buffer cannot be donated twice."""
+    if dtype == jnp.bfloat16 and jax.default_backend() == 'cpu':
+        dtype = jnp.uint16
     shape = (config.kv_heads * batch, slots, config.head_dim)
     return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in 'kv'))
 
@@ -47,13 +52,17 @@ def write(cache_RSH: jax.Array, new_KBTH: jax.Array, start_B: jax.Array) -> jax.
     They are rounded to the cache's dtype.
     `dynamic_update_slice` clamps: the caller guarantees `start + T <= S`.
     """
-    dtype = cache_RSH.dtype
+    dtype = jnp.bfloat16 if cache_RSH.dtype == jnp.uint16 else cache_RSH.dtype
     new_RTH = new_KBTH.reshape(len(cache_RSH), *new_KBTH.shape[2:]).astype(dtype)
-    if dtype == jnp.bfloat16:  # XLA's CPU backend updates it as float32, converting all of it twice
-        cache_RSH, new_RTH = (
-            jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache_RSH, new_RTH)
-        )
-    return jax.lax.bitcast_convert_type(_write(cache_RSH, new_RTH, start_B), dtype)
+    return _write(cache_RSH, jax.lax.bitcast_convert_type(new_RTH, cache_RSH.dtype), start_B)
+
+
+@jax.named_scope('cache')
+def read(cache_RSH: jax.Array) -> jax.Array:
+    """The keys or values of one layer, in the dtype in which they are multiplied."""
+    if cache_RSH.dtype != jnp.uint16:
+        return cache_RSH
+    return jax.lax.bitcast_convert_type(cache_RSH, jnp.bfloat16)
 
 
 @jax.named_scope('cache')
@@ -61,13 +70,10 @@ def compact(cache: Cache, start_B: jax.Array, path_BP: jax.Array) -> Cache:
     """Move the rows of an accepted path, at `start + path`, together to `start ..`."""
 
     def one(cache_RSH: jax.Array) -> jax.Array:
-        bits_RSH = cache_RSH
-        if cache_RSH.dtype == jnp.bfloat16:  # see `write`
-            bits_RSH = jax.lax.bitcast_convert_type(cache_RSH, jnp.uint16)
         copies = len(cache_RSH) // len(start_B)
         at_RP = jnp.tile(start_B[:, None] + path_BP, (copies, 1))
-        new_RPH = jnp.take_along_axis(bits_RSH, at_RP[:, :, None], axis=1)
-        return jax.lax.bitcast_convert_type(_write(bits_RSH, new_RPH, start_B), cache_RSH.dtype)
+        new_RPH = jnp.take_along_axis(cache_RSH, at_RP[:, :, None], axis=1)
+        return _write(cache_RSH, new_RPH, start_B)
 
     return jax.tree.map(one, cache)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cllm_jax.models.attention import attend, rope_tables, rotate
-from cllm_jax.models.cache import Cache, heads_first, write
+from cllm_jax.models.cache import Cache, heads_first, read, write
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.linear import linear
 from cllm_jax.models.packed import PackedMask, attend_packed
@@ -89,7 +89,8 @@ class Block(nn.Module):
         seen = kv = [heads_first(x_BTKH) for x_BTKH in kv_BTKH]
         if kv_RSH is not None:
             kv = [write(*pair, start_B) for pair in zip(kv_RSH, kv, strict=True)]
-            seen = kv if mask_BTS.shape[2] == kv_RSH[0].shape[1] else seen
+            if mask_BTS.shape[2] == kv_RSH[0].shape[1]:
+                seen = [read(cache_RSH) for cache_RSH in kv]
         attention = attend_packed if isinstance(mask_BTS, PackedMask) else attend
         o_BTNH = attention(q_BTNH, *seen, mask_BTS, self.compute)
         o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
