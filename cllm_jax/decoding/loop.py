@@ -102,7 +102,7 @@ def prefill(
     sequences = Sequences(tokens_BS, prompt_len_B - 1, prompt_len_B, keys_B)
     draft, drafter_state = drafter.draft(weights, drafter.init(weights, sequences), sequences)
     state = DecodeState(
-        cache=init_cache(model.config, batch, slots, model.compute or model.dtype),
+        cache=init_cache(model.config, batch, slots, model.compute or model.dtype, nodes == 1),
         sequences=sequences,
         drafter=drafter_state,
         limit_B=prompt_len_B + max_tokens_B,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cllm_jax.models.config import RopeScaling
-from cllm_jax.models.linear import product, transposed
+from cllm_jax.models.linear import product, rounded, transposed
 
 NEVER = -1e30
 """Score of a masked key: its weight underflows to exactly 0, and no row becomes NaN."""
@@ -20,41 +20,48 @@ def attend(
     v_KBSH: jax.Array,
     mask_BTS: jax.Array,
     compute: jnp.dtype | None = None,
+    rounded_kv: bool = False,
 ) -> jax.Array:
     """Grouped-query attention; query t of a row sees exactly the keys its mask row allows.
 
     Keys and values may have K and B as one axis, as the cache does (`cache.py`). Merged axes cannot
     be divided among devices by B, so training keeps them apart. Scores and softmax are float32
     whatever the inputs; `compute` is the dtype of what is multiplied (see `product`), None for the
-    queries' own. A query with no visible key (padding) averages all values; its result is never
-    used.
+    queries' own. With `rounded_kv` keys and values have been rounded to it already, and are
+    multiplied in the dtype they come in, be it wider (`cache.py`). A query with no visible key
+    (padding) averages all values; its result is never used.
     """
     batch, queries, _, width = q_BTNH.shape
     groups = math.prod(k_KBSH.shape[:-2]) // batch
     q_BTKGH = (q_BTNH * width**-0.5).reshape(batch, queries, groups, -1, width)
     # X = query heads of a group x T
     q_KBXH = q_BTKGH.transpose(2, 0, 3, 1, 4).reshape(*k_KBSH.shape[:-2], -1, width)
-    o_KBXH = _attend(compute or q_BTNH.dtype, q_KBXH, k_KBSH, v_KBSH, mask_BTS)
+    compute = jnp.dtype(compute or q_BTNH.dtype)
+    multiplied = k_KBSH.dtype if rounded_kv else compute
+    q_KBXH = q_KBXH if multiplied == compute else rounded(q_KBXH, compute).astype(multiplied)
+    o_KBXH = _attend(multiplied, compute, q_KBXH, k_KBSH, v_KBSH, mask_BTS)
     o_KBGTH = o_KBXH.astype(q_BTNH.dtype).reshape(groups, batch, -1, queries, width)
     return o_KBGTH.transpose(1, 3, 0, 2, 4).reshape(q_BTNH.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(compute, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
-    return _attend_forward(compute, q_KBXH, k_KBSH, v_KBSH, mask_BTS)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(compute, precision, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
+    return _attend_forward(compute, precision, q_KBXH, k_KBSH, v_KBSH, mask_BTS)[0]
 
 
-def _attend_forward(compute, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
+def _attend_forward(compute, precision, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
     batch, queries, slots = mask_BTS.shape
     scores = product('...XH,...SH->...XS', q_KBXH, k_KBSH, compute)
     by_mask = scores.reshape(-1, batch, q_KBXH.shape[-2] // queries, queries, slots)
     by_mask = jnp.where(mask_BTS[None, :, None], by_mask, NEVER)
-    p_KBXS = jax.nn.softmax(by_mask, axis=-1).astype(compute).reshape(scores.shape)
+    p = jax.nn.softmax(by_mask, axis=-1)
+    p = p if precision == compute else rounded(p, precision)
+    p_KBXS = p.astype(compute).reshape(scores.shape)
     o_KBXH = product('...XS,...SH->...XH', p_KBXS, v_KBSH, compute)
     return o_KBXH, (q_KBXH, k_KBSH, v_KBSH, p_KBXS, o_KBXH)
 
 
-def _attend_backward(compute, saved, do_KBXH):
+def _attend_backward(compute, precision, saved, do_KBXH):
     # The softmax's own rule sums dp * p over the keys, which XLA's CPU backend does so slowly that
     # it took a quarter of a training step; do * o over the head width is the same number
     # (FlashAttention, arXiv 2205.14135, appendix B.2).

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from cllm_jax.models.config import LlamaConfig
+from cllm_jax.models.linear import rounded
 
 
 @struct.dataclass
@@ -21,7 +22,9 @@ class Cache:
     heads, or batch and heads as two axes each cost more than the products themselves.
 
     On CPUs a bfloat16 cache holds the bits, as uint16: XLA's CPU backend would write a few rows by
-    converting all of them to float32 and back.
+    converting all of them to float32 and back. It also multiplies one query with bfloat16 keys by
+    converting those; so a cache that is read by one query at a time is float32, with values that
+    bfloat16 has.
     """
 
     k_RSH: tuple[jax.Array, ...]
@@ -32,12 +35,41 @@ class Cache:
         return self.k_RSH[0].shape[1]
 
 
-def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache. Separate buffers throughout, since one buffer cannot be donated twice."""
-    if dtype == jnp.bfloat16 and jax.default_backend() == 'cpu':
-        dtype = jnp.uint16
-    shape = (config.kv_heads * batch, slots, config.head_dim)
+def init_cache(
+    config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype, one_query: bool = False
+) -> Cache:
+    """An empty cache for values of `dtype`, to be read by several queries at a time or by one.
+
+    Separate buffers throughout, since one buffer cannot be donated twice.
+    """
+    shape, dtype = (config.kv_heads * batch, slots, config.head_dim), _kept(dtype, one_query)
     return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in 'kv'))
+
+
+def _kept(dtype: jnp.dtype, one_query: bool) -> jnp.dtype:
+    """The dtype of the arrays that hold values of `dtype`."""
+    if dtype != jnp.bfloat16 or jax.default_backend() != 'cpu':
+        return dtype
+    return jnp.float32 if one_query else jnp.uint16
+
+
+def _as_kept(x: jax.Array, dtype: jnp.dtype, kept: jnp.dtype) -> jax.Array:
+    """Values rounded to `dtype`, as a cache of `kept` holds them."""
+    if kept == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    if jnp.finfo(kept).bits > jnp.finfo(dtype).bits:
+        x = rounded(x, dtype)
+    return x.astype(kept)
+
+
+def with_room(cache: Cache, used: int, room: int, dtype: jnp.dtype) -> Cache:
+    """The first `used` slots with empty ones behind them, for several queries at a time."""
+
+    def one(cache_RSH: jax.Array) -> jax.Array:
+        used_RSH = _as_kept(read(cache_RSH[:, :used]), dtype, _kept(dtype, False))
+        return jnp.pad(used_RSH, ((0, 0), (0, room), (0, 0)))
+
+    return jax.tree.map(one, cache)
 
 
 def heads_first(x_BTKH: jax.Array) -> jax.Array:
@@ -46,15 +78,16 @@ def heads_first(x_BTKH: jax.Array) -> jax.Array:
 
 
 @jax.named_scope('cache')
-def write(cache_RSH: jax.Array, new_KBTH: jax.Array, start_B: jax.Array) -> jax.Array:
+def write(
+    cache_RSH: jax.Array, new_KBTH: jax.Array, start_B: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
     """Put the T new rows of one layer at slots `start .. start + T` of each sequence.
 
-    They are rounded to the cache's dtype.
+    They are rounded to `dtype`. A single start is that of all sequences.
     `dynamic_update_slice` clamps: the caller guarantees `start + T <= S`.
     """
-    dtype = jnp.bfloat16 if cache_RSH.dtype == jnp.uint16 else cache_RSH.dtype
-    new_RTH = new_KBTH.reshape(len(cache_RSH), *new_KBTH.shape[2:]).astype(dtype)
-    return _write(cache_RSH, jax.lax.bitcast_convert_type(new_RTH, cache_RSH.dtype), start_B)
+    new_RTH = new_KBTH.reshape(len(cache_RSH), *new_KBTH.shape[2:])
+    return _write(cache_RSH, _as_kept(new_RTH, dtype, cache_RSH.dtype), start_B)
 
 
 @jax.named_scope('cache')

@@ -37,6 +37,16 @@ def product(spec: str, a: jax.Array, b: jax.Array, compute: jnp.dtype) -> jax.Ar
     return _rounded(spec, compute, a, b)
 
 
+def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` in its own dtype, with values that `dtype` has.
+
+    A conversion there and back says the same, but a compiler may leave that out.
+    """
+    if jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
+        return x
+    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+
+
 def transposed(x: jax.Array) -> jax.Array:
     """`x` with its last two axes swapped, on CPUs in memory too.
 

@@ -86,13 +86,17 @@ class Block(nn.Module):
         q_BTNH, *kv_BTKH = self._qkv(h_BTD, sin, cos, rows_BN)
         if rows_BN is not None:  # what follows is asked of these alone
             x_BTD, mask_BTS = (taken(a, rows_BN) for a in (x_BTD, mask_BTS))
-        seen = kv = [heads_first(x_BTKH) for x_BTKH in kv_BTKH]
+        new = kv = [heads_first(x_BTKH) for x_BTKH in kv_BTKH]
         if kv_RSH is not None:
-            kv = [write(*pair, start_B) for pair in zip(kv_RSH, kv, strict=True)]
-            if mask_BTS.shape[2] == kv_RSH[0].shape[1]:
-                seen = [read(cache_RSH) for cache_RSH in kv]
-        attention = attend_packed if isinstance(mask_BTS, PackedMask) else attend
-        o_BTNH = attention(q_BTNH, *seen, mask_BTS, self.compute)
+            dtype = self.compute or self.dtype
+            kv = [write(*pair, start_B, dtype) for pair in zip(kv_RSH, new, strict=True)]
+        if isinstance(mask_BTS, PackedMask):
+            o_BTNH = attend_packed(q_BTNH, *new, mask_BTS, self.compute)
+        elif kv_RSH is not None and mask_BTS.shape[2] == kv_RSH[0].shape[1]:
+            seen = [read(cache_RSH) for cache_RSH in kv]
+            o_BTNH = attend(q_BTNH, *seen, mask_BTS, self.compute, rounded_kv=True)
+        else:
+            o_BTNH = attend(q_BTNH, *new, mask_BTS, self.compute)
         o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
         o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
         x_BTD = x_BTD + linear(o_BTA, o.reshape(-1, c.dim), self.compute)
