@@ -265,17 +265,20 @@ def extra_parameters(way: Way) -> int:
 def pipeline(settings: BenchConfig, task: str, target: Model, console: Console) -> dict[str, Any]:
     """Collection and training on one task, with the losses of `configs/embedded.yaml`."""
     source = open_source(task, split='train', seed=settings.seed, limit=settings.collected)
-    plan = CollectPlan(
-        block=16,
-        mode='sliding',
-        max_tokens=settings.max_tokens,
-        seed=settings.seed,
-        batch=min(64, len(source)),
-        shard=len(source),
-    )
+    plans = {
+        mode: CollectPlan(
+            block=16,
+            mode=mode,
+            max_tokens=settings.max_tokens,
+            seed=settings.seed,
+            batch=min(32, len(source)),
+            shard=len(source),
+        )
+        for mode in ('sliding', 'block')
+    }
     with console.status(f'{source.name}: collecting {len(source)} prompts'):
         collection, records = collection_speed(
-            target, source, plan, min(8, len(source)), settings.repeats
+            target, source, plans, min(8, len(source)), settings.repeats
         )
     weights, noise = LossWeights(ar_weight=6.0, global_weight=1.0), Noise(decay=8.0, fresh=0.15)
     compute = target.module.compute or target.module.dtype
@@ -317,12 +320,16 @@ def report(console: Console, found: dict[str, Any]) -> None:
         title = f'{task["task"]}: the same prompts, {BATCH} at a time'
         console.out.print(table(title, ['', 'tokens/s', 'speed-up'], rows))
     for part in found.get('pipeline', ()):
-        collect, train = part['collect'], part['train']
+        train = part['train']
+        for mode, collect in part['collect'].items():
+            console.result(
+                f'{part["task"]}: collects {collect["prompts_per_second"]:.3g} prompts/s with '
+                f'{mode} states, {collect["tokens_per_second"]:.0f} tokens/s, '
+                f'{collect["ratio"]:.2f}x of one at a time'
+            )
         console.result(
-            f'{part["task"]}: collects {collect["prompts_per_second"]:.3g} prompts/s, '
-            f'{collect["tokens_per_second"]:.0f} tokens/s, {collect["ratio"]:.2f}x of one at a '
-            f'time; a consistency step takes {train["ratio"]:.2f}x the time of an autoregressive '
-            f'one, {train["clean_tokens_per_second"]:.0f} clean tokens/s'
+            f'{part["task"]}: a consistency step takes {train["ratio"]:.2f}x the time of an '
+            f'autoregressive one, {train["clean_tokens_per_second"]:.0f} clean tokens/s'
         )
     console.result(f'peak memory of this process: {size(found["peak_memory_bytes"])}')
 

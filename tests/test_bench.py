@@ -72,7 +72,9 @@ def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
         assert way['speedup'] == pytest.approx(product)
     assert task['ways']['target, AR']['speedup'] == 1
     (part,) = found['pipeline']
-    assert part['collect']['prompts_per_second'] > 0 and part['train']['ratio'] > 0
+    assert set(part['collect']) == {'sliding', 'block'}
+    assert all(one['prompts_per_second'] > 0 for one in part['collect'].values())
+    assert part['train']['ratio'] > 0
     assert 'c(N)' in capsys.readouterr().out
 
 

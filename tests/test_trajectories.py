@@ -12,8 +12,8 @@ from cllm_jax.console import Console
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
 from cllm_jax.datasets.tokens import train_tokenizer
-from cllm_jax.decoding.generate import decode_all, stop_ids
-from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.generate import decode_all, decode_batch, stop_ids
+from cllm_jax.decoding.request import Request, encode
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError, DataError
@@ -23,6 +23,7 @@ from cllm_jax.parallel.mesh import MeshConfig, make_mesh
 from cllm_jax.parallel.rules import RULES, param_shardings
 from cllm_jax.training.config import TrainConfig
 from cllm_jax.training.samples import trajectory_samples
+from cllm_jax.trajectories import batch as batching
 from cllm_jax.trajectories import collect as collecting
 from cllm_jax.trajectories.clean import Cleaning, clean
 from cllm_jax.trajectories.collect import CollectPlan, collect
@@ -51,17 +52,21 @@ def collected(tmp_path_factory):
     return directory, counts
 
 
-def compiled(model) -> str:
-    mesh = collecting.mesh_of(model)
+def compiled(model) -> list[str]:
+    """The programs of both modes."""
+    mesh = batching.mesh_of(model)
     rows = mesh.shape['data']
-    run = collecting._collector(model.module, Jacobi(8, 'block'), mesh, 64, 32)
     lengths, keys = np.ones(rows, np.int32), jax.random.split(jax.random.key(0), rows)
     prompts = np.ones((rows, 16), np.int32)
-    return (
-        run.lower(model.params, stop_ids(model), prompts, lengths, lengths, keys)
-        .compile()
-        .as_text()
-    )
+    texts = []
+    for drafter in (Jacobi(8), AutoRegressive()):
+        run = batching._decoder(model.module, drafter, mesh, 64, 32)
+        args = (model.params, stop_ids(model), prompts, lengths, lengths, keys)
+        texts.append(run.lower(*args).compile().as_text())
+    sequences, cache, *_ = run(*args)
+    follow = batching._follower(model.module, mesh, 8, 2, 64)
+    lowered = follow.lower(model.params, np.int32(0), sequences, cache)
+    return [*texts, lowered.compile().as_text()]
 
 
 def shared(model):
@@ -75,8 +80,8 @@ def shared(model):
 def test_devices_with_a_model_each_do_not_communicate():
     names = ('all-reduce', 'all-gather', 'all-to-all', 'collective-permute', 'reduce-scatter')
     assert jax.device_count() == 8
-    assert not any(name in compiled(MODEL) for name in names)
-    assert 'all-reduce' in compiled(shared(MODEL))
+    assert not any(name in text for name in names for text in compiled(MODEL))
+    assert all('all-reduce' in text for text in compiled(shared(MODEL)))
 
 
 def test_devices_that_share_a_model_collect_the_same(collected, tmp_path):
@@ -115,6 +120,42 @@ def test_block_states_go_from_random_to_the_fixed_point(collected):
         )
 
 
+def as_decoded(prompt: str, key: jax.Array, n: int) -> tuple[list, list, int]:
+    """States, starts and forwards of one prompt, from decoding it block by block.
+
+    The windows that were verified, each behind what its block had converged to by then, and the
+    fixed point behind the last of each block.
+    """
+    request = Request(Jacobi(n, 'block'), max_tokens=30, trace=True)
+    one = decode_batch(MODEL, request, [encode(MODEL, prompt)], key[None])
+    answer, (trajectory,) = one.tokens[0], one.trajectories
+    windows, starts = trajectory.states.tolist(), trajectory.start.tolist()
+    blocks, states, begins = [at - at % n for at in starts], [], []
+    for i, (at, begin, window) in enumerate(zip(starts, blocks, windows, strict=True)):
+        states.append(answer[begin:at] + window[: n - (at - begin)])
+        begins.append(begin)
+        if begin not in blocks[i + 1 :]:
+            states.append((answer + [0] * n)[begin : begin + n])
+            begins.append(begin)
+    return states, begins, one.forwards[0]
+
+
+@pytest.mark.parametrize('block', (1, 3, 8, 40))
+def test_block_states_are_those_of_decoding_block_by_block(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(batching, 'TOGETHER', 2 * block)  # two blocks of a row at a time
+    plan = dataclasses.replace(PLAN, block=block)
+    collect(tmp_path, MODEL, source(), plan, identity(plan))
+    lengths = set()
+    for i, record in enumerate(read_records(tmp_path)):
+        key = batching.prompt_key(plan.seed, record.id)
+        states, starts, forwards = as_decoded(source()[i].prompt, key, block)
+        assert record.states.tolist() == states
+        assert record.start.tolist() == starts
+        assert record.forwards == forwards
+        lengths.add(len(record.answer))
+    assert 1 in lengths and 30 in lengths and len(lengths) > 5
+
+
 def test_sliding_states_begin_at_the_pending_token(tmp_path):
     plan = dataclasses.replace(PLAN, mode='sliding')
     collect(tmp_path, MODEL, source(8), plan, identity(plan))
@@ -125,15 +166,15 @@ def test_sliding_states_begin_at_the_pending_token(tmp_path):
 
 
 def test_an_interrupted_collection_ends_with_the_same_bytes(collected, tmp_path, monkeypatch):
-    decode, calls = collecting._decode, {'n': 0}
+    decode, calls = collecting.trajectories, {'n': 0}
 
-    def crash(*args):
+    def crash(*args, **kwargs):
         calls['n'] += 1
         if calls['n'] in (2, 4):
             raise KeyboardInterrupt
-        return decode(*args)
+        return decode(*args, **kwargs)
 
-    monkeypatch.setattr(collecting, '_decode', crash)
+    monkeypatch.setattr(collecting, 'trajectories', crash)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             collect(tmp_path, MODEL, source(), PLAN, identity())
@@ -153,8 +194,10 @@ def test_a_flipped_bit_is_found_and_only_that_shard_collected_again(
     shard.write_bytes(good[:100] + bytes([good[100] ^ 4]) + good[101:])
     with pytest.raises(DataError, match=r'00001-of-00003.*damaged'):
         read_records(tmp_path)
-    decode, calls = collecting._decode, []
-    monkeypatch.setattr(collecting, '_decode', lambda *a: calls.append(1) or decode(*a))
+    decode, calls = collecting.trajectories, []
+    monkeypatch.setattr(
+        collecting, 'trajectories', lambda *a, **k: calls.append(1) or decode(*a, **k)
+    )
     collect(tmp_path, MODEL, source(), PLAN, identity())
     assert len(calls) == 1
     assert shard.read_bytes() == good

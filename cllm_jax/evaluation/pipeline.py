@@ -7,7 +7,7 @@ prompts one at a time, and a consistency step beside an autoregressive one on th
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,32 +33,45 @@ from cllm_jax.trajectories.store import Record
 
 
 def collection_speed(
-    model: Model, source: Source, plan: CollectPlan, alone: int, repeats: int = 3
-) -> tuple[dict[str, float], list[Record]]:
-    """Prompts and tokens per second of a collection, and of decoding one prompt at a time.
+    model: Model,
+    source: Source,
+    plans: Mapping[str, CollectPlan],
+    alone: int,
+    repeats: int = 3,
+) -> tuple[dict[str, dict[str, float]], list[Record]]:
+    """Prompts and tokens per second of collecting, and of decoding one prompt at a time.
 
     Args:
-      model, source, plan: what is collected: every row of `source`.
+      model, source: what is collected: every row of `source`.
+      plans: ways to collect; each has an entry in the result, and the first gives the records.
       alone: how many of the prompts are decoded alone, by the paper's block schedule.
       repeats: times each is timed, in turn, after a first one that compiles.
     """
-    request = Request(Jacobi(plan.block, 'block'), plan.max_tokens, trace=True)
-    few = [(encode(model, source[i].prompt), row_keys(plan.seed, [i])) for i in range(alone)]
-    together, one_by_one = [], []
+    first = next(iter(plans.values()))
+    request = Request(Jacobi(first.block, 'block'), first.max_tokens, trace=True)
+    few = [(encode(model, source[i].prompt), row_keys(first.seed, [i])) for i in range(alone)]
+    seconds: dict[str, list[float]] = {name: [] for name in plans}
+    one_by_one, records = [], []
     for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        records = collect_records(model, source, plan, range(len(source)))
-        together.append((time.perf_counter() - begin) / len(source))
+        for name, plan in plans.items():
+            begin = time.perf_counter()
+            found = collect_records(model, source, plan, range(len(source)))
+            seconds[name].append((time.perf_counter() - begin) / len(source))
+            records = found if plan is first else records
         results = [decode_batch(model, request, [ids], keys) for ids, keys in few]
         one_by_one.append(sum(result.seconds[0] for result in results) / alone)
-    batched, single = (statistics.median(seconds[1:]) for seconds in (together, one_by_one))
+    single = statistics.median(one_by_one[1:])
     tokens = sum(len(record.answer) for record in records) / len(source)
-    return {
-        'prompts_per_second': 1 / batched,
-        'tokens_per_second': tokens / batched,
-        'prompts_per_second_alone': 1 / single,
-        'ratio': single / batched,
-    }, records
+    speeds = {}
+    for name in plans:
+        together = statistics.median(seconds[name][1:])
+        speeds[name] = {
+            'prompts_per_second': 1 / together,
+            'tokens_per_second': tokens / together,
+            'prompts_per_second_alone': 1 / single,
+            'ratio': single / together,
+        }
+    return speeds, records
 
 
 def step_cost(

@@ -1,0 +1,160 @@
+"""The Jacobi trajectories of all blocks of an answer at once, when the answer is known.
+
+The block schedule waits: a block begins with a token that the model says only when the block before
+has converged. An answer that autoregressive decoding has found already, at a fraction of the cost,
+says where every block begins and what it converges to. So all blocks start from their random
+guesses together, each behind the true tokens, and one forward verifies a window of each. The states
+are those of decoding with `Jacobi(n, 'block')`, and so are the forwards that each block takes.
+
+What has converged is in the cache, so a forward computes no more tokens of a block than the slowest
+of them has left, in a few sizes: two thirds of what decoding would compute.
+
+M is blocks, and W tokens of a block's window.
+"""
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from cllm_jax.decoding.draft import Sequences
+from cllm_jax.decoding.sampling import Sampling, choose
+from cllm_jax.drafters.jacobi import initial_guesses
+from cllm_jax.models.cache import Cache, with_room
+from cllm_jax.models.llama import Llama
+
+SIZES = 4
+"""Sizes of the window; each is a copy of the loop to compile."""
+
+
+@struct.dataclass
+class BlocksState:
+    """What the loop carries."""
+
+    cache: Cache
+    """The answers' own keys and values, and behind them room for the windows."""
+    guess_BMn: jax.Array
+    at_BM: jax.Array
+    """A block's first `at + 1` tokens are right; the last of them is the next to be computed."""
+    forwards_BM: jax.Array
+    iteration: jax.Array
+    state_IBMn: jax.Array
+    """The guesses before each forward."""
+
+
+def follow(
+    model: Llama,
+    params: Any,
+    sequences: Sequences,
+    cache: Cache,
+    first: jax.Array,
+    *,
+    block: int,
+    blocks: int,
+    slots: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The states of blocks `first .. first + blocks` of each answer, and how many there are.
+
+    Args:
+      model, params: what decoded the answers.
+      sequences: prompts and answers; the last token of an answer is the pending one.
+      cache: their keys and values.
+      first: int32, the first of the blocks.
+      block: tokens per block.
+      blocks: how many are followed together. An answer may end before the last.
+      slots: how many of the cache are needed, those of the longest answer.
+
+    Returns:
+      `state_IBMn`, the blocks before each forward (I = n, the most that a block can take), and
+      `forwards_BM`, of which the first so many hold something. The fixed point is not among them.
+    """
+    answers = min(slots, cache.slots)
+    tokens_BS, length_B, prompt_B1 = (
+        sequences.tokens_BS,
+        sequences.length_B,
+        sequences.prompt_len_B[:, None],
+    )
+    number_1M = (first + jnp.arange(blocks, dtype=jnp.int32))[None]
+    begin_BM = prompt_B1 + number_1M * block
+    # A block's last forward also says the first token of the next one.
+    end_BM = jnp.minimum(block, length_B[:, None] - begin_BM)
+    offset_11n = jnp.arange(block, dtype=jnp.int32)[None, None]
+    at_BX = jnp.minimum(begin_BM[..., None] + offset_11n, tokens_BS.shape[1] - 1)
+    at_BX = at_BX.reshape(len(tokens_BS), -1)
+    truth_BMn, guess_BMn = (
+        jnp.take_along_axis(source_BS, at_BX, axis=1).reshape(*begin_BM.shape, block)
+        for source_BS in (tokens_BS, initial_guesses(sequences))
+    )
+    guess_BMn = jnp.where(offset_11n == 0, truth_BMn, guess_BMn)
+    state = BlocksState(
+        cache=with_room(cache, answers, blocks * block, model.compute or model.dtype),
+        guess_BMn=guess_BMn,
+        at_BM=jnp.zeros_like(begin_BM),
+        forwards_BM=jnp.zeros_like(begin_BM),
+        iteration=jnp.int32(0),
+        state_IBMn=jnp.zeros((block, *guess_BMn.shape), jnp.int32),
+    )
+
+    def iterate(width: int, state: BlocksState) -> BlocksState:
+        at_BM1, live_BM = state.at_BM[..., None], state.at_BM < end_BM
+        offset_BMW = at_BM1 + jnp.arange(width, dtype=jnp.int32)[None, None]
+        window_BMW = jnp.take_along_axis(
+            state.guess_BMn, jnp.minimum(offset_BMW, block - 1), axis=2
+        )
+        position_BMW = begin_BM[..., None] + offset_BMW
+        hidden_BTD, cache = model.apply(
+            {'params': params},
+            _flat(window_BMW),
+            _flat(position_BMW),
+            _mask(position_BMW[..., 0], width, answers, state.cache.slots),
+            state.cache,
+            jnp.full(1, answers, jnp.int32),
+        )
+        logits_BTV = model.apply({'params': params}, hidden_BTD, method='logits')
+        y_BT = choose(logits_BTV, sequences.keys_B, _flat(position_BMW) + 1, Sampling())
+        y_BMW = y_BT.reshape(window_BMW.shape)
+
+        right_BMn = (state.guess_BMn == truth_BMn) | (offset_11n <= at_BM1)
+        right_BM = jnp.cumprod(right_BMn.astype(jnp.int32), axis=2).sum(2)
+        at_BM = jnp.where(live_BM, jnp.minimum(right_BM, end_BM), state.at_BM)
+        since_BMn = offset_11n - at_BM1 - 1
+        said_BMn = jnp.take_along_axis(y_BMW, jnp.clip(since_BMn, 0, width - 1), axis=2)
+        said_BMn = jnp.where(offset_11n <= at_BM[..., None], truth_BMn, said_BMn)
+        new_BMn = (since_BMn >= 0) & live_BM[..., None]
+        return BlocksState(
+            cache=cache,
+            guess_BMn=jnp.where(new_BMn, said_BMn, state.guess_BMn),
+            at_BM=at_BM,
+            forwards_BM=state.forwards_BM + live_BM.astype(jnp.int32),
+            iteration=state.iteration + 1,
+            state_IBMn=state.state_IBMn.at[state.iteration].set(state.guess_BMn),
+        )
+
+    def needs_more_than(width: int, state: BlocksState) -> jax.Array:
+        return ((state.at_BM < end_BM) & (block - state.at_BM > width)).any()
+
+    sizes = sorted({-(-block * i // SIZES) for i in range(SIZES + 1)}, reverse=True)
+    for size, smaller in pairwise(sizes):
+        state = jax.lax.while_loop(partial(needs_more_than, smaller), partial(iterate, size), state)
+    return state.state_IBMn, state.forwards_BM
+
+
+def _flat(x_BMW: jax.Array) -> jax.Array:
+    """The windows of a row one behind the other."""
+    return x_BMW.reshape(len(x_BMW), -1)
+
+
+def _mask(begin_BM: jax.Array, width: int, answers: int, slots: int) -> jax.Array:
+    """What each token of the windows sees, bool `[B, M W, S]`: the slots before its window's
+    first token, and that window up to itself; windows are behind the slots of the `answers`."""
+    blocks, slots_S = begin_BM.shape[1], jnp.arange(slots, dtype=jnp.int32)
+    before_BMS = slots_S[None, None] < jnp.minimum(begin_BM, answers)[..., None]
+    windows_M = answers + jnp.arange(blocks, dtype=jnp.int32) * width
+    step_MS = slots_S[None] - windows_M[:, None]
+    step_W = jnp.arange(width, dtype=jnp.int32)
+    own_MWS = (step_MS[:, None] >= 0) & (step_MS[:, None] <= step_W[None, :, None])
+    mask_BMWS = before_BMS[:, :, None] | own_MWS[None]
+    return mask_BMWS.reshape(len(begin_BM), -1, slots)
