@@ -70,6 +70,7 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
         begun = json.loads(path.read_text('utf-8'))
     except ValueError:
         raise DataError(f'{path}: not JSON; remove {path.parent} to start over') from None
+    begun.pop('root', None)  # runs noted where they were once; they may be moved
     changed = [k for k in settings | begun if settings.get(k) != begun.get(k)]
     if changed:
         key = changed[0]

@@ -182,7 +182,8 @@ def run() -> None:
     settings = check_losses(settings)
     check_accumulation(settings.batch, settings.optimizer.accumulate)
     directory, console = Path(settings.root) / flags.stage, Console()
-    claimed = {k: v for k, v in to_json(settings).items() if k not in ('mesh', 'remat')}
+    free = ('mesh', 'remat', 'root')  # devices may change, and where the directory is
+    claimed = {k: v for k, v in to_json(settings).items() if k not in free}
     settings = with_names(settings, flags.stage)
     if flags.plan:
         plan(settings, directory, flags.compile, console)

@@ -462,3 +462,11 @@ def test_a_run_directory_has_one_owner_and_one_set_of_settings(tmp_path):
     with pytest.raises(ConfigError, match='begun with a = 1, now 2'), open_run(tmp_path, {'a': 2}):
         pass
     assert json.loads((tmp_path / 'settings.json').read_text()) == {'a': 1}
+
+
+def test_a_run_goes_on_where_it_was_moved_to(tmp_path):
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'here/settings.json').write_text(json.dumps({'a': 1, 'root': '/old/place'}))
+    (tmp_path / 'here').rename(tmp_path / 'there')
+    with open_run(tmp_path / 'there', {'a': 1}):
+        pass
