@@ -29,7 +29,7 @@ from cllm_jax.parallel.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories.blocks import follow
 
 TOGETHER = 4096
-"""Most tokens of blocks in one forward of a device: enough to keep it busy, and a bound on memory."""
+"""Most tokens of blocks in a device's forward: enough to keep it busy, and a bound on memory."""
 
 
 @dataclasses.dataclass(frozen=True)
