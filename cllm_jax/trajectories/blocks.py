@@ -4,7 +4,8 @@ The block schedule waits: a block begins with a token that the model says only w
 has converged. An answer that autoregressive decoding has found already, at a fraction of the cost,
 says where every block begins and what it converges to. So all blocks start from their random
 guesses together, each behind the true tokens, and one forward verifies a window of each. The states
-are those of decoding with `Jacobi(n, 'block')`, and so are the forwards that each block takes.
+are those of decoding with `Jacobi(n, 'block')`, and so are the forwards that each block takes; in
+low precision a guess may differ where two scores are next to equal, the fixed point never does.
 
 What has converged is in the cache, so a forward computes no more tokens of a block than the slowest
 of them has left, in a few sizes: two thirds of what decoding would compute.
