@@ -1,7 +1,8 @@
 """How fast the other two stages are: collecting trajectories, and a training step.
 
-Both ratios compare like with like in one run: collection in batches beside decoding the same
-prompts one at a time, and a consistency step beside an autoregressive one on the same answers.
+Both ratios compare like with like in one run: collection in batches beside decoding some of the
+prompts one at a time, by their tokens per second, and a consistency step beside an autoregressive
+one on the same answers.
 """
 
 import dataclasses
@@ -59,8 +60,10 @@ def collection_speed(
             seconds[name].append((time.perf_counter() - begin) / len(source))
             records = found if plan is first else records
         results = [decode_batch(model, request, [ids], keys) for ids, keys in few]
-        one_by_one.append(sum(result.seconds[0] for result in results) / alone)
-    single = statistics.median(one_by_one[1:])
+        one_by_one.append(sum(result.seconds[0] for result in results))
+    # Prompts differ in length, and few stand for all: only their tokens can be compared.
+    decoded = sum(len(result.tokens[0]) for result in results)
+    single = decoded / statistics.median(one_by_one[1:])
     tokens = sum(len(record.answer) for record in records) / len(source)
     speeds = {}
     for name in plans:
@@ -68,8 +71,8 @@ def collection_speed(
         speeds[name] = {
             'prompts_per_second': 1 / together,
             'tokens_per_second': tokens / together,
-            'prompts_per_second_alone': 1 / single,
-            'ratio': single / together,
+            'tokens_per_second_alone': single,
+            'ratio': tokens / together / single,
         }
     return speeds, records
 

@@ -41,7 +41,6 @@ class BlocksState:
     at_BM: jax.Array
     """A block's first `at + 1` tokens are right; the last of them is the next to be computed."""
     forwards_BM: jax.Array
-    iteration: jax.Array
     state_IBMn: jax.Array
     """The guesses before each forward."""
 
@@ -73,13 +72,9 @@ def follow(
       `forwards_BM`, of which the first so many hold something. The fixed point is not among them.
     """
     answers = min(slots, cache.slots)
-    tokens_BS, length_B, prompt_B1 = (
-        sequences.tokens_BS,
-        sequences.length_B,
-        sequences.prompt_len_B[:, None],
-    )
+    tokens_BS, length_B = sequences.tokens_BS, sequences.length_B
     number_1M = (first + jnp.arange(blocks, dtype=jnp.int32))[None]
-    begin_BM = prompt_B1 + number_1M * block
+    begin_BM = sequences.prompt_len_B[:, None] + number_1M * block
     # A block's last forward also says the first token of the next one.
     end_BM = jnp.minimum(block, length_B[:, None] - begin_BM)
     offset_11n = jnp.arange(block, dtype=jnp.int32)[None, None]
@@ -95,7 +90,6 @@ def follow(
         guess_BMn=guess_BMn,
         at_BM=jnp.zeros_like(begin_BM),
         forwards_BM=jnp.zeros_like(begin_BM),
-        iteration=jnp.int32(0),
         state_IBMn=jnp.zeros((block, *guess_BMn.shape), jnp.int32),
     )
 
@@ -130,8 +124,8 @@ def follow(
             guess_BMn=jnp.where(new_BMn, said_BMn, state.guess_BMn),
             at_BM=at_BM,
             forwards_BM=state.forwards_BM + live_BM.astype(jnp.int32),
-            iteration=state.iteration + 1,
-            state_IBMn=state.state_IBMn.at[state.iteration].set(state.guess_BMn),
+            # A block that is not done has taken part in every forward.
+            state_IBMn=state.state_IBMn.at[state.forwards_BM.max()].set(state.guess_BMn),
         )
 
     def needs_more_than(width: int, state: BlocksState) -> jax.Array:
