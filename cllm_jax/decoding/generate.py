@@ -10,8 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cllm_jax.decoding.loop import DecodeState, advance, prefill, replace_rows
-from cllm_jax.decoding.request import Request, bucket, cache_slots, check, encode, row_keys
+from cllm_jax.decoding.loop import DecodeState, advance, fits, grow, prefill, replace_rows
+from cllm_jax.decoding.request import (
+    FIRST_ROOM,
+    Request,
+    bucket,
+    cache_slots,
+    check,
+    encode,
+    row_keys,
+)
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.errors import ConfigError
@@ -37,7 +45,7 @@ def start(
     Args:
       rows: size of the batch; by default the next power of two.
       width: length to which prompts are padded; by default the bucket of the longest.
-      to_the_end: decode to the end in the same call.
+      to_the_end: decode in the same call, to the end or until the cache is full.
 
     Raises:
       ConfigError: see `check`.
@@ -45,6 +53,7 @@ def start(
     check(model, request, prompts)
     rows = rows or 1 << (len(prompts) - 1).bit_length()
     width, steps = width or bucket(max(map(len, prompts))), bucket(request.max_tokens)
+    nodes = request.drafter.nodes
     prompt_BP = np.zeros((rows, width), np.int32)
     prompt_len_B = np.ones(rows, np.int32)
     max_tokens_B = np.zeros(rows, np.int32)
@@ -65,9 +74,10 @@ def start(
         max_tokens_B,
         stop_ids(model),
         keys,
-        slots=cache_slots(width, steps, request.drafter.nodes),
+        slots=cache_slots(width, steps, nodes),
         steps=steps,
         trace=request.trace,
+        room=cache_slots(width, min(steps, FIRST_ROOM), nodes),
         to_the_end=to_the_end,
     )
 
@@ -91,18 +101,25 @@ def answers(state: DecodeState, rows: int) -> tuple[list[list[int]], list[list[i
 def run_until(
     model: Model, request: Request, weights: Any, state: DecodeState, until: int, idle: int = 0
 ) -> DecodeState:
-    """Iterate up to iteration `until`, or until `idle` rows (all, if 0) are finished."""
-    return advance(
-        model.module,
-        model.params,
-        request.drafter,
-        weights,
-        request.sampling,
-        stop_ids(model),
-        np.int32(until),
-        np.int32(idle or len(state.finished_B)),
-        state,
-    )
+    """Iterate up to iteration `until`, or until `idle` rows (all, if 0) are finished.
+
+    A cache that is full becomes twice as long.
+    """
+    until, idle = np.int32(until), np.int32(idle or len(state.finished_B))
+    how = (request.drafter, weights, request.sampling, stop_ids(model))
+    while True:
+        if _lacks_room(request, state):
+            most = state.sequences.tokens_BS.shape[1]
+            state = grow(state, min(2 * state.cache.slots, most))
+        state = advance(model.module, model.params, *how, until, idle, state)
+        if not _lacks_room(request, state):
+            return state
+
+
+def _lacks_room(request: Request, state: DecodeState) -> bool:
+    """Whether a row waits for a longer cache."""
+    longest = state.sequences.tokens_BS.shape[1]
+    return state.cache.slots < longest and not fetch(fits(state, request.drafter.nodes))
 
 
 def _run(
@@ -188,6 +205,8 @@ def _decode(
     begin = time.perf_counter()
     if len(prompts) <= request.batch and not request.stop:
         state = start(model, request, prompts, keys, weights, to_the_end=True)
+        if _lacks_room(request, state):
+            state = run_until(model, request, weights, state, _ENDLESS)
         found = _harvest(model, request, state, dict.fromkeys(range(len(prompts)), begin))
         progress(len(found))
         return list(found.values())

@@ -58,7 +58,16 @@ def _is_stop(tokens_BN: jax.Array, stop_ids_E: jax.Array) -> jax.Array:
 
 @partial(
     jax.jit,
-    static_argnames=('model', 'drafter', 'sampling', 'slots', 'steps', 'trace', 'to_the_end'),
+    static_argnames=(
+        'model',
+        'drafter',
+        'sampling',
+        'slots',
+        'room',
+        'steps',
+        'trace',
+        'to_the_end',
+    ),
 )
 def prefill(
     model: Llama,
@@ -75,6 +84,7 @@ def prefill(
     slots: int,
     steps: int,
     trace: bool,
+    room: int = 0,
     to_the_end: bool = False,
 ) -> DecodeState:
     """Run the prompts once, verify a first draft behind them, and set up the loop's state.
@@ -89,9 +99,11 @@ def prefill(
       max_tokens_B: int32 answer lengths; at most `steps`.
       stop_ids_E: int32 token ids that end a row.
       keys_B: a PRNG key per row.
-      slots: cache length; at least P, and prompt_len + max_tokens + N of every row.
+      slots: length of the buffers; at least P, and prompt_len + max_tokens + N of every row.
       steps: upper bound on answer tokens, hence on forwards.
       trace: keep every draft (`DecodeState.trace`).
+      room: slots of the cache, at least P + N and by default all; with fewer the loop ends when a
+        draft does not fit (`fits`), and goes on when the cache was made longer (`grow`).
       to_the_end: also iterate until every row is finished. One call where `advance` would be a
         second one, which takes about as long as half a forward of a small model.
     """
@@ -102,7 +114,9 @@ def prefill(
     sequences = Sequences(tokens_BS, prompt_len_B - 1, prompt_len_B, keys_B)
     draft, drafter_state = drafter.draft(weights, drafter.init(weights, sequences), sequences)
     state = DecodeState(
-        cache=init_cache(model.config, batch, slots, model.compute or model.dtype, nodes == 1),
+        cache=init_cache(
+            model.config, batch, room or slots, model.compute or model.dtype, nodes == 1
+        ),
         sequences=sequences,
         drafter=drafter_state,
         limit_B=prompt_len_B + max_tokens_B,
@@ -222,15 +236,16 @@ def advance(
     idle: jax.Array,
     state: DecodeState,
 ) -> DecodeState:
-    """Iterate until `idle` rows are finished or `state.iteration` reaches `until`.
+    """Iterate until `idle` rows are finished, `state.iteration` is `until`, or the cache is full.
 
-    Both are traced numbers: streaming calls this with small steps, and a batch that is to be
-    refilled stops early, with one compilation. Nothing is read back to the host inside. `state` is
-    donated.
+    `idle` and `until` are traced numbers: streaming calls this with small steps, and a batch that
+    is to be refilled stops early, with one compilation. Nothing is read back to the host inside.
+    `state` is donated.
     """
 
     def unfinished(state: DecodeState) -> jax.Array:
-        return (state.finished_B.sum() < idle) & (state.iteration < until)
+        going_on = (state.finished_B.sum() < idle) & (state.iteration < until)
+        return going_on & fits(state, drafter.nodes)
 
     def iterate(state: DecodeState) -> DecodeState:
         seq = state.sequences
@@ -250,11 +265,27 @@ def advance(
     return jax.lax.while_loop(unfinished, iterate, state)
 
 
+def fits(state: DecodeState, nodes: int) -> jax.Array:
+    """Whether the cache has room for the next draft of every unfinished row."""
+    end_B = jnp.where(state.finished_B, 0, state.sequences.length_B + nodes)
+    return end_B.max() <= state.cache.slots
+
+
+@partial(jax.jit, static_argnames='slots')
+def grow(state: DecodeState, slots: int) -> DecodeState:
+    """The same state with a cache of `slots` slots."""
+    more = slots - state.cache.slots
+    return state.replace(
+        cache=jax.tree.map(lambda x_RSH: jnp.pad(x_RSH, ((0, 0), (0, more), (0, 0))), state.cache)
+    )
+
+
 @partial(jax.jit, donate_argnames='state')
 def replace_rows(state: DecodeState, rows_R: jax.Array, fresh: DecodeState) -> DecodeState:
     """Put the rows of `fresh`, a prefill of R prompts, in the place of `rows` of a batch.
 
-    Rows outside of the batch are left out: padding. `state` is donated.
+    Rows outside of the batch are left out: padding. The cache of `fresh` may be the shorter one.
+    `state` is donated.
     """
 
     def place(old, new):
@@ -263,9 +294,10 @@ def replace_rows(state: DecodeState, rows_R: jax.Array, fresh: DecodeState) -> D
         return old.at[rows_R].set(new, mode='drop') if old.ndim else old
 
     def place_heads(old_RSH, new_RSH):  # one row per head and prompt, heads first
-        batch, width = len(state.finished_B), old_RSH.shape[1:]
-        old_KBSH, new_KBSH = old_RSH.reshape(-1, batch, *width), new_RSH.reshape(-1, size, *width)
-        return old_KBSH.at[:, rows_R].set(new_KBSH, mode='drop').reshape(old_RSH.shape)
+        old_KBSH = old_RSH.reshape(-1, len(state.finished_B), *old_RSH.shape[1:])
+        new_KBSH = new_RSH.reshape(-1, size, *new_RSH.shape[1:])
+        kept_KBSH = old_KBSH.at[:, rows_R, : new_RSH.shape[1]].set(new_KBSH, mode='drop')
+        return kept_KBSH.reshape(old_RSH.shape)
 
     size = len(rows_R)
     return jax.tree.map(place, state, fresh, is_leaf=lambda x: isinstance(x, Cache))

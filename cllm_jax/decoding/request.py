@@ -56,6 +56,11 @@ def bucket(size: int) -> int:
     return max(power, -(-size // step) * step)
 
 
+FIRST_ROOM = 128
+"""Tokens of an answer for which a cache has room at first. Attention reads all slots in every
+forward, also those that are empty yet, so an answer that ends early should not find many."""
+
+
 def cache_slots(width: int, steps: int, nodes: int) -> int:
     """Slots for a padded prompt, an answer and a draft: fewer sizes than prompts have."""
     return -(-(width + steps + nodes) // 32) * 32
