@@ -37,6 +37,7 @@ from cllm_jax.evaluation.pipeline import collection_speed, step_cost
 from cllm_jax.evaluation.quality import share_right
 from cllm_jax.evaluation.speed import (
     Way,
+    ar_ways,
     one_by_one,
     share_identical,
     tokens_per_forward,
@@ -49,7 +50,6 @@ from cllm_jax.models.load import (
     MIXED,
     Model,
     Precision,
-    baseline,
     chosen,
     load,
     mixed,
@@ -169,7 +169,7 @@ def ways_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, Way]
     def drafted(model: Model, drafter: Any, weights: Any = ()) -> Way:
         return Way(model, dataclasses.replace(ar, drafter=drafter), weights)
 
-    ways = {'target, AR': Way(baseline(target), ar), 'CLLM, AR': Way(cllm, ar)}
+    ways = ar_ways('target, AR', target, ar) | {'CLLM, AR': Way(cllm, ar)}
     for block in settings.blocks:
         ways[f'target, Jacobi {block}'] = drafted(target, Jacobi(block))
         ways[f'CLLM, Jacobi {block}'] = drafted(cllm, Jacobi(block))
@@ -217,21 +217,17 @@ def decoding(
     for name, way in ways.items():
         with console.status(f'{source.name}: {name}'):
             results[name] = one_by_one(way, prompts)
-    # The baseline may be in another precision than the ways that are compared with it.
-    target_ar = one_by_one(Way(target, ways['target, AR'].request), prompts)
-    own_ar = results | {'target, AR': target_ar}
     with console.progress(f'{source.name}: timing', len(prompts)) as bar:
         speed = tokens_per_second(ways, prompts, settings.repeats, bar)
-    base = speed['target, AR']
-    plain = ['target, AR', *(f'CLLM, Jacobi {block}' for block in settings.blocks)]
+    plain = [name for name in ways if name.startswith('target, AR')]
+    base = max(speed[name] for name in plain)
     with console.status(f'{source.name}: {BATCH} at a time'):
-        together = {name: ways[name] for name in plain}
-        if ways['target, AR'].model is not target:  # many rows are another matter than one
-            together['target, AR, mixed'] = Way(target, ways['target, AR'].request)
+        names = plain + [f'CLLM, Jacobi {block}' for block in settings.blocks]
+        together = {name: ways[name] for name in names}
         batched = tokens_per_second(together, prompts, settings.repeats, batch=BATCH)
     rows = {}
     for name, result in results.items():
-        same = result if name == 'target, AR' else own_ar[f'{name.split(",")[0]}, AR']
+        same = results[f'{name.split(",")[0]}, AR']
         forward = tokens_per_forward(result)
         rows[name] = {
             'extra_parameters': extra_parameters(ways[name]),
@@ -309,14 +305,16 @@ def report(console: Console, found: dict[str, Any]) -> None:
         columns = ['', 'parameters', 'tokens/forward', 'cost', 'tokens/s', 'speed-up']
         columns += ['conversion', 'identical', 'quality']
         rows = [[name, *row.values()] for name, row in task['ways'].items()]
-        base = task['ways']['target, AR']['tokens_per_second']
+        ar = task['ways']['target, AR']
+        base = ar['tokens_per_second'] / ar['speedup']
         rows += [
             [f'transformers, {name}', '', '', '', value, value / base, '', '', '']
             for name, value in task.get('transformers', {}).items()
         ]
         console.out.print(table(f'{task["task"]}: {task["n"]} prompts, batch 1', columns, rows))
         batched = task['batched']
-        rows = [[name, value, value / batched['target, AR']] for name, value in batched.items()]
+        base = max(value for name, value in batched.items() if name.startswith('target, AR'))
+        rows = [[name, value, value / base] for name, value in batched.items()]
         title = f'{task["task"]}: the same prompts, {BATCH} at a time'
         console.out.print(table(title, ['', 'tokens/s', 'speed-up'], rows))
     for part in found.get('pipeline', ()):

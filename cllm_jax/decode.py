@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from jax.sharding import Mesh
 from rich.markup import escape
 
 from cllm_jax.console import Console, print_plan, size, table
@@ -27,11 +28,12 @@ from cllm_jax.drafters.named import TITLES, Named, open_drafter
 from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.speed import (
     Way,
+    ar_ways,
     share_identical,
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.models.load import Model, Precision, baseline, load, peek, storage
+from cllm_jax.models.load import Model, Precision, load, peek, storage
 from cllm_jax.parallel.mesh import tensor_mesh
 from cllm_jax.settings import guard, parse, to_json
 
@@ -136,26 +138,25 @@ def compare(
     console: Console,
     name: str,
     model: Model,
-    single: Model,
     request: Request,
     weights: Any,
     prompts: list[str],
     result: DecodeResult,
+    mesh: Mesh | None,
 ) -> None:
-    """Autoregressive decoding beside the result: identity, tokens/forward, speed-up.
-
-    `single` is the model in the precision in which AR is timed (see `baseline`).
-    """
+    """Autoregressive decoding beside the result: identity, tokens/forward, speed-up."""
     exact = dataclasses.replace(request.sampling, typical=0.0)
     ar = dataclasses.replace(request, drafter=AutoRegressive(), sampling=exact)
     with console.status(f'AR and {name}, timed in turn'):
         plain = decode_all(model, ar, prompts)
-        ways = {'AR': Way(single, ar), name: Way(model, request, weights)}
-        speed = tokens_per_second(ways, prompts[:DEMO_PROMPTS])
-    rows = [
-        ['AR', 1.0, speed['AR'], 1.0],
-        [name, tokens_per_forward(result), speed[name], speed[name] / speed['AR']],
-    ]
+        ways = ar_ways('AR', model, ar, mesh)
+        speed = tokens_per_second(
+            ways | {name: Way(model, request, weights)}, prompts[:DEMO_PROMPTS]
+        )
+    base = max(speed[way] for way in ways)
+    forward = tokens_per_forward(result)
+    rows = [[way, 1.0, speed[way], speed[way] / base] for way in ways]
+    rows.append([name, forward, speed[name], speed[name] / base])
     columns = ['', 'tokens/forward', 'tokens/s', 'speed-up']
     console.out.print(table('', columns, rows))
     same = share_identical(result, plain)
@@ -227,9 +228,8 @@ def run() -> None:
     else:
         show(console, prompts, result)
     if settings.compare and settings.drafter != 'ar':
-        single = baseline(model, mesh)
         name = TITLES[named.name] + (' (LOSSY)' if settings.typical else '')
-        compare(console, name, model, single, request, loaded.weights, prompts, result)
+        compare(console, name, model, request, loaded.weights, prompts, result, mesh)
 
 
 def _write(path: Path, rows: Iterator[dict]) -> None:

@@ -13,6 +13,7 @@ from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.evaluation.cost import Stall, bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.speed import Way
 from cllm_jax.models.config import config_json, read_config
 from tests.tiny import model_directory, ragged_prompts, random_model, tiny_config
 
@@ -44,15 +45,16 @@ def test_costs_run_to_the_end_whatever_the_model_says(batch):
     assert bandwidth(1 << 16, repeats=1) > 0
 
 
-def negated(model):
-    return dataclasses.replace(model, params=jax.tree.map(lambda leaf: -leaf, model.params))
+def and_negated(name, model, request):
+    """AR of a model, and of one that answers otherwise."""
+    negated = dataclasses.replace(model, params=jax.tree.map(lambda leaf: -leaf, model.params))
+    return {name: Way(model, request), f'{name}, float32': Way(negated, request)}
 
 
 @pytest.mark.slow
 def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    # A baseline that answers otherwise: identity is to the AR of the very model that is compared.
-    monkeypatch.setattr(bench, 'baseline', negated)
+    monkeypatch.setattr(bench, 'ar_ways', and_negated)
     with jax.numpy_dtype_promotion('standard'):  # optax relies on it
         model = model_directory(tmp_path / 'tiny')
         models = ('--model', model, '--target', model)
@@ -64,13 +66,17 @@ def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     assert parts.pop('whole') == pytest.approx(sum(parts.values()))
     (task,) = found['tasks']
     assert task['ways'].keys() == {
-        'target, AR', 'CLLM, AR', 'target, Jacobi 4', 'CLLM, Jacobi 4',
+        'target, AR', 'target, AR, float32', 'CLLM, AR', 'target, Jacobi 4', 'CLLM, Jacobi 4',
     }  # fmt: skip
-    for way in task['ways'].values():
-        assert way['identical'] == 1
+    for name, way in task['ways'].items():
+        # To the AR of the very model, in the same precision.
+        assert (way['identical'] == 1) == (name != 'target, AR, float32')
         product = way['tokens_per_forward'] * way['conversion']
         assert way['speedup'] == pytest.approx(product)
-    assert task['ways']['target, AR']['speedup'] == 1
+    slower, faster = sorted(
+        task['ways'][name]['speedup'] for name in ('target, AR', 'target, AR, float32')
+    )
+    assert slower < faster == 1
     (part,) = found['pipeline']
     assert set(part['collect']) == {'sliding', 'block'}
     assert all(one['prompts_per_second'] > 0 for one in part['collect'].values())

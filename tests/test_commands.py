@@ -54,7 +54,9 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
     assert wanted <= found.keys()
     assert found['task'] == 'sql' and found['n'] == 4 and found['identical'] == 1
     assert {'target', 'cllm'} == found['quality'].keys() == found['tokens_per_forward'].keys()
-    assert {'ar', 'jacobi'} <= found['tokens_per_second'].keys()
+    speed, single = found['tokens_per_second'], found['ar_tokens_per_second']
+    assert single.keys() == {'mixed', 'float32'} and speed['ar'] == max(single.values())
+    assert found['speedup'] == speed['jacobi'] / speed['ar']
     for name in ('target', 'cllm'):
         assert 'held-out test' in (tmp_path / 'export' / name / 'README.md').read_text()
 

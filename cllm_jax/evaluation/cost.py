@@ -21,8 +21,8 @@ from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.models.load import Model
 
 ITERATIONS = 96
-"""Forwards per measurement. To start the loop and to wait for it takes as long as several forwards of
-a small model with one token, and is no part of their time."""
+"""Forwards per measurement. To start the loop and to wait for it takes as long as several forwards
+of a small model with one token, and is no part of their time."""
 
 
 @dataclasses.dataclass(frozen=True)

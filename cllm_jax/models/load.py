@@ -156,16 +156,6 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
     return Model(config, params, read_tokenizer(directory), name)
 
 
-def baseline(model: Model, mesh: Mesh | None = None) -> Model:
-    """The same model in the precision in which it decodes one token at a time fastest.
-
-    A CPU multiplies a single row by a float32 matrix faster than by a bfloat16 one; many rows the
-    other way round. A speed-up counts from the faster of the two.
-    """
-    slow = model.module.compute is not None and jax.default_backend() == 'cpu'
-    return load(model.source, 'float32', mesh) if slow else model
-
-
 def storage(dtype: str) -> jnp.dtype:
     """The dtype of norms and residuals under a name that `load` accepts."""
     dtype = chosen(dtype)
