@@ -180,6 +180,7 @@ def ways_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, Way]
         'target, prompt lookup': drafted(target, PromptLookup()),
         'target, lookahead': drafted(target, Lookahead()),
         f'CLLM, Jacobi {block}, recycling': drafted(cllm, Jacobi(block, recycle=2)),
+        f'CLLM, Jacobi {block}, prompt lookup': drafted(cllm, Jacobi(block, lookup=True)),
         f'CLLM, Jacobi {block}, lookahead': drafted(cllm, Lookahead(5, 4, 5, block)),
     }
     small = settings.draft_model

@@ -66,6 +66,8 @@ class DecodeConfig:
     """Chains of dropped guesses that are tried again in the same forward."""
     branches: int = 0
     """Branches with second choices that are tried in the same forward."""
+    lookup: bool = False
+    """Also try what followed the last time in the prompt or answer, in the same forward."""
     max_tokens: int = 128
     """Longest answer."""
     temperature: float = 0.0
@@ -103,6 +105,7 @@ def drafter_named(settings: DecodeConfig) -> Named:
         settings.mode,
         settings.recycle,
         settings.branches,
+        settings.lookup,
         settings.reference,
     )
 

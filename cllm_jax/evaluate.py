@@ -66,6 +66,8 @@ class EvaluateConfig:
     """Chains of dropped guesses that are tried again in the same forward."""
     branches: int = 0
     """Branches with second choices that are tried in the same forward."""
+    lookup: bool = False
+    """Also try what followed the last time in the prompt or answer, in the same forward."""
     max_tokens: int = 128
     """Longest answer."""
     batch: int = 32
@@ -86,7 +88,12 @@ class EvaluateConfig:
 
 def drafter_named(settings: EvaluateConfig) -> Named:
     return Named(
-        settings.drafter, settings.block, settings.mode, settings.recycle, settings.branches
+        settings.drafter,
+        settings.block,
+        settings.mode,
+        settings.recycle,
+        settings.branches,
+        settings.lookup,
     )
 
 
@@ -156,6 +163,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'mode': settings.mode,
         'recycle': settings.recycle,
         'branches': settings.branches,
+        'lookup': settings.lookup,
         'timed': len(timed),
         'models': {'cllm': cllm.source, 'target': target.source},
         'dtype': chosen(dtype),

@@ -79,6 +79,8 @@ RUNS = [
     (Bush(9, seed=1), MILD),
     (Jacobi(8, recycle=3), GREEDY),
     (Jacobi(5, 'block', recycle=2), MILD),
+    (Jacobi(8, lookup=True), GREEDY),
+    (Jacobi(5, 'block', recycle=1, lookup=True), MILD),
     (JacobiTree(8, 3, 2), GREEDY),
     (JacobiTree(5, 2, 3, MILD), MILD),
     (Lookahead(window=4, ngram=3, guesses=3), GREEDY),
@@ -100,7 +102,8 @@ def name(value) -> str:
     if isinstance(value, Bush):
         return f'bush{value.nodes}'
     if isinstance(value, Jacobi):
-        return f'{value.mode}{value.block}' + (f'+{value.recycle}' if value.recycle else '')
+        chains = f'+{value.recycle}' if value.recycle else ''
+        return f'{value.mode}{value.block}{chains}' + ('+lookup' if value.lookup else '')
     return type(value).__name__
 
 

@@ -14,15 +14,15 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put, windows
+from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.errors import ConfigError
 
 MAX_BLOCK = 1024
 GUESSES = 2**32 - 1
 """Folded into a row's key for its guesses; sampling noise folds in positions, which are smaller."""
 
-
-RECYCLED = 8
-"""Tokens of a chain of dropped guesses."""
+CHAIN = 8
+"""Most tokens of a chain that is verified beside the window."""
 
 
 @struct.dataclass
@@ -47,11 +47,16 @@ class Jacobi:
     guesses are often right and only in the wrong place. Each of the last `recycle` forwards before
     the newest gives a chain, what the model had said there behind its first mention of the pending
     token, and all are verified beside the window in the same forward.
+
+    `lookup` tries another chain there, of what followed the last time in the prompt or the answer
+    (prompt lookup): a model guesses that something will be quoted sooner than which of its tokens
+    comes at which place.
     """
 
     block: int = 16
     mode: Literal['sliding', 'block'] = 'sliding'
     recycle: int = 0
+    lookup: bool = False
 
     def __post_init__(self):
         if not 1 <= self.block <= MAX_BLOCK:
@@ -63,14 +68,20 @@ class Jacobi:
                 f'recycle {self.recycle} with block {self.block}: must be 0 or more chains, '
                 'and there are guesses to recycle only with a block of at least 2'
             )
+        if self.lookup and self.block == 1:
+            raise ConfigError('lookup with block 1: it stands beside a block of at least 2')
 
     @property
     def nodes(self) -> int:
-        return self.block + self.recycle * self._length
+        return self.block + self._chains * self._length
+
+    @property
+    def _chains(self) -> int:
+        return self.recycle + self.lookup
 
     @property
     def _length(self) -> int:
-        return min(RECYCLED, self.block - 1)
+        return min(CHAIN, self.block - 1)
 
     def init(self, weights, sequences):
         guess_BS, said = initial_guesses(sequences), None
@@ -83,10 +94,15 @@ class Jacobi:
         guess_BN = windows(state.guess_BS, sequences.length_B, self.block)
         tokens_BN = jnp.concatenate([pending_B1, guess_BN[:, 1:]], axis=1)
         inside_BN = self._inside(sequences, 0)
-        if not self.recycle:
+        if not self._chains:
             return Draft(tokens_BN, inside_BN), state
-        rows, length = len(tokens_BN), self._length
-        chain_BGL = _behind(state.said_BGn[:, 1:], pending_B1, length)
+        rows, length, chains = len(tokens_BN), self._length, []
+        if self.recycle:
+            chains.append(_behind(state.said_BGn[:, 1:], pending_B1, length))
+        if self.lookup:
+            quote, _ = PromptLookup(length + 1).draft((), (), sequences)
+            chains.append(jnp.where(quote.valid_BN, quote.tokens_BN, -1)[:, None, 1:])
+        chain_BGL = jnp.concatenate(chains, axis=1)
         valid_BGL = (chain_BGL >= 0) & inside_BN[:, None, 1 : length + 1]
         tokens_BN = jnp.concatenate([tokens_BN, jnp.maximum(chain_BGL, 0).reshape(rows, -1)], 1)
         valid_BN = jnp.concatenate([inside_BN, valid_BGL.reshape(rows, -1)], axis=1)
@@ -95,15 +111,16 @@ class Jacobi:
 
     def update(self, weights, state, draft, verdict, sequences):
         said, y_Bn = state.said_BGn, verdict.y_BN
-        if self.recycle:
+        if self._chains:
             y_Bn = jnp.take_along_axis(y_Bn, self._branch(verdict), axis=1)
+        if self.recycle:
             said = jnp.concatenate([y_Bn[:, None], said[:, :-1]], axis=1)
         guess_BS = put(state.guess_BS, sequences.length_B + 1, y_Bn, self._inside(sequences, 1))
         return Guesses(guess_BS, said)
 
     def _parents(self) -> np.ndarray:
-        """The window is a chain, and so is each of the recycled ones, all from node 0."""
-        chains = np.arange(self.nodes - self.block).reshape(self.recycle, -1) + self.block - 1
+        """The window is a chain, and each of the others is one from node 0."""
+        chains = np.arange(self.nodes - self.block).reshape(self._chains, -1) + self.block - 1
         chains[:, 0] = 0
         return np.concatenate([np.arange(self.block) - 1, chains.ravel()]).astype(np.int32)
 

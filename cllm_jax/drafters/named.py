@@ -46,6 +46,7 @@ class Named:
     mode: Literal['sliding', 'block'] = 'sliding'
     recycle: int = 0
     branches: int = 0
+    lookup: bool = False
     references: tuple[str, ...] = ()
     """Files that prompt lookup reads too."""
 
@@ -60,11 +61,14 @@ class Named:
             raise ConfigError(f'reference with drafter {self.text!r}: only lookup reads references')
         if name not in TITLES:
             raise ConfigError(f'drafter: {no_such("drafter", name, TITLES)}')
-        if self.branches and (name != 'jacobi' or self.mode != 'sliding' or self.recycle):
+        chains = self.recycle or self.lookup
+        if self.branches and (name != 'jacobi' or self.mode != 'sliding' or chains):
             raise ConfigError(
-                f'branches {self.branches}: only Jacobi with a sliding window and no recycling '
-                'has branches; leave one of them out'
+                f'branches {self.branches}: only Jacobi with a sliding window has branches, and no '
+                'recycling or lookup beside them; leave one of them out'
             )
+        if self.lookup and name != 'jacobi':
+            raise ConfigError(f'lookup with drafter {self.text!r}: it is an option of jacobi')
         wrong = directory if name in UNTRAINED else name == 'model' and not directory
         if wrong or (colon and not directory):
             right = name if name in UNTRAINED else f'{name}:DIR'
@@ -96,7 +100,7 @@ def open_drafter(
     if named.branches:
         return Loaded(JacobiTree(named.block, named.branches, sampling=sampling), ())
     drafters = {
-        'jacobi': lambda: Jacobi(named.block, named.mode, named.recycle),
+        'jacobi': lambda: Jacobi(named.block, named.mode, named.recycle, named.lookup),
         'lookup': lambda: PromptLookup(named.block),
         'lookahead': lambda: Lookahead(block=named.block),
         'ar': AutoRegressive,
