@@ -107,19 +107,21 @@ def run_until(
     """
     until, idle = np.int32(until), np.int32(idle or len(state.finished_B))
     how = (request.drafter, weights, request.sampling, stop_ids(model))
-    while True:
-        if _lacks_room(request, state):
-            most = state.sequences.tokens_BS.shape[1]
-            state = grow(state, min(2 * state.cache.slots, most))
-        state = advance(model.module, model.params, *how, until, idle, state)
-        if not _lacks_room(request, state):
-            return state
+    state = advance(model.module, model.params, *how, until, idle, state)
+    while _lacks_room(request, state):
+        state = advance(model.module, model.params, *how, until, idle, _with_more_room(state))
+    return state
 
 
 def _lacks_room(request: Request, state: DecodeState) -> bool:
     """Whether a row waits for a longer cache."""
     longest = state.sequences.tokens_BS.shape[1]
     return state.cache.slots < longest and not fetch(fits(state, request.drafter.nodes))
+
+
+def _with_more_room(state: DecodeState) -> DecodeState:
+    """The state with a cache twice as long, or as long as any row may need."""
+    return grow(state, min(2 * state.cache.slots, state.sequences.tokens_BS.shape[1]))
 
 
 def _run(
@@ -206,7 +208,7 @@ def _decode(
     if len(prompts) <= request.batch and not request.stop:
         state = start(model, request, prompts, keys, weights, to_the_end=True)
         if _lacks_room(request, state):
-            state = run_until(model, request, weights, state, _ENDLESS)
+            state = run_until(model, request, weights, _with_more_room(state), _ENDLESS)
         found = _harvest(model, request, state, dict.fromkeys(range(len(prompts)), begin))
         progress(len(found))
         return list(found.values())
