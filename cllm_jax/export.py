@@ -3,7 +3,8 @@
     python -m cllm_jax.export --root runs/embedded --out my_models
 
 writes my_models/target and my_models/cllm: config.json, model.safetensors, tokenizer files and a
-README.md that states the recipe and its held-out numbers.
+README.md that states the recipe and its held-out numbers. `--runs medusa` writes my_models/medusa,
+heads that were trained for the target, for `decode --drafter medusa:my_models/medusa`.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from cllm_jax.console import Console, print_plan, size
+from cllm_jax.drafters.saved import copy_drafter, drafter_arrays
 from cllm_jax.errors import DataError
 from cllm_jax.models.config import read_config
 from cllm_jax.models.hf import write_model
@@ -51,6 +53,18 @@ def best_numbers(run: Path) -> dict[str, Any]:
     if not tests:
         raise DataError(f'{run}: no held-out test yet, so no model; let the training reach one')
     return max(tests, key=lambda m: m['held_out_score'])
+
+
+def has_model(run: Path) -> bool:
+    """Whether the run is to give a model: what trained heads alone has none."""
+    return (run / 'model').is_dir() or not (run / 'drafter').is_dir()
+
+
+def parameters(run: Path) -> int:
+    """Of what the run gives: its model, its heads, or both."""
+    own = read_config(resolve(str(run))).parameters if has_model(run) else 0
+    heads = drafter_arrays(run).values() if (run / 'drafter').is_dir() else ()
+    return own + sum(array.size for array in heads)
 
 
 def card(name: str, run: Path, dtype: str, parameters: int) -> str:
@@ -94,22 +108,26 @@ def run() -> None:
     if flags.plan:
         width = DTYPES[settings.dtype].itemsize
         runs = exported(settings).values()
-        total = sum(read_config(resolve(str(run))).parameters for run in runs)
+        total = sum(parameters(run) for run in runs)
         print_plan(console, to_json(settings), {'writes to': out, 'bytes': size(total * width)})
         return
     for name, run_dir in exported(settings).items():
-        model = load(str(run_dir), 'float32')
-        text = card(name, run_dir, settings.dtype, model.config.parameters)
-        write_model(
-            out / name,
-            model.config,
-            model.params,
-            model.tokenizer,
-            dtype=settings.dtype,
-            card=text,
-            sums=True,
-        )
-        console.note(f'{out / name}: {model.config.parameters / 1e6:.2f}M parameters')
+        if has_model(run_dir):
+            model = load(str(run_dir), 'float32')
+            text = card(name, run_dir, settings.dtype, model.config.parameters)
+            write_model(
+                out / name,
+                model.config,
+                model.params,
+                model.tokenizer,
+                dtype=settings.dtype,
+                card=text,
+                sums=True,
+            )
+        if (run_dir / 'drafter').is_dir():
+            place = out / name / 'drafter' if has_model(run_dir) else out / name
+            copy_drafter(run_dir, place, DTYPES[settings.dtype])
+        console.note(f'{out / name}: {parameters(run_dir) / 1e6:.2f}M parameters')
 
 
 def main() -> None:

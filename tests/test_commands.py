@@ -1,16 +1,21 @@
 """The commands, run as a user runs them: the whole pipeline tiny, plans, and polite refusals."""
 
 import json
+import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import cllm_jax
 from cllm_jax import collect, evaluate, export, train
+from cllm_jax.console import size
+from cllm_jax.drafters.saved import drafter_arrays
 from cllm_jax.errors import ConfigError
+from cllm_jax.models.load import SHIPPED
 from cllm_jax.recipe import read_recipe
 from cllm_jax.settings import guard
 from cllm_jax.training.config import STAGES, TrainConfig, with_names
@@ -118,6 +123,20 @@ def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
     assert export.exported(runs) == {n: tmp_path / n for n in ('target', 'cllm')}
     (tmp_path / 'refine' / 'model').mkdir(parents=True)
     assert export.exported(runs)['cllm'] == tmp_path / 'refine'
+
+
+def test_heads_are_exported_without_a_model(tmp_path, monkeypatch, capsys):
+    shutil.copytree(SHIPPED / 'medusa', tmp_path / 'medusa' / 'drafter')
+    common = ('--root', tmp_path, '--runs', 'medusa')
+    weights = drafter_arrays(SHIPPED / 'medusa')
+    call(monkeypatch, export, *common, '--plan')
+    assert size(2 * sum(w.size for w in weights.values())) in capsys.readouterr().out
+    call(monkeypatch, export, *common)
+    written = drafter_arrays(tmp_path / 'export' / 'medusa')
+    assert written.keys() == weights.keys()
+    for name, array in written.items():
+        assert array.dtype == 'bfloat16'
+        np.testing.assert_array_equal(array, weights[name].astype(array.dtype))
 
 
 @pytest.mark.parametrize(

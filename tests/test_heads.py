@@ -23,7 +23,7 @@ from cllm_jax.drafters.eagle import Eagle
 from cllm_jax.drafters.heads import borrow
 from cllm_jax.drafters.medusa import Medusa, tree_of, usual
 from cllm_jax.drafters.redrafter import ReDrafter, pack
-from cllm_jax.drafters.saved import read_drafter, write_drafter
+from cllm_jax.drafters.saved import copy_drafter, read_drafter, write_drafter
 from cllm_jax.drafters.space import Space
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models.llama import forward
@@ -243,6 +243,13 @@ def test_a_saved_drafter_is_the_same_drafter(name, tmp_path):
     loaded = read_drafter(tmp_path, MODEL, kind=name)
     assert loaded.drafter == drafter
     jax.tree.map(np.testing.assert_array_equal, loaded.weights, weights)
+    copy_drafter(tmp_path, tmp_path / 'small', jnp.bfloat16)
+    small = read_drafter(tmp_path / 'small', MODEL)
+    rounded = weights and weights.replace(
+        own=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), weights.own)
+    )
+    assert small.drafter == drafter
+    jax.tree.map(np.testing.assert_array_equal, small.weights, rounded)
     with pytest.raises(ConfigError, match='holds a'):
         read_drafter(tmp_path, MODEL, kind='lookup')
     other = random_model(config=tiny_config(vocab=30))

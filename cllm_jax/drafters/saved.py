@@ -46,13 +46,31 @@ def write_drafter(directory: Path, drafter: Drafter, own: Any, model: Model) -> 
         'dim': model.config.dim,
         'tokenizer': model.tokenizer and tokenizer_fingerprint(model.tokenizer),
     }
-    temp = directory.with_name(f'.{directory.name}.tmp-{os.getpid()}')
-    shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir(parents=True)
-    save_file({name: np.asarray(leaf) for name, leaf in _named(own)}, temp / WEIGHTS)
-    write_atomic(temp / SETTINGS, (json.dumps(about, indent=2) + '\n').encode())
-    write_sums(temp)
-    replace_directory(temp, directory)
+    _write(directory, about, {name: np.asarray(leaf) for name, leaf in _named(own)})
+
+
+def copy_drafter(source: Path, directory: Path, dtype: jnp.dtype) -> None:
+    """Write the drafter of `source`, a directory or a run, once more with weights in `dtype`.
+
+    Raises:
+      ConfigError: there is no drafter at `source`.
+      DataError: its files are damaged.
+    """
+    arrays = {name: array.astype(dtype) for name, array in drafter_arrays(source).items()}
+    _write(directory, _about(_of_run(source)), arrays)
+
+
+def drafter_arrays(source: Path) -> dict[str, np.ndarray]:
+    """The weights of the drafter of a directory or a run, by name, as they were written.
+
+    Raises:
+      ConfigError: there is no drafter at `source`.
+      DataError: its files are damaged.
+    """
+    source = _of_run(source)
+    _about(source)
+    check_sums(source)
+    return _arrays(source)
 
 
 def read_drafter(
@@ -68,8 +86,7 @@ def read_drafter(
       ConfigError: no such directory, another kind, or a drafter of another model.
       DataError: its files are damaged.
     """
-    if not (directory / SETTINGS).is_file() and (directory / 'drafter').is_dir():
-        directory = directory / 'drafter'
+    directory = _of_run(directory)
     about = _about(directory)
     if kind and about['kind'] != kind:
         raise ConfigError(f'{directory}: holds a {about["kind"]} drafter, no {kind}; name that one')
@@ -88,10 +105,7 @@ def read_drafter(
         return Loaded(drafter, ())
     tables = borrow(model, None)
     shapes = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables.embed_VD, tables.head_VD)
-    try:
-        found = load_file(directory / WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as e:
-        raise explain(directory / WEIGHTS, e) from None
+    found = _arrays(directory)
     wanted = {name: leaf.shape for name, leaf in _named(shapes)}
     if {name: array.shape for name, array in found.items()} != wanted:
         raise DataError(
@@ -99,6 +113,29 @@ def read_drafter(
         )
     arrays = [jnp.asarray(found[name], jnp.float32) for name in wanted]
     return Loaded(drafter, borrow(model, jax.tree.unflatten(jax.tree.structure(shapes), arrays)))
+
+
+def _of_run(directory: Path) -> Path:
+    """The directory itself, or where a run keeps the drafter that it trained."""
+    own = directory / 'drafter'
+    return own if not (directory / SETTINGS).is_file() and own.is_dir() else directory
+
+
+def _write(directory: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    temp = directory.with_name(f'.{directory.name}.tmp-{os.getpid()}')
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(parents=True)
+    save_file(arrays, temp / WEIGHTS)
+    write_atomic(temp / SETTINGS, (json.dumps(about, indent=2) + '\n').encode())
+    write_sums(temp)
+    replace_directory(temp, directory)
+
+
+def _arrays(directory: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(directory / WEIGHTS)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise explain(directory / WEIGHTS, e) from None
 
 
 def _about(directory: Path) -> dict[str, Any]:
