@@ -109,7 +109,15 @@ def test_random_weights_need_only_a_config(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'name, parameters', [('27m', 27.5e6), ('110m', 110e6), ('1b', 1.10e9), ('7b', 6.74e9)]
+    'name, parameters',
+    [
+        ('4m', 3.80e6),
+        ('7m', 7.05e6),
+        ('27m', 27.5e6),
+        ('110m', 110e6),
+        ('1b', 1.10e9),
+        ('7b', 6.74e9),
+    ],
 )
 def test_shapes_to_benchmark_have_the_size_of_their_name(name, parameters):
     config = read_config(Path(__file__).parents[1] / f'configs/shapes/{name}.json')
