@@ -60,7 +60,7 @@ def has_model(run: Path) -> bool:
     return (run / 'model').is_dir() or not (run / 'drafter').is_dir()
 
 
-def parameters(run: Path) -> int:
+def parameter_count(run: Path) -> int:
     """Of what the run gives: its model, its heads, or both."""
     own = read_config(resolve(str(run))).parameters if has_model(run) else 0
     heads = drafter_arrays(run).values() if (run / 'drafter').is_dir() else ()
@@ -108,7 +108,7 @@ def run() -> None:
     if flags.plan:
         width = DTYPES[settings.dtype].itemsize
         runs = exported(settings).values()
-        total = sum(parameters(run) for run in runs)
+        total = sum(parameter_count(run) for run in runs)
         print_plan(console, to_json(settings), {'writes to': out, 'bytes': size(total * width)})
         return
     for name, run_dir in exported(settings).items():
@@ -127,7 +127,7 @@ def run() -> None:
         if (run_dir / 'drafter').is_dir():
             place = out / name / 'drafter' if has_model(run_dir) else out / name
             copy_drafter(run_dir, place, DTYPES[settings.dtype])
-        console.note(f'{out / name}: {parameters(run_dir) / 1e6:.2f}M parameters')
+        console.note(f'{out / name}: {parameter_count(run_dir) / 1e6:.2f}M parameters')
 
 
 def main() -> None:
