@@ -15,20 +15,38 @@ from cllm_jax.decoding.request import Request, bucket, encode
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError
+from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.load import Model
-from tests.tiny import byte_tokenizer, copy_model, random_model, text_config
+from tests.tiny import (
+    byte_tokenizer,
+    copy_model,
+    fallback_tokenizer,
+    random_model,
+    text_config,
+)
 
 REQUEST = Request(Jacobi(8), max_tokens=40, batch=1)
 PHRASES = ('the 😀, 你好\n', 'aababaac', '🙂🙃x')
-BANG = byte_tokenizer()('!')['input_ids'][0]
-CONFIG = text_config(eos_ids=(1, BANG))
+TOKENIZERS = {'bytes': byte_tokenizer, 'byte fallback': fallback_tokenizer}
 REPLACEMENT = '\ufffd'
 
 
-def echo(phrase: str) -> Model:
+@pytest.fixture(params=TOKENIZERS.values(), ids=TOKENIZERS)
+def tokenizer(request):
+    return request.param()
+
+
+def config_of(tokenizer) -> LlamaConfig:
+    """Answers end at `</s>` or an exclamation mark."""
+    bang = tokenizer('!')['input_ids'][0]
+    return dataclasses.replace(text_config(), vocab_size=len(tokenizer), eos_ids=(1, bang))
+
+
+def echo(phrase: str, tokenizer=None) -> Model:
     """A model that answers the phrase with the phrase, again and again."""
-    tokenizer = byte_tokenizer()
-    return copy_model(len(tokenizer(phrase)['input_ids']), CONFIG, tokenizer)
+    tokenizer = tokenizer or byte_tokenizer()
+    period = len(tokenizer(phrase)['input_ids'])
+    return copy_model(period, config_of(tokenizer), tokenizer)
 
 
 def joined(model, request, prompt) -> str:
@@ -38,8 +56,8 @@ def joined(model, request, prompt) -> str:
 
 
 @pytest.mark.parametrize('phrase', PHRASES)
-def test_characters_of_several_tokens_are_never_shown_in_part(phrase):
-    model = echo(phrase)
+def test_characters_of_several_tokens_are_never_shown_in_part(phrase, tokenizer):
+    model = echo(phrase, tokenizer)
     ids = encode(model, phrase)
     assert len(ids) > len(phrase) or phrase.isascii()
     result = decode_all(model, REQUEST, [phrase])
@@ -50,8 +68,8 @@ def test_characters_of_several_tokens_are_never_shown_in_part(phrase):
     assert result.texts[0].startswith(phrase * (40 // len(ids)))
 
 
-def test_an_incomplete_last_character_is_reported_at_the_end():
-    model = echo('你')
+def test_an_incomplete_last_character_is_reported_at_the_end(tokenizer):
+    model = echo('你', tokenizer)
     for tokens, tail in ((39, ''), (40, REPLACEMENT), (41, REPLACEMENT)):
         request = dataclasses.replace(REQUEST, max_tokens=tokens)
         assert joined(model, request, '你') == '你' * 13 + tail
@@ -60,10 +78,10 @@ def test_an_incomplete_last_character_is_reported_at_the_end():
 
 @pytest.mark.parametrize('iterations', [1, 3, 50])
 @pytest.mark.parametrize('phrase', PHRASES)
-def test_stop_strings_cut_at_the_completing_token(phrase, iterations, monkeypatch):
+def test_stop_strings_cut_at_the_completing_token(phrase, iterations, tokenizer, monkeypatch):
     """However often the text is looked at; the stop may lie across pieces and tokens."""
     monkeypatch.setattr(generate, 'STREAM_ITERATIONS', iterations)
-    model = echo(phrase)
+    model = echo(phrase, tokenizer)
     whole = decode_all(model, REQUEST, [phrase])
     text, tokens, accepted = whole.texts[0], whole.tokens[0], whole.accepted[0]
     stops = [(text[i : i + n],) for i, n in ((0, 1), (1, 3), (3, 2), (5, 4), (2, 7), (4, 1))]
@@ -82,11 +100,11 @@ def test_stop_strings_cut_at_the_completing_token(phrase, iterations, monkeypatc
         assert len(counts) == 1 + np.searchsorted(ends, size)
 
 
-def test_pieces_of_random_bytes_join_to_the_text():
+def test_pieces_of_random_bytes_join_to_the_text(tokenizer):
     """Random tokens are mostly invalid UTF-8, special tokens among them; nothing is recompiled."""
     compiled, invalid = None, 0
     for seed in range(12):
-        model = random_model(seed, CONFIG, byte_tokenizer())
+        model = random_model(seed, config_of(tokenizer), tokenizer)
         text = decode_all(model, REQUEST, [[5, seed]]).texts[0]
         invalid += REPLACEMENT in text
         assert joined(model, REQUEST, [5, seed]) == text
@@ -100,13 +118,22 @@ def test_pieces_of_random_bytes_join_to_the_text():
     assert (prefill._cache_size(), advance._cache_size()) == compiled
 
 
-def test_the_stop_token_is_no_text_and_other_special_tokens_are():
-    model = echo('x')
+def test_the_stop_token_is_no_text_and_other_special_tokens_are(tokenizer):
+    model = echo('x', tokenizer)
     ids = encode(model, 'the')
     assert text_of(model, [*ids, 1]) == text_of(model, ids) == 'the'
     assert text_of(model, [0, *ids, 2]) == '<s>the<pad>'
     assert text_of(model, []) == text_of(model, [1]) == ''
     assert find_stop(model, [*ids, 2, *ids, 1], ('<pad>',)) == ('the', 2)
+
+
+def test_an_answer_keeps_the_space_that_stands_between_it_and_the_prompt(tokenizer):
+    model = echo(' the b', tokenizer)
+    result = decode_all(model, REQUEST, [' the b'])
+    assert result.texts[0].startswith(' the b the b')
+    assert joined(model, REQUEST, ' the b') == result.texts[0]
+    stopped = decode_all(model, dataclasses.replace(REQUEST, stop=(' the',)), [' the b'])
+    assert stopped.texts == ['']
 
 
 def test_the_stop_completed_first_decides_even_if_a_longer_one_began_earlier():
@@ -138,17 +165,17 @@ def test_a_stop_token_ends_the_stream_inside_a_window():
     model = echo('aababaa!')
     result = decode_all(model, REQUEST, ['aababaa!'])
     assert joined(model, REQUEST, 'aababaa!') == result.texts[0] == 'aababaa'
-    assert result.tokens[0][-1] == BANG and result.accepted[0][-1] > 1
+    assert result.tokens[0][-1] == model.config.eos_ids[1] and result.accepted[0][-1] > 1
 
 
 def test_prompts_and_tokenizers_that_do_not_fit_are_refused():
     tokenizer = byte_tokenizer()
     model = echo('x')
     assert encode(model, '') == [0], 'an empty prompt is the BOS token'
-    no_bos = dataclasses.replace(model, config=dataclasses.replace(CONFIG, bos_id=None))
+    no_bos = dataclasses.replace(model, config=dataclasses.replace(model.config, bos_id=None))
     with pytest.raises(ConfigError, match='empty prompt'):
         encode(no_bos, '')
-    small = dataclasses.replace(model, config=dataclasses.replace(CONFIG, vocab_size=200))
+    small = dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=200))
     with pytest.raises(ConfigError, match=r'outside the vocabulary 0\.\.199'):
         encode(small, 'the')
     bare = dataclasses.replace(model, tokenizer=None)

@@ -81,6 +81,41 @@ def byte_tokenizer():
     )
 
 
+@functools.cache
+def fallback_tokenizer():
+    """Like LLaMA 2's: characters, spaces as '▁', and a token per byte for all others: 270.
+
+    Its decoder drops the first space of a text, and all bytes of a run that is no UTF-8.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [
+        '<s>',
+        '</s>',
+        '<pad>',
+        *(f'<0x{i:02X}>' for i in range(256)),
+        *'▁abcxteh',
+        'th',
+        'the',
+    ]
+    vocab = {name: i for i, name in enumerate(names)}
+    merges = [('t', 'h'), ('th', 'e')]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(' ', '▁')
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace('▁', ' '),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(' ', 1),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token='<s>', eos_token='</s>', pad_token='<pad>'
+    )
+
+
 def text_config(**changes) -> LlamaConfig:
     """The sizes that go with `byte_tokenizer`."""
     ids = {'bos_id': 0, 'eos_ids': (1,), 'pad_id': 2}

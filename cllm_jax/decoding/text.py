@@ -1,20 +1,55 @@
 """Answer text: decoding tokens, finding stop strings, and what a stream may already show."""
 
+import itertools
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 from cllm_jax.models.load import Model
 
+BYTE = re.compile('<0x([0-9A-F]{2})>')
+"""A token that is one byte, in vocabularies that fall back to bytes (LLaMA 1 and 2, Mistral)."""
+
 
 def text_of(model: Model, tokens: Sequence[int]) -> str:
-    """The text of answer tokens, without a stop token at the end.
+    """The text of answer tokens as it stands behind the prompt, without a stop token at the end.
 
     Other special tokens stay visible, so that one the config forgot can be a stop string. Bytes
-    that are no UTF-8, such as a character cut off by `max_tokens`, become U+FFFD.
+    that are no UTF-8, such as a character cut off by `max_tokens`, become U+FFFD; what comes before
+    them does not depend on how the answer goes on.
     """
     if tokens and tokens[-1] in model.config.eos_ids:
         tokens = tokens[:-1]
-    return model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    names = model.tokenizer.convert_ids_to_tokens(tokens)
+    parts = []
+    # A tokenizer gives up all bytes in a row where one of them is wrong or the last one is missing.
+    for are_bytes, run in itertools.groupby(
+        zip(tokens, names, strict=True), key=lambda pair: BYTE.fullmatch(pair[1] or '') is not None
+    ):
+        ids, run_names = zip(*run, strict=True)
+        if are_bytes:
+            data = bytes(int(name[3:5], 16) for name in run_names)
+            parts.append(data.decode('utf-8', errors='replace'))
+        else:
+            parts.append(_behind_a_word(model.tokenizer, ids))
+    return ''.join(parts)
+
+
+def _behind_a_word(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of tokens that are not the first: some tokenizers drop the first one's space."""
+    word, text = _word(tokenizer)
+    whole = tokenizer.decode([*word, *tokens], clean_up_tokenization_spaces=False)
+    if whole.startswith(text):
+        return whole[len(text) :]
+    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+@lru_cache
+def _word(tokenizer: Any) -> tuple[list[int], str]:
+    ids = tokenizer('a', add_special_tokens=False)['input_ids']
+    return ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def cut(text: str, stop: Sequence[str]) -> str | None:
