@@ -93,14 +93,14 @@ def decode(
     """
     drafter, weights = _parts(drafter)
     sampling = Sampling(temperature, top_k, top_p, typical)
-    request = Request(drafter, max_tokens, sampling, seed, tuple(stop), batch, trace)
+    request = Request(drafter, max_tokens, sampling, seed, _stops(stop), batch, trace)
     return decode_all(model, request, prompts, weights)
 
 
 def stream(model: Model, prompt: str | Sequence[int], drafter: Any = None, **options: Any):
     """Yield the answer to one prompt in pieces that are never taken back; see `decode`."""
     sampling = Sampling(*(options.pop(k, d) for k, d in _SAMPLING))
-    options['stop'] = tuple(options.get('stop', ()))
+    options['stop'] = _stops(options.get('stop', ()))
     drafter, weights = _parts(drafter)
     return _stream(model, Request(drafter, sampling=sampling, **options), prompt, weights)
 
@@ -116,6 +116,11 @@ def load_drafter(model: Model, directory: str, temperature: float = 0.0) -> Load
       ConfigError, DataError: there is none, it belongs to another model, or it is damaged.
     """
     return read_drafter(Path(directory), model, Sampling(temperature))
+
+
+def _stops(stop: Sequence[str]) -> Sequence[str]:
+    """As a tuple; a single string, which `Request` refuses, as it is."""
+    return stop if isinstance(stop, str) else tuple(stop)
 
 
 def _parts(drafter: Any) -> tuple[Any, Any]:

@@ -328,7 +328,8 @@ def test_initial_guesses_are_prompt_tokens_chosen_by_the_row_key():
         for row, ids in zip(tokens, rows, strict=True):
             row[: len(ids)] = ids
         length = jnp.asarray([len(ids) for ids in rows], jnp.int32)
-        return np.array(initial_guesses(Sequences(jnp.asarray(tokens), length, length, keys)))
+        sequences = Sequences(jnp.asarray(tokens), length, length, keys, prompt_width=16)
+        return np.array(initial_guesses(sequences))
 
     both = guesses(prompts, 40, keys)
     assert all(set(g) <= set(p) for g, p in zip(both.tolist(), prompts, strict=True))

@@ -9,9 +9,10 @@ import pytest
 import cllm_jax as cllm
 from cllm_jax.console import Console
 from cllm_jax.datasets.tokens import train_tokenizer
+from cllm_jax.decoding.draft import Sequences
 from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.loop import advance
-from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import DraftModel
@@ -52,6 +53,19 @@ def test_a_wrong_draft_costs_a_forward_per_token():
     wrong['head'] = -wrong['head']  # the least likely token
     found = answers(target, DraftModel(target.module, 4), Sampling(), wrong)
     assert found.tokens == plain.tokens and found.forwards == plain.forwards
+
+
+def test_the_draft_model_reads_the_prompt_and_no_room_for_the_answer():
+    model = random_model(config=tiny_config(layers=1))
+    drafter = DraftModel(model.module, 4)
+
+    def work(slots):
+        tokens_BS, length_B = np.ones((2, slots), np.int32), np.ones(2, np.int32)
+        sequences = Sequences(tokens_BS, length_B, length_B, row_keys(0, range(2)), prompt_width=16)
+        compiled = jax.jit(drafter.init).lower(model.params, sequences).compile()
+        return compiled.cost_analysis()['flops']
+
+    assert work(slots=1024) < 1.5 * work(slots=64)
 
 
 def test_batches_of_one_shape_share_a_compilation():

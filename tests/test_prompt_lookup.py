@@ -58,6 +58,9 @@ def test_jacobi_quotes_the_prompt(mode):
     ('named', 'rule'),
     [
         (Named('ar', lookup=True), 'an option of jacobi'),
+        (Named('lookahead', recycle=3), 'recycle with .* an option of jacobi'),
+        (Named('ar', mode='block'), 'mode with .* an option of jacobi'),
+        (Named('ar', block=-3), 'block -3: must be'),
         (Named(lookup=True, branches=2), 'branches 2: .* no recycling or lookup'),
         (Named(lookup=True, block=1), 'block of at least 2'),
     ],

@@ -98,6 +98,7 @@ def test_top_p_keeps_the_token_that_crosses_the_border():
     for p, count in ((0.01, 1), (0.5, 1), (0.51, 2), (0.74, 2), (0.76, 4), (1.0, 4)):
         assert kept(logits, top_p=p) == list(range(count))
     assert kept(np.log([0.125, 0.5, 0.125, 0.25]), top_p=0.6) == [1, 3]
+    assert kept(logits, top_p=1e-40) == [0], 'which is 0 in float32'
     assert kept(np.log([0.5, 0.25, 0.125, 0.125]), top_k=2, top_p=0.66) == [0]
 
 
@@ -107,6 +108,7 @@ def test_top_p_keeps_the_token_that_crosses_the_border():
         *itertools.product(['temperature'], [-1.0, float('nan'), float('inf'), 1e-7]),
         ('top_k', -1),
         *itertools.product(['top_p'], [0.0, 1.1, float('nan')]),
+        ('top_k', 2.5),
     ],
 )
 def test_rules_out_of_range_are_refused(field, value):

@@ -8,12 +8,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+import cllm_jax as cllm
 from cllm_jax.decoding import generate
 from cllm_jax.decoding.generate import decode_all, stream
 from cllm_jax.decoding.loop import advance, prefill
 from cllm_jax.decoding.request import Request, bucket, encode
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.load import Model
@@ -192,6 +194,9 @@ def test_prompts_and_tokenizers_that_do_not_fit_are_refused():
         ([[1], []], {}, 'empty prompt'),
         ([[1], [29]], {}, r'token id 29: outside the vocabulary 0\.\.28'),
         ([[-1]], {}, 'token id -1'),
+        ([[1.5]], {}, r'token id 1\.5: must be a whole number'),
+        ([1, 2], {}, 'prompt 1: must be a text or a list'),
+        ('text', {}, r"prompts 'text': must be a list"),
         (['text'], {}, 'no tokenizer'),
         ([[1]], {'stop': ('x',)}, 'no tokenizer; stop'),
         ([[1], [2] * 217], {'max_tokens': 40}, 'prompt 1: 217 tokens .* 40 exceed .* 256'),
@@ -209,9 +214,21 @@ def test_what_cannot_be_decoded_is_refused_before_any_work(prompts, changes, mes
     [
         lambda: Request(Jacobi(8), max_tokens=0),
         lambda: Request(Jacobi(8), batch=0),
+        lambda: Request(Jacobi(8), max_tokens=4.5),
+        lambda: Request(Jacobi(8), seed=-1),
+        lambda: Request(Jacobi(8), seed=1 << 32),
+        lambda: Request(Jacobi(8), seed=1.5),
+        lambda: Request(Jacobi),
+        lambda: Request('jacobi'),
         lambda: Request(Jacobi(8), stop=('a', '')),
         lambda: Request(Jacobi(8), stop='a'),
+        lambda: cllm.decode(echo('x'), ['x'], stop='a'),
+        lambda: list(cllm.stream(echo('x'), 'x', stop='a')),
+        lambda: cllm.decode(echo('x'), ['a\ud800']),
+        lambda: cllm.with_references(echo('x'), 'text'),
         lambda: Jacobi(0),
+        lambda: Jacobi(16.0),
+        lambda: Lookahead(1, 3, 65),
         lambda: Jacobi(1025),
         lambda: Jacobi(4, 'blocks'),
     ],

@@ -60,6 +60,8 @@ class Sequences:
     prompt_len_B: jax.Array
     keys_B: jax.Array
     """One PRNG key per row, for sampling noise and initial guesses."""
+    prompt_width: int = struct.field(pytree_node=False)
+    """Columns that the longest prompt may take."""
 
     def window(self, width: int) -> jax.Array:
         """Tokens from the pending one on, `[B, width]`; only the first is committed."""

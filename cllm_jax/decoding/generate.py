@@ -18,6 +18,7 @@ from cllm_jax.decoding.request import (
     cache_slots,
     check,
     encode,
+    encode_each,
     row_keys,
 )
 from cllm_jax.decoding.result import DecodeResult, Trajectory
@@ -269,7 +270,7 @@ def decode_all(
     progress: Callable[[int], None] = lambda done: None,
 ) -> DecodeResult:
     """Decode any number of prompts, those of about the same length together; in the given order."""
-    encoded = [encode(model, p) for p in prompts]
+    encoded = encode_each(model, prompts)
     check(model, request, encoded)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     found: dict[int, _Answer] = {}

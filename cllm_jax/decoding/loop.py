@@ -111,7 +111,7 @@ def prefill(
     live_B = max_tokens_B > 0
     tokens_BS = jnp.zeros((batch, slots), jnp.int32)
     tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, prompt_BP, (0, 0))
-    sequences = Sequences(tokens_BS, prompt_len_B - 1, prompt_len_B, keys_B)
+    sequences = Sequences(tokens_BS, prompt_len_B - 1, prompt_len_B, keys_B, width)
     draft, drafter_state = drafter.draft(weights, drafter.init(weights, sequences), sequences)
     state = DecodeState(
         cache=init_cache(

@@ -1,6 +1,7 @@
 """What is asked for: prompts as token ids, how they are decoded, and the shapes that gives."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +28,14 @@ class Request:
     """Report the drafts of every iteration."""
 
     def __post_init__(self):
-        if self.max_tokens < 1:
-            raise ConfigError(f'max_tokens {self.max_tokens}: must be at least 1')
-        if self.batch < 1:
-            raise ConfigError(f'batch {self.batch}: must be at least 1')
+        if isinstance(self.drafter, type) or not hasattr(self.drafter, 'draft'):
+            raise ConfigError(f'drafter {self.drafter!r}: must be one, such as Jacobi(block=16)')
+        for name, least in (('max_tokens', 1), ('batch', 1), ('seed', 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ConfigError(f'{name} {value}: must be a whole number, at least {least}')
+        if self.seed >= 1 << 32:
+            raise ConfigError(f'seed {self.seed}: must be below 2**32')
         if self.sampling.typical and not getattr(self.drafter, 'typical_acceptance', False):
             raise ConfigError(
                 f'typical {self.sampling.typical}: a lossy rule of Medusa, not of '
@@ -66,17 +71,42 @@ def cache_slots(width: int, steps: int, nodes: int) -> int:
     return -(-(width + steps + nodes) // 32) * 32
 
 
+def encode_each(
+    model: Model, prompts: Sequence[str | Sequence[int]], name: str = 'prompts'
+) -> list[list[int]]:
+    """Token ids of several texts; a single one is refused, which is a sequence of characters.
+
+    Raises:
+      ConfigError: see `encode`.
+    """
+    if isinstance(prompts, str):
+        raise ConfigError(f'{name} {prompts[:40]!r}: must be a list of texts; write [{name}]')
+    return [encode(model, prompt) for prompt in prompts]
+
+
+SURROGATE = re.compile('[\ud800-\udfff]')
+"""Half of a character in UTF-16, also what Python makes of a byte that is no UTF-8."""
+
+
 def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt; a list of ids is only checked.
 
     Raises:
-      ConfigError: text without a tokenizer, no token at all, or an id outside the vocabulary.
+      ConfigError: text without a tokenizer or that is no Unicode, no token at all, or an id that is
+        no whole number of the vocabulary.
     """
+    if isinstance(prompt, int):
+        raise ConfigError(f'prompt {prompt}: must be a text or a list of token ids')
     if not isinstance(prompt, str):
-        ids = [int(i) for i in prompt]
+        ids = list(prompt)
+        if bad := [i for i in ids if not isinstance(i, int | np.integer)]:
+            raise ConfigError(f'token id {bad[0]!r}: must be a whole number')
+        ids = [int(i) for i in ids]
     elif model.tokenizer is None:
         raise ConfigError(f'{model.source} has no tokenizer; pass lists of token ids')
     else:
+        if lone := SURROGATE.search(prompt):
+            raise ConfigError(f'prompt {prompt[:40]!r}: {lone[0]!r} is no character; pass UTF-8')
         ids = model.tokenizer(prompt)['input_ids']
         if not ids and model.config.bos_id is not None:
             ids = [model.config.bos_id]

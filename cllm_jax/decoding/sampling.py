@@ -35,7 +35,7 @@ class Sampling:
             raise ConfigError(
                 f'temperature {self.temperature}: must be 0 (greedy) or at least {COLDEST}'
             )
-        if self.top_k < 0:
+        if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ConfigError(f'top_k {self.top_k}: must be 0 (off) or the number of tokens kept')
         if not 0 < self.top_p <= 1:
             raise ConfigError(f'top_p {self.top_p}: must be in (0, 1]; 1 keeps every token')
@@ -65,7 +65,8 @@ def truncate(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
         p_BTV = jax.nn.softmax(sorted_BTV, axis=-1)
         before_BTV = jnp.cumsum(p_BTV, axis=-1) - p_BTV
         count_BT = (before_BTV < sampling.top_p).sum(axis=-1, keepdims=True, dtype=jnp.int32)
-        border = jnp.take_along_axis(sorted_BTV, count_BT - 1, axis=-1)
+        last_BT = jnp.maximum(count_BT - 1, 0)  # a top_p that is 0 in float32 counts none
+        border = jnp.take_along_axis(sorted_BTV, last_BT, axis=-1)
         logits_BTV = jnp.where(logits_BTV >= border, logits_BTV, -jnp.inf)
     return logits_BTV
 

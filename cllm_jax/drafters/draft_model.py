@@ -40,8 +40,13 @@ class DraftModel:
         batch, slots = sequences.tokens_BS.shape
         dtype = self.module.compute or self.module.dtype
         cache = init_cache(self.module.config, batch, slots, dtype)
+        prompt_BP = sequences.tokens_BS[:, : sequences.prompt_width]
+        slots_P = jnp.arange(sequences.prompt_width, dtype=jnp.int32)
+        positions_BP = jnp.broadcast_to(slots_P[None], prompt_BP.shape)
+        mask_BPP = slots_P[None, None] <= positions_BP[:, :, None]
         start_B = jnp.zeros(batch, jnp.int32)
-        return self._forward(weights, sequences.tokens_BS, start_B, cache)[1]
+        arguments = (prompt_BP, positions_BP, mask_BPP, cache, start_B)
+        return self.module.apply({'params': weights}, *arguments)[1]
 
     def draft(self, weights, cache: Cache, sequences: Sequences) -> tuple[Draft, Cache]:
         length_B = sequences.length_B

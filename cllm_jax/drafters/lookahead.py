@@ -28,7 +28,7 @@ class Ngrams:
     window_BMW: jax.Array
     """Oldest level first; column 0 of that level stands for the pending token."""
     pool_BPn: jax.Array
-    """The newest n-grams first, each once; -1 where there is none."""
+    """The newest n-grams first, -1 where there is none; none that came up again later."""
     jacobi: Guesses
 
 
@@ -50,6 +50,11 @@ class Lookahead:
             if getattr(self, field) < least:
                 value = getattr(self, field)
                 raise ConfigError(f'{field} {value}: must be at least {least} in lookahead')
+        if self.guesses > KEPT * self.window:
+            raise ConfigError(
+                f'guesses {self.guesses}: must be at most {KEPT * self.window}, the n-grams that a '
+                f'window of {self.window} columns keeps'
+            )
         Jacobi(self.block)  # checks it
 
     @property

@@ -41,7 +41,8 @@ class Named:
     """What the options of a command say about a drafter."""
 
     text: str = 'jacobi'
-    """NAME, or NAME:DIR of a trained one; its DIR is by default beside the model."""
+    """NAME, or NAME:DIR of a trained one; by default NAME beside the model, or what was trained
+    with it."""
     block: int = 16
     mode: Literal['sliding', 'block'] = 'sliding'
     recycle: int = 0
@@ -67,8 +68,10 @@ class Named:
                 f'branches {self.branches}: only Jacobi with a sliding window has branches, and no '
                 'recycling or lookup beside them; leave one of them out'
             )
-        if self.lookup and name != 'jacobi':
-            raise ConfigError(f'lookup with drafter {self.text!r}: it is an option of jacobi')
+        options = {'lookup': self.lookup, 'recycle': self.recycle, 'mode': self.mode != 'sliding'}
+        if name != 'jacobi' and (used := [option for option, is_on in options.items() if is_on]):
+            raise ConfigError(f'{used[0]} with drafter {self.text!r}: it is an option of jacobi')
+        Jacobi(self.block)  # checks it
         wrong = directory if name in UNTRAINED else name == 'model' and not directory
         if wrong or (colon and not directory):
             right = name if name in UNTRAINED else f'{name}:DIR'
@@ -93,8 +96,11 @@ def open_drafter(
     if name == 'model':
         return draft_model(model, load(directory, dtype, mesh), named.block, sampling)
     if name in KINDS:
-        path = Path(directory) if directory else resolve(model.source).parent
-        return read_drafter(path, model, sampling, name)
+        beside = resolve(model.source).parent
+        own = beside / name if (beside / name).is_dir() else beside
+        return read_drafter(
+            Path(directory).expanduser() if directory else own, model, sampling, name
+        )
     if named.references:
         return with_references(model, _texts(named.references), named.block)
     if named.branches:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cllm_jax.decoding.draft import Draft, Loaded
-from cllm_jax.decoding.request import bucket, encode
+from cllm_jax.decoding.request import bucket, encode_each
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.load import Model
 
@@ -81,7 +81,8 @@ def with_references(
     Raises:
       ConfigError: a reference that is empty or has no tokens of this model.
     """
-    ids = [i for text in references for i in (*encode(model, text), BETWEEN)]
+    encoded = encode_each(model, references, 'references')
+    ids = [i for text in encoded for i in (*text, BETWEEN)]
     padded = np.full(bucket(len(ids)), BETWEEN, np.int32)  # few lengths to compile
     padded[len(padded) - len(ids) :] = ids
     return Loaded(PromptLookup(block, ngram), jnp.asarray(padded))
