@@ -55,7 +55,7 @@ class DecodeConfig:
     drafter: str = 'jacobi'
     """jacobi; ar: one token per forward; lookup: prompt lookup; lookahead, beside Jacobi;
     model:DIR: a smaller model drafts; or a trained one, medusa, redrafter, eagle, space: NAME:DIR,
-    or NAME where it lies beside the model or was trained with it."""
+    or NAME where it was trained with the model or lies beside it."""
     reference: tuple[str, ...] = ()
     """With drafter lookup: text files that answers may quote (LLMA)."""
     block: int = 16

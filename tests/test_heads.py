@@ -22,6 +22,7 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.eagle import Eagle
 from cllm_jax.drafters.heads import borrow
 from cllm_jax.drafters.medusa import Medusa, tree_of, usual
+from cllm_jax.drafters.named import own_drafter
 from cllm_jax.drafters.redrafter import ReDrafter, pack
 from cllm_jax.drafters.saved import copy_drafter, read_drafter, write_drafter
 from cllm_jax.drafters.space import Space
@@ -258,3 +259,24 @@ def test_a_saved_drafter_is_the_same_drafter(name, tmp_path):
     (tmp_path / 'drafter' / 'drafter.json').write_text('{}')
     with pytest.raises(DataError):
         read_drafter(tmp_path, MODEL)
+
+
+@pytest.mark.parametrize(
+    ('model', 'found'),
+    [
+        ('run/joint', 'run/joint/drafter'),  # a run that trained both
+        ('export/joint', 'export/joint/drafter'),  # the same, exported
+        ('run/target', 'run/medusa'),
+        ('run/target/model', 'run/medusa'),
+        ('export/target', 'export/medusa'),
+    ],
+)
+def test_heads_without_a_directory_are_those_of_the_model(tmp_path, model, found):
+    for name in ('run/joint/model', 'run/joint/drafter', 'run/target/model', 'run/medusa/drafter'):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ('export/joint', 'export/target'):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / 'config.json').touch()
+    (tmp_path / 'export/joint/drafter').mkdir()
+    named = dataclasses.replace(MODEL, source=str(tmp_path / model))
+    assert own_drafter(named, 'medusa') == tmp_path / found

@@ -41,8 +41,8 @@ class Named:
     """What the options of a command say about a drafter."""
 
     text: str = 'jacobi'
-    """NAME, or NAME:DIR of a trained one; by default NAME beside the model, or what was trained
-    with it."""
+    """NAME, or NAME:DIR of a trained one; by default what was trained with the model, or
+    NAME beside it."""
     block: int = 16
     mode: Literal['sliding', 'block'] = 'sliding'
     recycle: int = 0
@@ -96,11 +96,8 @@ def open_drafter(
     if name == 'model':
         return draft_model(model, load(directory, dtype, mesh), named.block, sampling)
     if name in KINDS:
-        beside = resolve(model.source).parent
-        own = beside / name if (beside / name).is_dir() else beside
-        return read_drafter(
-            Path(directory).expanduser() if directory else own, model, sampling, name
-        )
+        path = Path(directory).expanduser() if directory else own_drafter(model, name)
+        return read_drafter(path, model, sampling, name)
     if named.references:
         return with_references(model, _texts(named.references), named.block)
     if named.branches:
@@ -112,6 +109,14 @@ def open_drafter(
         'ar': AutoRegressive,
     }
     return Loaded(drafters[name](), ())
+
+
+def own_drafter(model: Model, name: str) -> Path:
+    """The drafter that was trained with the model, else the one of that name beside it."""
+    path = resolve(model.source)
+    run = path.parent if path.name == 'model' else path
+    trained = next((p / 'drafter' for p in (path, run) if (p / 'drafter').is_dir()), None)
+    return trained or run.parent / name
 
 
 def _texts(paths: Sequence[str]) -> list[str]:
