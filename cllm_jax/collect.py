@@ -15,6 +15,8 @@ import jax
 
 from cllm_jax.console import Console, print_plan, size
 from cllm_jax.datasets.sources import open_source
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.models.load import Precision, fingerprint, load, named_or, peek, storage
 from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
 from cllm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -57,6 +59,10 @@ class CollectConfig:
     quick: bool = False
     """A tiny version, to see that it works."""
 
+    def __post_init__(self):
+        at_least(self, max_tokens=1, batch=1, shard=1)
+        Jacobi(self.block)  # checks it
+
 
 def run() -> None:
     settings, flags = parse(
@@ -74,8 +80,13 @@ def run() -> None:
     made_by = ('cllm', 'embedded') if again else ('target', 'embedded-target')
     name = named_or(settings.model, f'{settings.root}/{made_by[0]}', made_by[1])
     source = open_source(settings.data, split='train', seed=settings.seed, limit=settings.prompts)
+    config = peek(name)
+    if settings.max_tokens + 1 > config.max_positions:
+        raise ConfigError(
+            f'max_tokens {settings.max_tokens}: leaves no room for a prompt in the '
+            f'{config.max_positions} positions of {name}; use fewer'
+        )
     if flags.plan:
-        config = peek(name)
         width = storage(settings.dtype).itemsize
         states = len(source) * settings.max_tokens
         facts = {

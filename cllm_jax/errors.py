@@ -1,5 +1,7 @@
 """What can go wrong, by exit code. A message is one line: the value, the rule, the remedy."""
 
+from typing import Any
+
 
 class CllmError(Exception):
     """An error the user can act on; commands print its message and exit with its code."""
@@ -29,3 +31,18 @@ class Interrupted(CllmError):
     """Stopped by a signal after saving; the same command continues (EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+def at_least(config: Any, **least: float) -> None:
+    """Raise ConfigError for a field of a dataclass that is below its least value; None is not."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise ConfigError(f'{name} {value}: must be at least {bound}')
+
+
+def shares(config: Any, *names: str) -> None:
+    """Raise ConfigError for a field of a dataclass that is not from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f'{name} {getattr(config, name)}: a share must be 0 to 1')

@@ -181,6 +181,36 @@ def test_bad_requests_end_with_one_line_and_a_code(
     assert len(lines) == 1 and words in lines[0]
 
 
+OUT_OF_RANGE = {
+    train: (
+        'save-every 0', 'log-every 0', 'batch 0', 'batch -4', 'seed -1', 'steps -3', 'examples 0',
+        'held-out.every 0', 'held-out.prompts 0', 'held-out.max-tokens 0', 'held-out.block 0',
+        'held-out.keep 0', 'new.heads 0', 'noise.windows -2', 'noise.fresh 7.0', 'noise.mask -2',
+        'noise.corruption -1.0', 'noise.decay -3.0', 'cleaning.seed -1', 'cleaning.augment 5.0',
+        'heads.ahead 0', 'heads.nodes 1', 'loss.local-weight -1.0', 'optimizer.warmup 3.0',
+    ),
+    collect: (
+        'block 0', 'block 2000', 'batch 0', 'shard 0', 'shard -5', 'max-tokens 0',
+        'max-tokens 1024',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('module', 'line'), [(module, line) for module, lines in OUT_OF_RANGE.items() for line in lines]
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_written(
+    module, line, monkeypatch, capsys, tmp_path
+):
+    option, value = line.split()
+    where = '--root' if module is train else '--out'
+    with pytest.raises(ConfigError) as e:
+        call(monkeypatch, module, f'--{option}', value, where, tmp_path / 'run')
+    name = option.rpartition('.')[2].replace('-', '_')
+    assert str(e.value).startswith(f'{name} {value}: ')
+    assert not any(tmp_path.iterdir())
+
+
 def test_decoding_over_several_devices_writes_the_same_answer(monkeypatch, tmp_path):
     rows = []
     for tensor in (1, 4):

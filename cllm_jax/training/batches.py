@@ -20,7 +20,7 @@ import grain
 import numpy as np
 from flax import struct
 
-from cllm_jax.errors import DataError
+from cllm_jax.errors import DataError, at_least, shares
 
 LENGTH_STEP = 32
 ANSWER_STEP = 64
@@ -61,6 +61,10 @@ class Noise:
     """Take states with their successors, for local consistency."""
     mask: int = -1
     """Token that stands for every random one (SPACE); -1 draws tokens of the prompt."""
+
+    def __post_init__(self):
+        at_least(self, windows=0, decay=0, mask=-1)
+        shares(self, 'fresh', 'corruption')
 
 
 @struct.dataclass

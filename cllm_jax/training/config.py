@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.load import named_or, peek
 from cllm_jax.parallel.mesh import MeshConfig
@@ -36,6 +36,9 @@ class NewModel:
     """Width of the gated MLP."""
     max_positions: int = 1024
     """Longest prompt plus answer."""
+
+    def __post_init__(self):
+        at_least(self, heads=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,9 @@ class TrainConfig:
     """Devices along data, fsdp and tensor. A run may continue on another mesh."""
     quick: bool = False
     """A tiny version of everything, to see that it works."""
+
+    def __post_init__(self):
+        at_least(self, examples=1, steps=0, batch=1, seed=0, save_every=1, log_every=1)
 
 
 def quick(settings: TrainConfig) -> TrainConfig:

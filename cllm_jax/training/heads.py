@@ -18,7 +18,7 @@ from cllm_jax.drafters.heads import HeadWeights, borrow
 from cllm_jax.drafters.medusa import RANKS, Medusa, tree_of, usual
 from cllm_jax.drafters.redrafter import ReDrafter
 from cllm_jax.drafters.space import Space
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.models.llama import Llama, param_axes
 from cllm_jax.models.load import Model
 from cllm_jax.training.batches import Batch
@@ -52,6 +52,9 @@ class HeadsConfig:
     """Medusa: train the model too (Medusa-2)."""
     joint_weight: float = 0.2
     """Weight of the heads' loss beside the model's, if joint."""
+
+    def __post_init__(self):
+        at_least(self, nodes=2, ahead=1, beams=1, layers=0, joint_weight=0)
 
 
 def drafter_of(kind: Kind, sizes: HeadsConfig, model: Model) -> Any:

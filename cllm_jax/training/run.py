@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from cllm_jax.datasets.sources import Source
 from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
-from cllm_jax.errors import Interrupted, NumericalError
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.errors import Interrupted, NumericalError, at_least
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.parallel.distributed import fetch, is_main
 from cllm_jax.parallel.rules import place_batch
@@ -58,6 +59,10 @@ class HeldOut:
     """Consistency: quality that may be lost against the model before training."""
     keep: int = 1
     """How many of the best are kept; beside RUN/model, the best one, in RUN/best/STEP."""
+
+    def __post_init__(self):
+        at_least(self, every=1, prompts=1, max_tokens=1, keep=1)
+        Jacobi(self.block)  # checks it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import Mesh
 from optax.contrib import MuonDimensionNumbers, muon
 
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, at_least, shares
 from cllm_jax.models.llama import Llama
 from cllm_jax.models.packed import PackedMask
 from cllm_jax.parallel.rules import param_shardings, state_shardings
@@ -33,6 +33,9 @@ class LossWeights:
     state_weight: float = 0.0
     """Weight of cross-entropy of the state tokens on the answer (SPACE's semi-autoregression)."""
 
+    def __post_init__(self):
+        at_least(self, ar_weight=0, global_weight=0, local_weight=0, state_weight=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -52,6 +55,10 @@ class OptimizerConfig:
     """Largest global gradient norm."""
     accumulate: int = 1
     """Micro-batches per step; divides the batch."""
+
+    def __post_init__(self):
+        at_least(self, learning_rate=0)
+        shares(self, 'warmup')
 
 
 @struct.dataclass

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from cllm_jax.errors import at_least, shares
 from cllm_jax.evaluation.quality import is_repetitive
 from cllm_jax.trajectories.store import Record
 
@@ -29,6 +30,10 @@ class Cleaning:
     """Add, for this share of the states, a copy in which some wrong guesses are corrected."""
     seed: int = 0
     """Of the augmentation."""
+
+    def __post_init__(self):
+        at_least(self, seed=0)
+        shares(self, 'augment')
 
 
 def clean(records: Iterable[Record], rules: Cleaning) -> tuple[list[Record], Counter]:
