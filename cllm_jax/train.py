@@ -33,6 +33,7 @@ from cllm_jax.training.config import (
     TrainConfig,
     architecture,
     check_losses,
+    check_mask,
     check_tokenizer,
     quick,
     with_names,
@@ -185,12 +186,13 @@ def run() -> None:
     free = ('mesh', 'remat', 'root')  # devices may change, and where the directory is
     claimed = {k: v for k, v in to_json(settings).items() if k not in free}
     settings = with_names(settings, flags.stage)
+    check_mask(settings)
     if flags.plan:
         plan(settings, directory, flags.compile, console)
         return
-    mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
-    if mesh:
-        check_batch(settings.batch // settings.optimizer.accumulate, mesh)
+    mesh = make_mesh(settings.mesh)
+    check_batch(settings.batch // settings.optimizer.accumulate, mesh)
+    mesh = mesh if jax.device_count() > 1 else None
     test = settings.held_out
     held_out = open_source(settings.task, split='heldout', seed=test.seed, limit=test.prompts)
     with open_run(directory, claimed):

@@ -25,7 +25,7 @@ source launch/common.sh
 # name | model to start from | whose trajectories, schedule and n | settings
 rows=(
     'the recipe|target|target-sliding-16|'
-    'local consistency in place of global|target|target-sliding-16|--loss.global-weight 0 --loss.local-weight 1 --noise.pairs --texts='
+    'local consistency in place of global|target|target-sliding-16|--loss.global-weight 0 --loss.local-weight 1 --noise.pairs --noise.fresh 0 --texts='
     'no texts|target|target-sliding-16|--texts='
     'AR weight 1|target|target-sliding-16|--loss.ar-weight 1'
     'no position decay|target|target-sliding-16|--noise.decay 0'
@@ -46,7 +46,7 @@ rows=(
     'position decay 4|target|target-sliding-16|--noise.decay 4'
     'position decay 16|target|target-sliding-16|--noise.decay 16'
     'AR weight 2|target|target-sliding-16|--loss.ar-weight 2'
-    'global and local consistency|target|target-sliding-16|--loss.local-weight 1 --noise.pairs --texts='
+    'global and local consistency|target|target-sliding-16|--loss.local-weight 1 --noise.pairs --noise.fresh 0 --texts='
 )
 
 parse "$@"

@@ -164,6 +164,12 @@ def test_heads_are_exported_without_a_model(tmp_path, monkeypatch, capsys):
         (train, ['--objective', 'ar', '--root', 'ROOT'], 2, 'without data'),
         (train, ['--loss.global-weight', '0', '--root', 'ROOT'], 2, 'use objective ar'),
         (train, ['--texts', 'sql', '--noise.pairs', '--root', 'ROOT'], 2, 'no successor'),
+        (train, ['--loss.local-weight', '1', '--root', 'ROOT'], 2, 'add noise.pairs'),
+        (train, ['--noise.pairs', '--noise.fresh', '1', '--root', 'ROOT'], 2, 'is changed has no'),
+        (train, ['--noise.pairs', '--objective', 'space', '--root', 'ROOT'], 2, 'masks have no'),
+        (train, ['--noise.mask', '1536', '--root', 'ROOT'], 2, 'the vocabulary 0..1535'),
+        (train, ['--objective', 'ar', '--texts', 'sql', '--root', 'ROOT'], 2, 'leave texts out'),
+        (train, ['--objective', 'ar', '--loss.ar-weight', '0', '--root', 'ROOT'], 2, 'no other'),
         (train, ['--tokenizer', 'embedded', '--root', 'ROOT'], 2, 'set model: new'),
         (train, ['--optimizer.accumulate', '3', '--root', 'ROOT'], 2, 'accumulate 3'),
         (export, ['--root', '/no/run'], 2, 'no such directory'),
@@ -179,6 +185,15 @@ def test_bad_requests_end_with_one_line_and_a_code(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error')]
     assert e.value.code == code
     assert len(lines) == 1 and words in lines[0]
+
+
+def test_a_mesh_that_one_device_cannot_be_is_refused(monkeypatch, tmp_path):
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, 'devices', lambda: first)
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    with pytest.raises(ConfigError, match='tensor 4: 4 does not fit 1 devices'):
+        call(monkeypatch, train, '--mesh.tensor', '4', '--root', tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 OUT_OF_RANGE = {

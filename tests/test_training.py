@@ -22,6 +22,7 @@ from cllm_jax.sums import SUMS
 from cllm_jax.training import run as training_run
 from cllm_jax.training.batches import Noise, Sample, make_batch, samples_of_step
 from cllm_jax.training.checkpoint import open_checkpoints, restore
+from cllm_jax.training.heads import HeadsConfig, of_heads
 from cllm_jax.training.losses import divergence
 from cllm_jax.training.objective import of_text
 from cllm_jax.training.run import HeldOut, RunPlan, alarm, train
@@ -322,6 +323,18 @@ def test_the_gradient_of_attention_is_the_derived_one(compute):
     near = 0.03 if compute else 1e-5
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(derived), strict=True):
         assert float(jnp.abs(a - b).max()) <= near * float(jnp.abs(b).max())
+
+
+def test_a_joint_training_weighs_the_loss_of_the_model():
+    model = Model(SHALLOW, params_of(SHALLOW), byte_tokenizer(), 'tiny')
+    batch = make_batch(samples(), 4, 0, 0, None)
+    sizes, found = HeadsConfig(nodes=4, ahead=2, joint=True), []
+    for weight in (1.0, 3.0):
+        objective = of_heads('medusa', sizes, model, LossWeights(weight), batch, seed=0)
+        _, metrics = jax.jit(objective.loss)(objective.params, (), batch, batch_totals(batch))
+        found.append(metrics)
+    once, thrice = found
+    assert np.isclose(thrice['loss'] - once['loss'], 2 * once['ar_loss'], rtol=1e-4)
 
 
 def test_repetition_that_grows_is_reported():

@@ -135,9 +135,17 @@ def check_losses(settings: TrainConfig) -> TrainConfig:
     """The settings with the losses that the objective has.
 
     Raises:
-      ConfigError: consistency without a consistency loss, or texts with noise.pairs.
+      ConfigError: no loss at all, or what the objective or noise.pairs would ignore.
     """
-    loss = settings.loss
+    loss, noise = settings.loss, settings.noise
+    if settings.objective == 'ar' and not loss.ar_weight:
+        raise ConfigError('objective ar with loss.ar_weight 0: it has no other loss; set a weight')
+    if settings.objective == 'ar' and settings.texts:
+        raise ConfigError(
+            f'texts {settings.texts} with objective ar, which learns data alone; leave texts out'
+        )
+    if settings.objective == 'space' and noise.pairs:
+        raise ConfigError('noise.pairs with objective space: masks have no successor; leave it out')
     if settings.objective != 'consistency':
         state = (loss.state_weight or 1.0) if settings.objective == 'space' else 0.0
         alone = dataclasses.replace(loss, global_weight=0.0, local_weight=0.0, state_weight=state)
@@ -147,11 +155,28 @@ def check_losses(settings: TrainConfig) -> TrainConfig:
             'objective consistency with loss.global_weight and loss.local_weight 0: '
             'set one of them, or use objective ar'
         )
-    if settings.texts and settings.noise.pairs:
+    if loss.local_weight and not noise.pairs:
+        raise ConfigError(
+            f'loss.local_weight {loss.local_weight} without noise.pairs: a state is taught by its '
+            'successor; add noise.pairs'
+        )
+    if settings.texts and noise.pairs:
         raise ConfigError(
             'texts with noise.pairs: states made by chance have no successor; leave one of them out'
         )
+    if noise.pairs and (noise.fresh or noise.corruption or noise.mask >= 0):
+        raise ConfigError(
+            'noise.fresh, noise.corruption or noise.mask with noise.pairs: a state that is changed '
+            'has no successor; leave them out, or noise.pairs'
+        )
     return settings
+
+
+def check_mask(settings: TrainConfig) -> None:
+    """Raises ConfigError if noise.mask is no token of the model."""
+    mask = settings.noise.mask
+    if mask >= 0 and mask >= (size := architecture(settings).vocab_size):
+        raise ConfigError(f'mask {mask}: outside the vocabulary 0..{size - 1}; name a token of it')
 
 
 def with_names(settings: TrainConfig, stage: str) -> TrainConfig:

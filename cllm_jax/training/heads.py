@@ -111,7 +111,8 @@ def of_heads(
     tables = borrow(model, None)
     own = jax.jit(drafter.new_weights)(jax.random.key(seed), tables.embed_VD, tables.head_VD)
     axes = jax.tree.map(lambda leaf: PartitionSpec(*[None] * leaf.ndim), own)
-    loss = partial(_loss, drafter, module, sizes.joint_weight if sizes.joint else None)
+    joint = (weights.ar_weight, sizes.joint_weight) if sizes.joint else None
+    loss = partial(_loss, drafter, module, joint)
     params, frozen = own, model.params
     if sizes.joint:
         params, frozen = {'model': model.params, 'drafter': own}, ()
@@ -128,9 +129,9 @@ def of_heads(
     return Objective(params, axes, loss, trained, frozen)
 
 
-def _loss(drafter, module, joint_weight, params, frozen, batch, totals):
-    """Loss and metrics of a drafter, and of the model too where it is trained with it."""
-    own, now = (params, frozen) if joint_weight is None else (params['drafter'], params['model'])
+def _loss(drafter, module, joint, params, frozen, batch, totals):
+    """Loss and metrics of a drafter; with the weights `joint`, of the model and it together."""
+    own, now = (params, frozen) if joint is None else (params['drafter'], params['model'])
     hidden_BTD, _ = module.apply(
         {'params': now}, batch.tokens_BT, batch.positions_BT, visible(batch)
     )
@@ -141,11 +142,11 @@ def _loss(drafter, module, joint_weight, params, frozen, batch, totals):
     else:
         rule = medusa_loss if isinstance(drafter, Medusa) else redrafter_loss
         loss, metrics = rule(drafter, weights, *_answers(hidden_BTD, batch), totals['later_A'])
-    if joint_weight is not None:
+    if joint is not None:
         hidden_BAD, labels_BA, weight_BA = _answers(hidden_BTD, batch)
         logits_BAV = module.apply({'params': now}, hidden_BAD, method='logits')
         ar = cross_entropy(logits_BAV, labels_BA, weight_BA, totals['ar'])
-        metrics['ar_loss'], loss = ar, ar + joint_weight * loss
+        metrics['ar_loss'], loss = ar, joint[0] * ar + joint[1] * loss
     return loss, metrics | {'loss': loss}
 
 
