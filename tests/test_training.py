@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cllm_jax.console import Console
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
 from cllm_jax.errors import ConfigError, Interrupted, NumericalError
@@ -22,10 +23,12 @@ from cllm_jax.sums import SUMS
 from cllm_jax.training import run as training_run
 from cllm_jax.training.batches import Noise, Sample, make_batch, samples_of_step
 from cllm_jax.training.checkpoint import open_checkpoints, restore
+from cllm_jax.training.config import TrainConfig
 from cllm_jax.training.heads import HeadsConfig, of_heads
 from cllm_jax.training.losses import divergence
 from cllm_jax.training.objective import of_text
 from cllm_jax.training.run import HeldOut, RunPlan, alarm, train
+from cllm_jax.training.samples import prepare
 from cllm_jax.training.step import (
     LossWeights,
     OptimizerConfig,
@@ -335,6 +338,17 @@ def test_a_joint_training_weighs_the_loss_of_the_model():
         found.append(metrics)
     once, thrice = found
     assert np.isclose(thrice['loss'] - once['loss'], 2 * once['ar_loss'], rtol=1e-4)
+
+
+def test_rows_without_a_prompt_are_not_trained_on(tmp_path, capsys):
+    rows = [{'prompt': 'a question' * (i % 2), 'answer': 'an answer'} for i in range(8)]
+    path = tmp_path / 'rows.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    settings = TrainConfig(objective='ar', model='embedded-target', data=f'{path}#all')
+    model, kept = prepare(settings, None, Console())
+    assert model.config.bos_id is None
+    assert len(kept) == 4 and all(len(sample.prompt) for sample in kept)
+    assert '4 samples without a prompt left out' in capsys.readouterr().err
 
 
 def test_repetition_that_grows_is_reported():

@@ -204,6 +204,18 @@ def test_a_flipped_bit_is_found_and_only_that_shard_collected_again(
     assert (tmp_path / (shard.name + '.damaged')).exists()
 
 
+def test_prompts_without_a_token_are_left_out_and_counted(tmp_path):
+    rows = [Example(f'row-{i}', 'words' * (i % 2), 'an answer') for i in range(6)]
+    empty = Source('rows', rows, lambda example, text: True)
+    model = dataclasses.replace(MODEL, config=dataclasses.replace(MODEL.config, bos_id=None))
+    counts = collect(tmp_path, model, empty, PLAN, identity())
+    assert [r.id for r in read_records(tmp_path)] == ['row-1', 'row-3', 'row-5']
+    assert (counts['prompts'], counts['empty'], counts['too long']) == (6, 3, 0)
+    records, left_out = collecting.collect_records(MODEL, empty, PLAN, range(6))
+    assert not any(left_out.values())
+    assert records[0].prompt.tolist() == [MODEL.config.bos_id]
+
+
 def test_other_settings_are_refused(collected):
     other = dataclasses.replace(PLAN, seed=4)
     with pytest.raises(ConfigError, match='seed = 3, now 4'):

@@ -45,15 +45,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def encode_examples(
-    tokenizer: Any, examples: Sequence[Example], eos_id: int
+    tokenizer: Any, examples: Sequence[Example], eos_id: int, bos_id: int | None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Prompt and answer ids of each example, int32; the answer ends with `eos_id`.
 
-    They are encoded apart, as decoding sees them: first a prompt, then an answer.
+    They are encoded apart, as decoding sees them: first a prompt, then an answer. A prompt without
+    a token is `bos_id`, or stays empty where that is None; nothing can be decoded or learnt from it
+    then.
     """
+    first = [] if bos_id is None else [bos_id]
     prompts = tokenizer([e.prompt for e in examples])['input_ids']
     answers = tokenizer([e.answer for e in examples], add_special_tokens=False)['input_ids']
     return [
-        (np.asarray(p, np.int32), np.asarray([*a, eos_id], np.int32))
+        (np.asarray(p or first, np.int32), np.asarray([*a, eos_id], np.int32))
         for p, a in zip(prompts, answers, strict=True)
     ]

@@ -56,7 +56,7 @@ def collection_speed(
     for _ in range(repeats + 1):
         for name, plan in plans.items():
             begin = time.perf_counter()
-            found = collect_records(model, source, plan, range(len(source)))
+            found, _ = collect_records(model, source, plan, range(len(source)))
             seconds[name].append((time.perf_counter() - begin) / len(source))
             records = found if plan is first else records
         results = [decode_batch(model, request, [ids], keys) for ids, keys in few]

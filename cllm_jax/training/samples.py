@@ -98,7 +98,8 @@ def text_samples(
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
     with console.status('tokenising'):
-        pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
+        eos, bos = model.config.eos_ids[0], model.config.bos_id
+        pairs = encode_examples(model.tokenizer, examples, eos, bos)
     states = np.zeros((0, block), np.int32)
     start = np.zeros(0, np.int32)
     return [Sample(prompt, answer, states, start) for prompt, answer in pairs]
@@ -128,6 +129,9 @@ def prepare(
         else:
             model = load(settings.model, settings.dtype, mesh)
         samples = text_samples(model, examples, console)
-    kept = [s for s in samples if len(s) <= settings.max_length]
-    console.note(f'{len(kept)} samples, {len(samples) - len(kept)} too long left out')
+    begun = [s for s in samples if len(s.prompt)]
+    if len(begun) < len(samples):
+        console.note(f'{len(samples) - len(begun)} samples without a prompt left out')
+    kept = [s for s in begun if len(s) <= settings.max_length]
+    console.note(f'{len(kept)} samples, {len(begun) - len(kept)} too long left out')
     return model, kept

@@ -76,7 +76,7 @@ def collect(
     """Collect the trajectories of every row of `source` into `directory`; returns counts.
 
     Finished shards of an earlier call are kept. Prompts that leave no room for `max_tokens` in the
-    model's positions are counted as `too long` and skipped.
+    model's positions are counted as `too long` and skipped, those without a token as `empty`.
 
     Args:
       identity: what makes two collections the same (model, dataset, settings).
@@ -97,8 +97,9 @@ def collect(
             advance_by(size, 0)
             continue
         rows = range(begin, begin + size)
-        records = collect_records(model, source, plan, rows, advance_by)
-        write_shard(directory, manifest, index, records, _count(records, size))
+        records, left_out = collect_records(model, source, plan, rows, advance_by)
+        counts = {'prompts': size} | left_out | _count(records)
+        write_shard(directory, manifest, index, records, counts)
     barrier('collected')
     if is_main():
         finish(directory)
@@ -115,16 +116,20 @@ def collect_records(
     plan: CollectPlan,
     rows: Sequence[int],
     advance_by: Callable[[int, int], None] = lambda prompts, tokens: None,
-) -> list[Record]:
-    """The trajectories of some rows of `source`, in order; prompts that are too long are left out.
+) -> tuple[list[Record], dict[str, int]]:
+    """The trajectories of some rows of `source`, in order, and how many are left out, by reason.
 
     Rows of a batch wait for the slowest, so each batch gets rows of about the same length, as the
     reference answers tell it.
     """
     room = model.config.max_positions - plan.max_tokens
     examples = [source[i] for i in rows]
-    pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0])
-    order = [i for i, (prompt, _) in enumerate(pairs) if len(prompt) <= room]
+    pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0], model.config.bos_id)
+    left_out = {
+        'too long': sum(len(prompt) > room for prompt, _ in pairs),
+        'empty': sum(len(prompt) == 0 for prompt, _ in pairs),
+    }
+    order = [i for i, (prompt, _) in enumerate(pairs) if 0 < len(prompt) <= room]
     order.sort(key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
     width = bucket(max((len(pairs[i][0]) for i in order), default=1))
     records: dict[int, Record] = {}
@@ -143,13 +148,11 @@ def collect_records(
         for i, one in zip(chosen, found, strict=True):
             records[i] = _record(model, source, examples[i], pairs[i][0], one)
         advance_by(len(chosen), sum(len(one.answer) for one in found))
-    return [records[i] for i in sorted(records)]
+    return [records[i] for i in sorted(records)], left_out
 
 
-def _count(records: Sequence[Record], prompts: int) -> dict[str, int]:
+def _count(records: Sequence[Record]) -> dict[str, int]:
     return {
-        'prompts': prompts,
-        'too long': prompts - len(records),
         'truncated': sum(not r.finished for r in records),
         'repetitive': sum(is_repetitive(r.answer.tolist()) for r in records),
         'right': sum(r.right == 1 for r in records),
