@@ -17,7 +17,15 @@ from cllm_jax.console import Console, print_plan, size
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.models.load import Precision, fingerprint, load, named_or, peek, storage
+from cllm_jax.models.load import (
+    Precision,
+    fingerprint,
+    load,
+    named_or,
+    peek,
+    storage,
+    with_tokenizer,
+)
 from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
 from cllm_jax.parallel.mesh import MeshConfig, make_mesh
 from cllm_jax.rundir import open_run
@@ -103,7 +111,7 @@ def run() -> None:
         return
     groups = MeshConfig(tensor=settings.tensor)
     mesh = None if settings.tensor == 1 else make_mesh(groups, jax.local_devices())
-    model = load(name, settings.dtype, mesh)
+    model = with_tokenizer(load(name, settings.dtype, mesh))
     plan = CollectPlan(
         block=settings.block,
         mode=settings.mode,

@@ -15,10 +15,12 @@ from cllm_jax import collect, evaluate, export, train
 from cllm_jax.console import size
 from cllm_jax.drafters.saved import drafter_arrays
 from cllm_jax.errors import ConfigError
+from cllm_jax.models.hf import write_model
 from cllm_jax.models.load import SHIPPED
 from cllm_jax.recipe import read_recipe
 from cllm_jax.settings import guard
 from cllm_jax.training.config import STAGES, TrainConfig, with_names
+from tests.tiny import random_model, text_config
 
 api = cllm_jax.decode
 decode = import_module('cllm_jax.decode')
@@ -185,6 +187,18 @@ def test_bad_requests_end_with_one_line_and_a_code(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error')]
     assert e.value.code == code
     assert len(lines) == 1 and words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ('module', 'line'),
+    [(collect, '--out ROOT'), (train, '--root ROOT'), (train, '--root ROOT --objective ar')],
+)
+def test_a_model_without_a_tokenizer_is_refused(module, line, monkeypatch, tmp_path):
+    model = random_model(config=text_config(layers=1, max_positions=1024))
+    write_model(tmp_path / 'model', model.config, model.params)
+    common = ('--model', tmp_path / 'model', '--data', 'sql', *line.split())
+    with pytest.raises(ConfigError, match='model has no tokenizer; copy'):
+        call(monkeypatch, module, *(tmp_path / 'run' if a == 'ROOT' else a for a in common))
 
 
 def test_a_mesh_that_one_device_cannot_be_is_refused(monkeypatch, tmp_path):

@@ -156,6 +156,20 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
     return Model(config, params, read_tokenizer(directory), name)
 
 
+def with_tokenizer(model: Model) -> Model:
+    """The model, to learn or to answer texts with.
+
+    Raises:
+      ConfigError: it has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ConfigError(
+            f'{model.source} has no tokenizer; copy the tokenizer files of the original model into '
+            'its directory'
+        )
+    return model
+
+
 def storage(dtype: str) -> jnp.dtype:
     """The dtype of norms and residuals under a name that `load` accepts."""
     dtype = chosen(dtype)

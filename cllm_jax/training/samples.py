@@ -23,6 +23,7 @@ from cllm_jax.models.load import (
     read_tokenizer,
     resolve,
     tokenizer_fingerprint,
+    with_tokenizer,
 )
 from cllm_jax.training.batches import Sample
 from cllm_jax.training.config import TrainConfig, architecture
@@ -110,7 +111,7 @@ def prepare(
 ) -> tuple[Model, list[Sample]]:
     """The model to start from and its training samples."""
     if settings.objective != 'ar':
-        model = load(settings.model, settings.dtype, mesh)
+        model = with_tokenizer(load(settings.model, settings.dtype, mesh))
         samples = trajectory_samples(settings, model, console)
         block = samples[0].states.shape[1] if samples else 0
         if settings.objective != 'consistency':  # only the answers count
@@ -127,7 +128,7 @@ def prepare(
         if settings.model == 'new':
             model = new_model(settings, examples)
         else:
-            model = load(settings.model, settings.dtype, mesh)
+            model = with_tokenizer(load(settings.model, settings.dtype, mesh))
         samples = text_samples(model, examples, console)
     begun = [s for s in samples if len(s.prompt)]
     if len(begun) < len(samples):
