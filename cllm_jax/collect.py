@@ -126,8 +126,7 @@ def run() -> None:
         'model': fingerprint(model),
         'tokenizer': vocabulary(model.tokenizer),
     }
-    for reason, count in source.dropped.items():
-        console.note(f'{source.name}: {count} rows left out, {reason}')
+    console.dropped(source)
     with open_run(directory, identity), console.progress('collect', len(source)) as bar:
         begin, done = time.perf_counter(), 0
 

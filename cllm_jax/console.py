@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cllm_jax.datasets.sources import Source
 from cllm_jax.parallel.distributed import is_main
 
 
@@ -35,6 +36,11 @@ class Console:
 
     def note(self, text: str) -> None:
         self.err.print(text, markup=False)
+
+    def dropped(self, source: Source) -> None:
+        """Say how many rows of a dataset its reader left out, and why."""
+        for reason, count in source.dropped.items():
+            self.note(f'{source.name}: {count} rows left out, {reason}')
 
     def result(self, text: object) -> None:
         self.out.print(text, markup=False)

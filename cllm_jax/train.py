@@ -195,6 +195,8 @@ def run() -> None:
     mesh = mesh if jax.device_count() > 1 else None
     test = settings.held_out
     held_out = open_source(settings.task, split='heldout', seed=test.seed, limit=test.prompts)
+    if settings.task not in (settings.data, settings.texts):  # else said when it is read
+        console.dropped(held_out)
     with open_run(directory, claimed):
         model, samples = prepare(settings, mesh, console)
         console.note(

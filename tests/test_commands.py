@@ -20,7 +20,7 @@ from cllm_jax.models.load import SHIPPED
 from cllm_jax.recipe import read_recipe
 from cllm_jax.settings import guard
 from cllm_jax.training.config import STAGES, TrainConfig, with_names
-from tests.tiny import random_model, text_config
+from tests.tiny import model_directory, random_model, text_config
 
 api = cllm_jax.decode
 decode = import_module('cllm_jax.decode')
@@ -199,6 +199,25 @@ def test_a_model_without_a_tokenizer_is_refused(module, line, monkeypatch, tmp_p
     common = ('--model', tmp_path / 'model', '--data', 'sql', *line.split())
     with pytest.raises(ConfigError, match='model has no tokenizer; copy'):
         call(monkeypatch, module, *(tmp_path / 'run' if a == 'ROOT' else a for a in common))
+
+
+def test_training_tells_of_rows_that_a_reader_left_out(monkeypatch, capsys, tmp_path):
+    for name, long in (('train', 3), ('test', 2)):
+        turns = [('hello ' * 500, 'yes')] * long + [('hello', 'yes')] * 4
+        rows = [
+            {'conversations': [{'from': 'human', 'value': a}, {'from': 'gpt', 'value': b}]}
+            for a, b in turns
+        ]
+        (tmp_path / f'{name}.json').write_text(json.dumps(rows))
+    data, test = (f'sharegpt:{tmp_path}/{name}.json#all' for name in ('train', 'test'))
+    common = ('--objective', 'ar', '--model', model_directory(tmp_path / 'tiny'), '--data', data)
+    monkeypatch.setattr(train, 'train', lambda *arguments: None)
+    for task in (test, data):
+        call(monkeypatch, train, *common, '--task', task, '--root', tmp_path / 'run')
+        said = capsys.readouterr().err
+        assert said.count(f'{data}: 3 rows left out') == 1
+        assert said.count(f'{test}: 2 rows left out') == (task == test)
+        shutil.rmtree(tmp_path / 'run')
 
 
 def test_a_mesh_that_one_device_cannot_be_is_refused(monkeypatch, tmp_path):

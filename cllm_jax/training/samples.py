@@ -88,6 +88,7 @@ def trajectory_samples(settings: TrainConfig, model: Model, console: Console) ->
 def read_examples(settings: TrainConfig, data: str, console: Console) -> list[Example]:
     """The training rows of a dataset."""
     source = open_source(data, split='train', seed=settings.seed, limit=settings.examples)
+    console.dropped(source)
     with console.status(f'reading {len(source)} examples of {source.name}'):
         return [source[i] for i in range(len(source))]
 
