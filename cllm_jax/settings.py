@@ -101,15 +101,16 @@ def parse(
     return given.settings, Flags(**{name: getattr(given, name) for name in options})
 
 
-def guard(main: Callable[[], None]) -> None:
+def guard(main: Callable[[], None], stop_together: bool = False) -> None:
     """Runs a command; what goes wrong becomes one line on stderr and an exit code.
 
     CllmError: its own code. Ctrl-C: 130, silently. Reader of our output gone (`| head`): 141,
     silently. A path that cannot be read or written, a full disk included: 3. All else: 1.
     The traceback is shown only if --debug is among the arguments of the process.
+    `stop_together`: see `initialize`.
     """
     try:
-        initialize()
+        initialize(stop_together)
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -221,7 +221,7 @@ def run() -> None:
 
 
 def main() -> None:
-    guard(run)
+    guard(run, stop_together=True)
 
 
 if __name__ == '__main__':

@@ -72,6 +72,15 @@ def test_a_collection_has_the_same_bytes_on_one_two_and_four_processes(tmp_path,
     assert len(read_records(tmp_path / '1')) == 24
 
 
+def test_a_collection_of_two_processes_ends_with_sigterm(tmp_path):
+    arguments = (*COLLECT, '--prompts', '4000', '--model', model_directory(tmp_path / 'tiny'))
+    process = start(2, 1, 'collect', *arguments, '--out', tmp_path / 'out')
+    while process.poll() is None and not (tmp_path / 'out/manifest.json').exists():
+        time.sleep(0.1)
+    process.terminate()  # passed on to both
+    assert finish(process) == 128 + signal.SIGTERM
+
+
 def metrics(root: Path) -> list[dict]:
     found = read_metrics(root / 'target/metrics.jsonl')
     return [{k: v for k, v in m.items() if k != 'tokens_per_second'} for m in found]

@@ -15,17 +15,22 @@ NAMED = ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 """With JAX_COORDINATOR_ADDRESS, what a launcher sets for each process."""
 
 
-def initialize() -> None:
+def initialize(stop_together: bool = False) -> None:
     """Join the other processes of this job, if there are any. Call before any other use of JAX.
 
     A job is named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX
     itself under SLURM, Open MPI and on TPU hosts.
+
+    Args:
+      stop_together: let JAX's own service catch SIGTERM, for a command that asks it after every
+        step; to others the signal would do nothing, so it ends them at once.
 
     Raises:
       ConfigError: JAX_COORDINATOR_ADDRESS without the other two, or what is no number in them.
     """
     if jax.distributed.is_initialized():
         return
+    jax.config.update('jax_enable_preemption_service', stop_together)
     if 'JAX_COORDINATOR_ADDRESS' in os.environ:
         values = {name: os.environ.get(name, '') for name in NAMED}
         if wrong := [name for name, value in values.items() if not value.isdecimal()]:
