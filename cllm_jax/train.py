@@ -90,7 +90,10 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
         plan_of_heads(settings, directory, config, console)
         return
     answer = min(settings.held_out.max_tokens, settings.max_length // 2)
-    consistency = settings.objective == 'consistency'
+    model, test = Model(config, None, None, settings.model), settings.held_out
+    noise, block, nodes = noise_of(settings, model), test.block, test.block
+    if settings.objective == 'space':
+        block, nodes = settings.heads.ahead + 1, drafter_of('space', settings.heads, model).nodes
     shape = StepShape(
         config,
         DTYPES[settings.dtype],
@@ -98,14 +101,13 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
         settings.remat,
         settings.optimizer,
         settings.loss,
-        settings.noise if consistency else None,
+        noise,
         settings.batch,
         settings.max_length - answer,
         answer,
-        settings.held_out.block,
+        block,
     )
-    test = settings.held_out
-    slots = cache_slots(settings.max_length - answer, test.max_tokens, test.block)
+    slots = cache_slots(settings.max_length - answer, test.max_tokens, nodes)
     cache = config.cache_values * DTYPES[settings.dtype].itemsize * slots
     found = needs(shape, mesh)
     states = settings.noise.windows or 'cover the answer once'
@@ -120,7 +122,7 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
             'sum per device': size(sum(found.values())),
             'KV cache per prompt (held-out tests)': size(cache),
             'global batch': f'{settings.batch} samples of at most {settings.max_length} tokens',
-            'states per answer': states if consistency else 'none',
+            'states per answer': states if noise else 'none',
             'steps': settings.steps,
             'samples seen': settings.steps * settings.batch,
             'checkpoints': settings.steps // settings.save_every,

@@ -115,6 +115,19 @@ def test_plans_start_nothing(tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_plan_of_space_counts_its_states(tmp_path, monkeypatch, capsys):
+    facts = []
+    for line in ('space --heads.ahead 3', 'consistency --held-out.block 4', 'ar'):
+        common = ('--model', 'embedded-target', '--root', tmp_path, '--plan')
+        call(monkeypatch, train, *common, '--objective', *line.split())
+        lines = capsys.readouterr().out.splitlines()
+        wanted = ('states per', 'activations', 'batch per')
+        facts.append([line for line in lines if any(word in line for word in wanted)])
+    space, consistency, ar = facts
+    assert space == consistency and len(space) == 3
+    assert not set(space) & set(ar)
+
+
 def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
     for run in ('target', 'cllm'):
         (tmp_path / run / 'model').mkdir(parents=True)
