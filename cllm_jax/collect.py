@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 
 from cllm_jax.console import Console, print_plan, size
-from cllm_jax.datasets.sources import open_source
+from cllm_jax.datasets.sources import open_source, rows_fingerprint
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.models.load import (
@@ -28,7 +28,7 @@ from cllm_jax.models.load import (
 )
 from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
 from cllm_jax.parallel.mesh import MeshConfig, make_mesh
-from cllm_jax.rundir import open_run
+from cllm_jax.rundir import claim_inputs, open_run
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.trajectories.collect import CollectPlan, collect
 
@@ -128,6 +128,7 @@ def run() -> None:
     }
     console.dropped(source)
     with open_run(directory, identity), console.progress('collect', len(source)) as bar:
+        claim_inputs(directory, {'prompts': rows_fingerprint(source)})
         begin, done = time.perf_counter(), 0
 
         def advance(prompts: int, tokens: int) -> None:

@@ -1,6 +1,7 @@
 """Run directories: who owns one, with which settings, and its log of metrics.
 
-settings.json   the resolved settings; a resumed run must have the same
+settings.json   the settings; a resumed run must have the same
+inputs.json     fingerprints of the data and the model that it reads; so must it these
 metrics.jsonl   one JSON object per logged step
 lock            held while a process works here
 """
@@ -56,13 +57,25 @@ def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(f'process {os.getpid()} on {os.uname().nodename}')
         lock.flush()
-        _claim(directory / 'settings.json', dict(settings))
+        _claim(directory / 'settings.json', dict(settings), 'use the old settings')
         yield directory
     finally:
         lock.close()
 
 
-def _claim(path: Path, settings: dict[str, Any]) -> None:
+def claim_inputs(directory: Path, inputs: Mapping[str, Any]) -> None:
+    """Note what a run reads, by name and by content, as `open_run` notes its settings.
+
+    A run that was begun without (by an older version) notes it when it goes on.
+
+    Raises:
+      ConfigError: something is not what the run was begun with.
+    """
+    if is_main():
+        _claim(directory / 'inputs.json', dict(inputs), 'put back what was there')
+
+
+def _claim(path: Path, settings: dict[str, Any], remedy: str) -> None:
     if not path.exists():
         write_atomic(path, (json.dumps(settings, indent=2) + '\n').encode())
         return
@@ -76,7 +89,7 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
         key = changed[0]
         raise ConfigError(
             f'{path.parent}: begun with {key} = {begun.get(key)!r}, now {settings.get(key)!r}; '
-            'use the old settings to continue, or another directory'
+            f'{remedy} to continue, or use another directory'
         )
 
 

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from cllm_jax.console import Console, print_plan, size, table
-from cllm_jax.datasets.sources import open_source
+from cllm_jax.datasets.sources import open_source, rows_fingerprint
 from cllm_jax.decoding.request import cache_slots
 from cllm_jax.drafters.heads import borrow
 from cllm_jax.errors import ConfigError
@@ -25,7 +25,7 @@ from cllm_jax.models.hf import abstract_params
 from cllm_jax.models.load import DTYPES, Model
 from cllm_jax.parallel.mesh import make_mesh, pretend
 from cllm_jax.parallel.rules import check_batch
-from cllm_jax.rundir import open_run
+from cllm_jax.rundir import claim_inputs, open_run
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.training.batches import Noise, Sample, make_batch
 from cllm_jax.training.config import (
@@ -42,7 +42,7 @@ from cllm_jax.training.heads import drafter_of, of_heads
 from cllm_jax.training.needs import StepShape, compiled_needs, needs
 from cllm_jax.training.objective import Objective, of_text
 from cllm_jax.training.run import RunPlan, train
-from cllm_jax.training.samples import prepare
+from cllm_jax.training.samples import inputs_of, prepare
 from cllm_jax.training.step import check_accumulation
 
 CALIBRATION = 64
@@ -200,7 +200,9 @@ def run() -> None:
     if settings.task not in (settings.data, settings.texts):  # else said when it is read
         console.dropped(held_out)
     with open_run(directory, claimed):
-        model, samples = prepare(settings, mesh, console)
+        model, samples = prepare(settings, mesh, console, directory)
+        inputs = inputs_of(settings, model, samples)
+        claim_inputs(directory, inputs | {'held_out': rows_fingerprint(held_out)})
         console.note(
             f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '
             f'of {settings.batch} on {jax.device_count()} {jax.default_backend()} device(s)'

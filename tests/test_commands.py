@@ -1,5 +1,6 @@
 """The commands, run as a user runs them: the whole pipeline tiny, plans, and polite refusals."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -18,9 +19,11 @@ from cllm_jax.errors import ConfigError
 from cllm_jax.models.hf import write_model
 from cllm_jax.models.load import SHIPPED
 from cllm_jax.recipe import read_recipe
+from cllm_jax.rundir import claim_inputs
 from cllm_jax.settings import guard
 from cllm_jax.training.config import STAGES, TrainConfig, with_names
-from tests.tiny import model_directory, random_model, text_config
+from cllm_jax.training.samples import inputs_of
+from tests.tiny import byte_tokenizer, model_directory, random_model, text_config
 
 api = cllm_jax.decode
 decode = import_module('cllm_jax.decode')
@@ -156,6 +159,72 @@ def test_heads_are_exported_without_a_model(tmp_path, monkeypatch, capsys):
     for name, array in written.items():
         assert array.dtype == 'bfloat16'
         np.testing.assert_array_equal(array, weights[name].astype(array.dtype))
+
+
+def write_rows(path, word: str) -> None:
+    rows = [{'prompt': f'{word} {i}', 'answer': f'{i}'} for i in range(40)]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def test_a_resumed_run_has_the_data_and_the_tokenizer_that_it_began_with(tmp_path, monkeypatch):
+    data, run = tmp_path / 'rows.jsonl', tmp_path / 'target'
+    arguments = [
+        '--stage', 'target', '--root', tmp_path, '--objective', 'ar', '--model', 'new', '--data',
+        f'{data}#all', '--task', 'sql', '--steps', 1, '--batch', 8, '--new.vocab-size', 260,
+        '--new.dim', 8, '--new.layers', 1, '--new.mlp-dim', 8, '--held-out.prompts', 1,
+        '--held-out.max-tokens', 2, '--held-out.block', 2,
+    ]  # fmt: skip
+    write_rows(data, 'question')
+    call(monkeypatch, train, *arguments)
+    tokenizer = (run / 'tokenizer/tokenizer.json').read_bytes()
+    assert (run / 'model/tokenizer.json').read_bytes() == tokenizer
+    write_rows(data, 'another')
+    with pytest.raises(ConfigError, match=r'begun with samples = .* sha256 .*put back'):
+        call(monkeypatch, train, *arguments)
+    (run / 'inputs.json').unlink()  # as a run of an older version
+    call(monkeypatch, train, *arguments)
+    assert (run / 'tokenizer/tokenizer.json').read_bytes() == tokenizer
+    write_rows(data, 'question')
+    with pytest.raises(ConfigError, match='begun with samples'):
+        call(monkeypatch, train, *arguments)
+
+
+@pytest.mark.parametrize('sums', [False, True])
+def test_a_resumed_run_has_the_model_that_it_began_with(tmp_path, sums):
+    config, tokenizer = text_config(layers=1), byte_tokenizer()
+    place, settings = tmp_path / 'target', TrainConfig(objective='ar', root=str(tmp_path))
+    settings = dataclasses.replace(settings, model=f'{tmp_path}/target')
+
+    def claim(seed: int, layers: int) -> None:
+        model = random_model(seed, dataclasses.replace(config, layers=layers), tokenizer)
+        write_model(place, model.config, model.params, tokenizer, sums=sums)
+        claim_inputs(tmp_path, inputs_of(settings, model, []))
+
+    claim(0, 1)
+    claim(0, 1)
+    for seed, layers in ((1, 1), (0, 2)):
+        if sums or layers == 2:
+            with pytest.raises(ConfigError, match='begun with model_files'):
+                claim(seed, layers)
+    settings = dataclasses.replace(settings, model='embedded-target')
+    with pytest.raises(ConfigError, match="begun with model = 'ROOT/target', now 'embedded-target"):
+        claim(0, 1)
+
+
+def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypatch):
+    data, model = tmp_path / 'rows.jsonl', model_directory(tmp_path / 'tiny')
+    arguments = [
+        '--model', model, '--data', f'{data}#all', '--out', tmp_path / 'out', '--block', 2,
+        '--max-tokens', 2,
+    ]  # fmt: skip
+    write_rows(data, 'question')
+    for _ in range(2):
+        call(monkeypatch, collect, *arguments)
+    write_rows(data, 'another')
+    with pytest.raises(ConfigError, match=r'begun with prompts = .* sha256'):
+        call(monkeypatch, collect, *arguments)
+    (tmp_path / 'out/inputs.json').unlink()  # as a collection of an older version
+    call(monkeypatch, collect, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_a_new_draft_model_takes_the_tokenizer_of_its_target(tmp_path):
         root=str(tmp_path), objective='ar', model='new', new=small, data='sql', examples=8
     )
     settings = with_names(settings, 'draft')
-    model, samples = prepare(settings, None, Console())
+    model, samples = prepare(settings, None, Console(), tmp_path)
     target = cllm.load('embedded-target', 'float32')
     assert samples[0].answer[-1] == target.config.eos_ids[0]
     drafted = cllm.draft_model(target, model)
@@ -106,4 +106,4 @@ def test_a_new_draft_model_takes_the_tokenizer_of_its_target(tmp_path):
     assert fast.tokens == cllm.decode(target, prompts, cllm.AutoRegressive(), max_tokens=8).tokens
     other = dataclasses.replace(settings, new=dataclasses.replace(small, vocab_size=999))
     with pytest.raises(cllm.ConfigError, match='embedded-target has 1536 tokens'):
-        prepare(other, None, Console())
+        prepare(other, None, Console(), tmp_path)

@@ -6,6 +6,7 @@ from a file).
 
 import difflib
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,15 @@ class Format:
     read: Callable[[str, Counter[str]], list[Example]]
     check: Check
     graded: bool = True
+
+
+def rows_fingerprint(source: Source) -> str:
+    """The number of rows, and the sha256 (its first 16 digits) of all ids, prompts and answers."""
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        row = source[i]
+        digest.update(json.dumps([row.id, row.prompt, row.answer]).encode())
+    return f'{len(source)} rows, sha256 {digest.hexdigest()[:16]}'
 
 
 def _whole(read: Callable[[str], list[Example]]) -> Callable[[str, Counter[str]], list[Example]]:

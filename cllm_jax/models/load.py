@@ -18,6 +18,7 @@ from cllm_jax.models.config import LlamaConfig, one_line, read_config
 from cllm_jax.models.hf import DTYPES, abstract_params, read_model
 from cllm_jax.models.llama import Llama, param_axes
 from cllm_jax.parallel.rules import param_shardings
+from cllm_jax.sums import SUMS, sha256
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
@@ -194,6 +195,20 @@ def fingerprint(model: Model) -> str:
         array = np.ascontiguousarray(jax.device_get(leaf))
         digest.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'.encode())
         digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def files_fingerprint(directory: Path) -> str:
+    """sha256 of what a model directory says of itself, without a look at its weights.
+
+    That is its sums where it has them (`sums.py`), else config.json and the weights' names and
+    sizes.
+    """
+    if (directory / SUMS).exists():
+        return sha256(directory / SUMS)
+    digest = hashlib.sha256((directory / 'config.json').read_bytes())
+    for path in sorted(directory.glob('*.safetensors')):
+        digest.update(f'{path.name} {path.stat().st_size}\n'.encode())
     return digest.hexdigest()
 
 

@@ -1,7 +1,9 @@
 """From datasets and trajectories to the model and the samples of a training run."""
 
 import dataclasses
+import hashlib
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
 from cllm_jax.errors import ConfigError
+from cllm_jax.models.hf import replace_directory
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.load import (
     DTYPES,
     Model,
+    files_fingerprint,
     load,
     peek,
     read_tokenizer,
@@ -25,6 +29,7 @@ from cllm_jax.models.load import (
     tokenizer_fingerprint,
     with_tokenizer,
 )
+from cllm_jax.parallel.distributed import barrier, is_main
 from cllm_jax.training.batches import Sample
 from cllm_jax.training.config import TrainConfig, architecture
 from cllm_jax.trajectories.clean import clean
@@ -34,16 +39,13 @@ TOKENIZER_ROWS = 8000
 """Rows of the dataset that a new tokenizer is trained on."""
 
 
-def new_model(settings: TrainConfig, examples: list[Example]) -> Model:
-    """Random weights, and a tokenizer trained on the examples or that of another model."""
+def new_model(settings: TrainConfig, examples: list[Example], run: Path) -> Model:
+    """Random weights, and the run's own tokenizer or that of another model."""
     config = architecture(settings)
     if settings.tokenizer:
         tokenizer, special = shared_tokenizer(settings.tokenizer, config.vocab_size)
     else:
-        # A random choice: a regular one could miss a task of a mixture altogether.
-        rows = min(len(examples), TOKENIZER_ROWS)
-        chosen = random.Random(settings.seed).sample(examples, rows)
-        tokenizer = train_tokenizer([e.prompt + e.answer for e in chosen], config.vocab_size)
+        tokenizer = own_tokenizer(settings, examples, run)
         special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
     config = dataclasses.replace(config, **special)
     dtype = DTYPES[settings.dtype]
@@ -51,6 +53,22 @@ def new_model(settings: TrainConfig, examples: list[Example]) -> Model:
         jax.random.key(settings.seed)
     )
     return Model(config, params, tokenizer, 'new')
+
+
+def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> Any:
+    """Trained on the examples when a run begins, and kept in `run/tokenizer` for its resumption."""
+    places = [run / 'tokenizer', run / 'model']  # the latter in runs of older versions
+    if is_main() and not any(place.is_dir() for place in places):
+        # A random choice: a regular one could miss a task of a mixture altogether.
+        rows = min(len(examples), TOKENIZER_ROWS)
+        chosen = random.Random(settings.seed).sample(examples, rows)
+        texts = [e.prompt + e.answer for e in chosen]
+        temp = run / '.tokenizer.tmp'
+        shutil.rmtree(temp, ignore_errors=True)
+        train_tokenizer(texts, settings.new.vocab_size).save_pretrained(temp)
+        replace_directory(temp, places[0])
+    barrier('tokenizer')
+    return read_tokenizer(next(place for place in places if place.is_dir()))
 
 
 def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
@@ -107,10 +125,24 @@ def text_samples(
     return [Sample(prompt, answer, states, start) for prompt, answer in pairs]
 
 
+def inputs_of(settings: TrainConfig, model: Model, samples: list[Sample]) -> dict[str, str]:
+    """Names and fingerprints of what a run learns from; the same for a root that was moved."""
+    inputs = {'model': settings.model.replace(f'{settings.root}/', 'ROOT/', 1)}
+    if settings.model != 'new':
+        inputs['model_files'] = files_fingerprint(resolve(settings.model))[:16]
+    inputs['tokenizer'] = tokenizer_fingerprint(model.tokenizer)[:16]
+    digest = hashlib.sha256()
+    for sample in samples:
+        for array in (sample.prompt, sample.answer, sample.states, sample.start):
+            digest.update(f'{array.shape}'.encode() + array.tobytes())
+    inputs['samples'] = f'{len(samples)} samples, sha256 {digest.hexdigest()[:16]}'
+    return inputs
+
+
 def prepare(
-    settings: TrainConfig, mesh: Mesh | None, console: Console
+    settings: TrainConfig, mesh: Mesh | None, console: Console, run: Path
 ) -> tuple[Model, list[Sample]]:
-    """The model to start from and its training samples."""
+    """The model to start from and its training samples, for the run of that directory."""
     if settings.objective != 'ar':
         model = with_tokenizer(load(settings.model, settings.dtype, mesh))
         samples = trajectory_samples(settings, model, console)
@@ -127,7 +159,7 @@ def prepare(
             raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
         examples = read_examples(settings, settings.data, console)
         if settings.model == 'new':
-            model = new_model(settings, examples)
+            model = new_model(settings, examples, run)
         else:
             model = with_tokenizer(load(settings.model, settings.dtype, mesh))
         samples = text_samples(model, examples, console)
