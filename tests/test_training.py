@@ -469,12 +469,17 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_
         return loss * jnp.nan, metrics
 
     good, longer = newest(), dataclasses.replace(plan, steps=40)
-    with pytest.raises(NumericalError, match='step 7: 3 updates in a row were NaN or Inf'):
-        train(tmp_path, dataclasses.replace(objective, loss=broken), data, source, longer)
-    kept = newest()
-    assert (int(good.step), int(kept.step)) == (4, 6)
-    for a, b in zip(jax.tree.leaves(good.params), jax.tree.leaves(kept.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    failing = dataclasses.replace(objective, loss=broken)
+    # Noticed where a line is logged, and where a checkpoint would be saved.
+    for step, every in ((7, {'log_every': 1}), (8, {'log_every': 40, 'save_every': 4})):
+        held_out = dataclasses.replace(plan.held_out, every=40)
+        noticed = dataclasses.replace(longer, held_out=held_out, **every)
+        with pytest.raises(NumericalError, match=rf'step {step}: .*NaN.*--model {tmp_path}'):
+            train(tmp_path, failing, data, source, noticed)
+        kept = newest()
+        assert int(good.step) == int(kept.step) == 4
+        for a, b in zip(jax.tree.leaves(good.params), jax.tree.leaves(kept.params), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_a_run_directory_has_one_owner_and_one_set_of_settings(tmp_path):

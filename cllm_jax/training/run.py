@@ -183,11 +183,7 @@ def train(
                 tested = step % plan.held_out.every == 0 or step == plan.steps
                 if step % plan.log_every == 0 or tested:
                     numbers = {k: round(float(v), 6) for k, v in metrics.items()}
-                    if numbers['skipped'] > plan.max_skipped:
-                        raise NumericalError(
-                            f'step {step}: {int(numbers["skipped"])} updates in a row were NaN or '
-                            'Inf; lower the learning rate and run again from the last checkpoint'
-                        )
+                    _is_sound(directory, step, metrics, plan)
                     seconds = time.perf_counter() - begin
                     numbers['tokens_per_second'] = round(tokens / seconds)
                     _record(log, report, step, numbers)
@@ -198,12 +194,27 @@ def train(
                     )
                     begin, tokens = time.perf_counter(), 0
                 stop = stopped.at(step)
-                if step % plan.save_every == 0 or step == plan.steps or stop:
+                due = step % plan.save_every == 0 or step == plan.steps or stop
+                if sound := due and _is_sound(directory, step, metrics, plan):
                     save(checkpoints, step, state, progress)
                 if stop:
                     checkpoints.settle()
-                    raise Interrupted(f'saved at step {step}; run the same command to continue')
+                    done = 'saved' if sound else 'an update of NaN or Inf is not saved, stopped'
+                    raise Interrupted(f'{done} at step {step}; run the same command to continue')
             following.cancel()
+
+
+def _is_sound(directory: Path, step: int, metrics: dict, plan: RunPlan) -> bool:
+    """Whether the last update was finite; raises NumericalError after too many that were not."""
+    skipped = int(metrics['skipped'])
+    if skipped > plan.max_skipped:
+        # The same settings end here again, and a run has one set of settings.
+        start = f' and --model {directory}' if (directory / 'model').is_dir() else ''
+        raise NumericalError(
+            f'step {step}: {skipped} updates in a row were NaN or Inf; begin another run (--root) '
+            f'with a lower learning rate{start}; the last good checkpoint here is kept'
+        )
+    return skipped == 0
 
 
 def _test_and_keep(
