@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from functools import cache, partial
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from cllm_jax.console import Console
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
-from cllm_jax.errors import ConfigError, Interrupted, NumericalError
+from cllm_jax.errors import ConfigError, DataError, Interrupted, NumericalError
 from cllm_jax.models.attention import NEVER, attend
 from cllm_jax.models.linear import linear
 from cllm_jax.models.llama import Llama, forward, init_params
@@ -439,20 +440,39 @@ def test_the_best_few_models_are_kept(mixed_dtypes, tmp_path, monkeypatch):
     np.testing.assert_array_equal(best, load(str(tmp_path)).params['norm'])
 
 
+def damage(checkpoint) -> None:
+    for path in checkpoint.rglob('*'):
+        if path.is_file() and path.stat().st_size and path.name != SUMS:
+            path.write_bytes(path.read_bytes()[:-1] + b'!')
+
+
 def test_a_damaged_checkpoint_is_set_aside_and_training_goes_on_from_the_one_before(
     mixed_dtypes, tmp_path
 ):
     objective, data, source, plan = tiny_run()
     train(tmp_path / 'whole', objective, data, source, plan)
     train(tmp_path / 'bad', objective, data, source, plan)
-    newest = tmp_path / 'bad/checkpoints/6'
-    for path in newest.rglob('*'):
-        if path.is_file() and path.stat().st_size and path.name != SUMS:
-            path.write_bytes(path.read_bytes()[:-1] + b'!')
+    damage(tmp_path / 'bad/checkpoints/6')
     notes = []
     train(tmp_path / 'bad', objective, data, source, plan, note=notes.append)
     assert (tmp_path / 'bad/damaged-checkpoint-6').is_dir() and 'going back' in notes[0]
     assert without_speed(tmp_path / 'bad') == without_speed(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('how', ['damaged', 'gone'])
+def test_a_run_whose_checkpoints_are_lost_is_left_as_it_is(mixed_dtypes, tmp_path, how):
+    objective, data, source, plan = tiny_run()
+    train(tmp_path, objective, data, source, plan)
+    kept = [tmp_path / 'metrics.jsonl', tmp_path / 'model/model.safetensors']
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in kept]
+    for step in (tmp_path / 'checkpoints').iterdir():
+        damage(step)
+    if how == 'gone':
+        shutil.rmtree(tmp_path / 'checkpoints')
+    for _ in range(2):
+        with pytest.raises(DataError, match='damaged or gone; it is left as it is'):
+            train(tmp_path, objective, data, source, plan)
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in kept] == before
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_path):

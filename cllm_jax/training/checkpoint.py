@@ -42,7 +42,7 @@ def open_checkpoints(
 
     Leftovers of a save that was killed are removed. A checkpoint whose files are not those that
     were written is moved aside to `damaged-checkpoint-STEP`, and `note` is told: training goes on
-    from the one before.
+    from the one before, if there is one.
     """
     directory = directory.resolve()  # Orbax refuses relative paths
     if is_main() and directory.is_dir():

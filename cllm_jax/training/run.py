@@ -19,11 +19,11 @@ from cllm_jax.datasets.sources import Source
 from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.errors import Interrupted, NumericalError, at_least
+from cllm_jax.errors import DataError, Interrupted, NumericalError, at_least
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.parallel.distributed import fetch, is_main
 from cllm_jax.parallel.rules import place_batch
-from cllm_jax.rundir import append_metrics, rewind_metrics
+from cllm_jax.rundir import append_metrics, read_metrics, rewind_metrics
 from cllm_jax.training.batches import Noise, Sample, make_batch
 from cllm_jax.training.checkpoint import open_checkpoints, restore, save
 from cllm_jax.training.objective import Objective, Trained, keep
@@ -140,14 +140,22 @@ def train(
     metrics of an uninterrupted one.
 
     Raises:
+      DataError: the run was begun, but its checkpoints are damaged or gone; nothing is replaced.
       NumericalError: too many updates in a row were not finite; no checkpoint is overwritten.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
+    log = directory / 'metrics.jsonl'
+    lost = DataError(
+        f'{directory}: was begun, but its checkpoints are damaged or gone; it is left as it is: '
+        'move or remove it to begin again'
+    )
+    # Opening makes the directory: after that, one without checkpoints is that of an early kill.
+    if not (directory / 'checkpoints').is_dir() and any(m['step'] for m in read_metrics(log)):
+        raise lost
     optimizer = make_optimizer(plan.optimizer, plan.steps)
     start = objective.params
     shardings = plan.mesh and state_places(optimizer, objective.axes, start, plan.mesh)
     state = new_state(optimizer, start, shardings)
-    log = directory / 'metrics.jsonl'
     test = partial(held_out_test, source=source, test=plan.held_out)
     reference = test(objective.trained(start), reference=None)
     progress = {'first_quality': reference['quality'], 'best': -1.0}
@@ -159,6 +167,8 @@ def train(
             state, progress = found
             if is_main():
                 rewind_metrics(log, int(state.step))
+        elif any(directory.glob('damaged-checkpoint-*')):
+            raise lost
         else:
             if is_main():
                 rewind_metrics(log, -1)
