@@ -9,6 +9,7 @@ lock            held while a process works here
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +27,45 @@ def write_atomic(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     temp.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on disk."""
+    file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(file)
     finally:
-        os.close(folder)
+        os.close(file)
+
+
+def replace_directory(temp: Path, directory: Path) -> None:
+    """Give `temp`, of `temporary`, its final name; what was there survives until it is on disk."""
+    for path in [*temp.rglob('*'), temp]:
+        sync(path)
+    old = directory.with_name(f'.{directory.name}.old')
+    if directory.exists():
+        directory.rename(old)
+    temp.rename(directory)
+    sync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def temporary(directory: Path) -> Path:
+    """Where to write what is to replace `directory`; not there yet, as are no leftovers."""
+    settle(directory)
+    temp = directory.with_name(f'.{directory.name}.tmp')
+    temp.mkdir(parents=True)
+    return temp
+
+
+def settle(directory: Path) -> None:
+    """Clean up after a `replace_directory` that was killed: the old one is back, or gone."""
+    old, temp = (directory.with_name(f'.{directory.name}.{end}') for end in ('old', 'tmp'))
+    if os.path.isdir(old) and not os.path.exists(directory):  # False for names that cannot be
+        old.rename(directory)
+    for left in (old, temp):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 import dataclasses
 import stat
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from tiny_model import TINY, params_of, tiny_tokenizer
 
+from cllm_jax import rundir
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models import hf as hf_module
 from cllm_jax.models.hf import read_model, write_model
 from cllm_jax.models.load import read_tokenizer
+from cllm_jax.rundir import settle
 
 PARAMS, OTHER = params_of(TINY, 0), params_of(TINY, 1)
 
@@ -64,7 +67,7 @@ def test_a_tokenizer_is_written_too_and_may_be_replaced(tmp_path):
     assert back.get_vocab() == tokenizer.get_vocab() and back.eos_token_id == 1
 
 
-@pytest.mark.parametrize('step', ['save_file', '_settle', 'replace_directory'])
+@pytest.mark.parametrize('step', ['save_file', '_readable', 'replace_directory'])
 def test_a_failed_write_keeps_the_old_model(tmp_path, monkeypatch, step):
     write_model(tmp_path / 'm', TINY, PARAMS, dtype='float32')
 
@@ -76,6 +79,37 @@ def test_a_failed_write_keeps_the_old_model(tmp_path, monkeypatch, step):
         write_model(tmp_path / 'm', TINY, OTHER, dtype='float32')
     assert [p.name for p in tmp_path.iterdir()] == ['m']
     assert same(read_model(tmp_path / 'm')[1], PARAMS)
+
+
+@pytest.mark.parametrize('moment', ['before', 'between', 'after'])
+def test_a_killed_write_leaves_a_model_and_the_next_one_nothing_else(tmp_path, monkeypatch, moment):
+    place = tmp_path / 'm'
+    write_model(place, TINY, PARAMS, dtype='float32')
+    rename, calls = Path.rename, []
+
+    def killed(self, target):
+        if Path(target) in (place, place.with_name('.m.old')):
+            calls.append(target)
+            if len(calls) == {'before': 1, 'between': 2}.get(moment):
+                raise KeyboardInterrupt
+        return rename(self, target)
+
+    def kill(path, **kwargs):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, 'rename', killed)
+        patched.setattr(hf_module, 'settle', lambda directory: None)  # killed, nothing cleans up
+        if moment == 'after':
+            patched.setattr(rundir.shutil, 'rmtree', kill)
+        with pytest.raises(KeyboardInterrupt):
+            write_model(place, TINY, OTHER, dtype='float32')
+    assert len(list(tmp_path.iterdir())) == 2
+    assert place.is_dir() == (moment != 'between')
+    settle(place)
+    assert [p.name for p in tmp_path.iterdir()] == ['m']
+    assert same(read_model(place)[1], OTHER if moment == 'after' else PARAMS)
 
 
 def test_writing_refuses_what_could_not_be_read_back(tmp_path):

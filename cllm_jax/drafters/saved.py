@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,10 @@ from cllm_jax.drafters.medusa import Medusa
 from cllm_jax.drafters.redrafter import ReDrafter
 from cllm_jax.drafters.space import Space
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.models.hf import replace_directory
 from cllm_jax.models.load import Model, tokenizer_fingerprint
 from cllm_jax.models.weight_files import explain
 from cllm_jax.recipe import from_mapping, no_such, to_json
-from cllm_jax.rundir import write_atomic
+from cllm_jax.rundir import replace_directory, temporary, write_atomic
 from cllm_jax.sums import check_sums, write_sums
 
 KINDS: dict[str, type] = {'medusa': Medusa, 'redrafter': ReDrafter, 'eagle': Eagle, 'space': Space}
@@ -122,9 +119,7 @@ def _of_run(directory: Path) -> Path:
 
 
 def _write(directory: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    temp = directory.with_name(f'.{directory.name}.tmp-{os.getpid()}')
-    shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir(parents=True)
+    temp = temporary(directory)
     save_file(arrays, temp / WEIGHTS)
     write_atomic(temp / SETTINGS, (json.dumps(about, indent=2) + '\n').encode())
     write_sums(temp)

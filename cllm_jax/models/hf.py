@@ -6,8 +6,6 @@ transposes the parts that are wanted, and writing is the inverse, bit for bit.
 
 import functools
 import json
-import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models.config import LlamaConfig, config_json, one_line, parse_config, read_config
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.weight_files import INDEX, SINGLE, Stored, explain, listed, read_headers
+from cllm_jax.rundir import replace_directory, settle, temporary
 from cllm_jax.sums import check_sums, write_sums
 
 SHARD_BYTES = 4 << 30
@@ -273,11 +272,9 @@ def write_model(
     raw = config_json(config, dtype)
     if parse_config(directory / 'config.json', raw) != config:
         raise ConfigError(f'{directory}: no {config.family} model is {config}; correct its family')
-    temp = directory.with_name(f'.{directory.name}.tmp-{os.getpid()}')
     try:
+        temp = temporary(directory)
         _check_replaceable(directory, {'README.md'} if card else set())
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir(parents=True)
         (temp / 'config.json').write_text(json.dumps(raw, indent=2) + '\n', 'utf-8')
         if tokenizer is not None:
             tokenizer.save_pretrained(temp)
@@ -286,14 +283,14 @@ def write_model(
         _write_weights(temp, named_tensors(params), dtype, shard_bytes)
         if sums:
             write_sums(temp)
-        _settle(temp)
+        _readable(temp)
         replace_directory(temp, directory)
     except (OSError, SafetensorError) as e:
         raise DataError(
             f'{directory}: not written ({one_line(e)}); free some space or choose another directory'
         ) from None
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        settle(directory)
 
 
 def _check_replaceable(directory: Path, rewritten: set[str]) -> None:
@@ -350,20 +347,9 @@ def _write_weights(
     (directory / INDEX).write_text(json.dumps(index, indent=2) + '\n', 'utf-8')
 
 
-def _settle(directory: Path) -> None:
-    """Flush every file to disk, readable like config.json (safetensors writes mode 0600)."""
+def _readable(directory: Path) -> None:
+    """Every file as readable as config.json (safetensors writes mode 0600)."""
     mode = stat.S_IMODE((directory / 'config.json').stat().st_mode)
     for path in directory.rglob('*'):
         if path.is_file():
             path.chmod(mode)
-            with open(path, 'rb') as f:
-                os.fsync(f.fileno())
-
-
-def replace_directory(temp: Path, directory: Path) -> None:
-    """Swap directories; the old model survives until the new one is complete."""
-    old = directory.with_name(f'.{directory.name}.old-{os.getpid()}')
-    if directory.exists():
-        directory.rename(old)
-    temp.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)

@@ -23,7 +23,7 @@ from cllm_jax.errors import DataError, Interrupted, NumericalError, at_least
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.parallel.distributed import fetch, is_main
 from cllm_jax.parallel.rules import place_batch
-from cllm_jax.rundir import append_metrics, read_metrics, rewind_metrics
+from cllm_jax.rundir import append_metrics, read_metrics, rewind_metrics, settle
 from cllm_jax.training.batches import Noise, Sample, make_batch
 from cllm_jax.training.checkpoint import open_checkpoints, restore, save
 from cllm_jax.training.objective import Objective, Trained, keep
@@ -152,6 +152,8 @@ def train(
     # Opening makes the directory: after that, one without checkpoints is that of an early kill.
     if not (directory / 'checkpoints').is_dir() and any(m['step'] for m in read_metrics(log)):
         raise lost
+    for kept in ('model', 'drafter') if is_main() else ():
+        settle(directory / kept)
     optimizer = make_optimizer(plan.optimizer, plan.steps)
     start = objective.params
     shardings = plan.mesh and state_places(optimizer, objective.axes, start, plan.mesh)

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
 from cllm_jax.errors import ConfigError
-from cllm_jax.models.hf import replace_directory
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.load import (
     DTYPES,
@@ -30,6 +28,7 @@ from cllm_jax.models.load import (
     with_tokenizer,
 )
 from cllm_jax.parallel.distributed import barrier, is_main
+from cllm_jax.rundir import replace_directory, temporary
 from cllm_jax.training.batches import Sample
 from cllm_jax.training.config import TrainConfig, architecture
 from cllm_jax.trajectories.clean import clean
@@ -63,8 +62,7 @@ def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> 
         rows = min(len(examples), TOKENIZER_ROWS)
         chosen = random.Random(settings.seed).sample(examples, rows)
         texts = [e.prompt + e.answer for e in chosen]
-        temp = run / '.tokenizer.tmp'
-        shutil.rmtree(temp, ignore_errors=True)
+        temp = temporary(places[0])
         train_tokenizer(texts, settings.new.vocab_size).save_pretrained(temp)
         replace_directory(temp, places[0])
     barrier('tokenizer')
