@@ -116,8 +116,10 @@ def _claim(path: Path, settings: dict[str, Any], remedy: str) -> None:
         return
     try:
         begun = json.loads(path.read_text('utf-8'))
+        if not isinstance(begun, dict):
+            raise ValueError
     except ValueError:
-        raise DataError(f'{path}: not JSON; remove {path.parent} to start over') from None
+        raise DataError(f'{path}: not a JSON object; remove {path.parent} to start over') from None
     begun.pop('root', None)  # runs noted where they were once; they may be moved
     changed = [k for k in settings | begun if settings.get(k) != begun.get(k)]
     if changed:
@@ -129,11 +131,18 @@ def _claim(path: Path, settings: dict[str, Any], remedy: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a line cut by a crash is left out."""
+    """The complete lines of a metrics file; what a crash cut or left as zeros is left out."""
     if not path.exists():
         return []
-    lines = path.read_text('utf-8').split('\n')[:-1]
-    return [json.loads(line) for line in lines]
+    records = []
+    for line in path.read_text('utf-8', errors='replace').split('\n')[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get('step'), int):
+            records.append(record)
+    return records
 
 
 def rewind_metrics(path: Path, step: int) -> None:

@@ -7,9 +7,10 @@ import hashlib
 from pathlib import Path
 
 from cllm_jax.errors import DataError
+from cllm_jax.rundir import write_atomic
 
 SUMS = 'cllm_jax.sha256'
-FREE = (SUMS, 'README.md')
+FREE = (SUMS, 'README.md', 'LICENSE')
 """Not summed: a model card is there to be edited."""
 
 
@@ -23,16 +24,17 @@ def write_sums(directory: Path) -> None:
     """Write the sums of every file below `directory`."""
     files = sorted(p for p in directory.rglob('*') if p.is_file() and p.name not in FREE)
     lines = [f'{sha256(p)}  {p.relative_to(directory).as_posix()}\n' for p in files]
-    temp = directory / f'.{SUMS}.tmp'
-    temp.write_text(''.join(lines), 'utf-8')
-    temp.rename(directory / SUMS)
+    write_atomic(directory / SUMS, ''.join(lines).encode())
 
 
 def check_sums(directory: Path) -> None:
     """Compare every file with its sum; a directory without sums passes.
 
+    Hidden files and directories with sums of their own need none here.
+
     Raises:
-      DataError: a file is missing or not what was written, or the sums are unreadable.
+      DataError: a file is missing, not what was written or without a sum, or the sums are
+        unreadable.
     """
     path = directory / SUMS
     if not path.exists():
@@ -52,4 +54,13 @@ def check_sums(directory: Path) -> None:
             raise DataError(
                 f'{file}: not the bytes that were written; copy the directory again, or remove '
                 f'{SUMS} if you changed it yourself'
+            )
+    for file in directory.rglob('*'):
+        name = file.relative_to(directory)
+        free = file.name in FREE or any(part.startswith('.') for part in name.parts)
+        own = file.parent != directory and (file.parent / SUMS).exists()
+        if file.is_file() and not (free or own or name.as_posix() in known):
+            raise DataError(
+                f'{file}: has no sum in {SUMS}; copy the directory again, or remove {SUMS} if you '
+                'added it yourself'
             )

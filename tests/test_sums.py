@@ -37,13 +37,27 @@ def test_what_is_missing_is_named_and_what_is_not_summed_may_change(tmp_path):
         (tmp_path / name).write_bytes(b'x')
     write_sums(tmp_path)
     (tmp_path / 'README.md').write_bytes(b'y')
-    (tmp_path / 'new').write_bytes(b'z')
+    (tmp_path / '.hidden').write_bytes(b'z')
+    (tmp_path / 'drafter').mkdir()
+    (tmp_path / 'drafter/c.bin').write_bytes(b'z')
+    write_sums(tmp_path / 'drafter')
     check_sums(tmp_path)
     (tmp_path / 'deep/b.bin').unlink()
     with pytest.raises(DataError, match=r'b\.bin: missing'):
         check_sums(tmp_path)
     (tmp_path / SUMS).unlink()
     check_sums(tmp_path)
+
+
+def test_sums_that_were_cut_are_refused(tmp_path):
+    for name in ('a.bin', 'b.bin', 'c.bin'):
+        (tmp_path / name).write_bytes(b'x')
+    write_sums(tmp_path)
+    whole = (tmp_path / SUMS).read_bytes()
+    for size in range(len(whole) - 1):
+        (tmp_path / SUMS).write_bytes(whole[:size])
+        with pytest.raises(DataError):
+            check_sums(tmp_path)
 
 
 @pytest.mark.parametrize('line', ['no sum at all', '00  /etc/hostname', '00  ../secret', '\xff'])

@@ -19,7 +19,7 @@ from cllm_jax.models.attention import NEVER, attend
 from cllm_jax.models.linear import linear
 from cllm_jax.models.llama import Llama, forward, init_params
 from cllm_jax.models.load import Model, load
-from cllm_jax.rundir import open_run, read_metrics
+from cllm_jax.rundir import open_run, read_metrics, rewind_metrics
 from cllm_jax.sums import SUMS
 from cllm_jax.training import run as training_run
 from cllm_jax.training.batches import Noise, Sample, make_batch, samples_of_step
@@ -514,6 +514,21 @@ def test_a_run_directory_has_one_owner_and_one_set_of_settings(tmp_path):
     with pytest.raises(ConfigError, match='begun with a = 1, now 2'), open_run(tmp_path, {'a': 2}):
         pass
     assert json.loads((tmp_path / 'settings.json').read_text()) == {'a': 1}
+
+
+def test_damaged_records_of_a_run_are_left_out_or_refused(tmp_path):
+    log, good = tmp_path / 'metrics.jsonl', {'step': 1, 'loss': 2.0}
+    line = json.dumps(good).encode()
+    for damage in (b'\0' * 40, line[:9], b'[]', b'{}', b'\xff\xfe', b''):
+        log.write_bytes(line + b'\n' + damage + b'\n' + line[:5])
+        assert read_metrics(log) == [good]
+        rewind_metrics(log, 1)
+        assert log.read_bytes() == line + b'\n'
+    for text in ('[]', '{"a": 1', '\0\0', '1', '\xff'):
+        (tmp_path / 'settings.json').write_text(text, 'latin-1')
+        refused = pytest.raises(DataError, match=r'settings\.json: not a JSON object')
+        with refused, open_run(tmp_path, {'a': 1}):
+            pass
 
 
 def test_a_run_goes_on_where_it_was_moved_to(tmp_path):

@@ -224,6 +224,25 @@ def test_other_settings_are_refused(collected):
         read_records(collected[0] / 'nowhere')
 
 
+@pytest.mark.parametrize(
+    'text',
+    [
+        '[]',
+        '{"identity": {}, "shards": []}',
+        '{"identity": [], "shards": []}',
+        '{"identity": {"block": 8}, "shards": {}}',
+        '{"identity": {"block": 8}, "shards": [{}]}',
+        '{"identity": {"block": 8}, "shards": [1]}',
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / 'manifest.json').write_text(text)
+    with pytest.raises(DataError, match=r'manifest\.json: damaged'):
+        read_records(tmp_path)
+    with pytest.raises(DataError, match=r'manifest\.json: damaged'):
+        trajectory_samples(TrainConfig(data=str(tmp_path)), MODEL, Console())
+
+
 def test_trajectories_of_another_tokenizer_are_refused(tmp_path):
     known = identity() | {'tokenizer': tokenizer_fingerprint(MODEL.tokenizer)}
     collect(tmp_path, MODEL, source(2), PLAN, known)

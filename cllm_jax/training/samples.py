@@ -89,7 +89,7 @@ def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
 def trajectory_samples(settings: TrainConfig, model: Model, console: Console) -> list[Sample]:
     """The cleaned trajectories of a collection; refused if made with another tokenizer."""
     directory = Path(settings.data)
-    made_with = read_manifest(directory)['identity']['tokenizer']
+    made_with = read_manifest(directory)['identity'].get('tokenizer')
     if made_with != tokenizer_fingerprint(model.tokenizer):
         raise ConfigError(
             f'{directory}: collected with another tokenizer than that of {model.source}; '

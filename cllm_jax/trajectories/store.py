@@ -27,6 +27,8 @@ from cllm_jax.sums import sha256
 NAME = 'trajectories'
 MANIFEST = 'manifest.json'
 UNKNOWN = -1
+ENTRY = {'file': str, 'records': int, 'bytes': int, 'sha256': str, 'counts': dict}
+"""What the manifest says of a shard."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +130,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text('utf-8'))
-        manifest['identity'], manifest['shards']
-        for i in range(len(manifest['shards'])):
+        shards = manifest['shards']
+        if not (isinstance(manifest['identity']['block'], int) and isinstance(shards, list)):
+            raise TypeError
+        for i, entry in enumerate(shards):
             path = entry_path(directory, i)
             if path.exists():
-                manifest['shards'][i] = json.loads(path.read_text('utf-8'))
+                entry = shards[i] = json.loads(path.read_text('utf-8'))
+            else:
+                path = directory / MANIFEST
+            if entry is not None and not all(isinstance(entry[k], ENTRY[k]) for k in ENTRY):
+                raise TypeError
     except FileNotFoundError:
         raise DataError(
             f'{directory}: no {MANIFEST}; collect trajectories first (python -m cllm_jax.collect)'
