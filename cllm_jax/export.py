@@ -112,6 +112,7 @@ def run() -> None:
         print_plan(console, to_json(settings), {'writes to': out, 'bytes': size(total * width)})
         return
     for name, run_dir in exported(settings).items():
+        heads = (run_dir / 'drafter').is_dir()
         if has_model(run_dir):
             model = load(str(run_dir), 'float32')
             text = card(name, run_dir, settings.dtype, model.config.parameters)
@@ -123,8 +124,9 @@ def run() -> None:
                 dtype=settings.dtype,
                 card=text,
                 sums=True,
+                rewritten={'drafter'} if heads else set(),
             )
-        if (run_dir / 'drafter').is_dir():
+        if heads:
             place = out / name / 'drafter' if has_model(run_dir) else out / name
             copy_drafter(run_dir, place, DTYPES[settings.dtype])
         console.note(f'{out / name}: {parameter_count(run_dir) / 1e6:.2f}M parameters')

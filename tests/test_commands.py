@@ -15,7 +15,7 @@ import cllm_jax
 from cllm_jax import collect, evaluate, export, train
 from cllm_jax.console import size
 from cllm_jax.drafters.saved import drafter_arrays
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models.hf import write_model
 from cllm_jax.models.load import SHIPPED
 from cllm_jax.recipe import read_recipe
@@ -159,6 +159,26 @@ def test_heads_are_exported_without_a_model(tmp_path, monkeypatch, capsys):
     for name, array in written.items():
         assert array.dtype == 'bfloat16'
         np.testing.assert_array_equal(array, weights[name].astype(array.dtype))
+
+
+def test_an_export_replaces_the_last_one_and_nothing_else(tmp_path, monkeypatch):
+    """Of a run that gives a model with heads, and of heads alone over the run they came from."""
+    joint = tmp_path / 'joint'
+    model = random_model(config=text_config(layers=1), tokenizer=byte_tokenizer())
+    write_model(joint / 'model', model.config, model.params, model.tokenizer)
+    shutil.copytree(SHIPPED / 'medusa', joint / 'drafter')
+    (joint / 'settings.json').write_text(json.dumps({'held_out': {'prompts': 1, 'seed': 0}}))
+    (joint / 'metrics.jsonl').write_text('{"step": 1, "held_out_score": 1.0}\n')
+    for _ in range(2):
+        call(monkeypatch, export, '--root', tmp_path, '--runs', 'joint')
+    out = tmp_path / 'export' / 'joint'
+    assert (out / 'config.json').exists() and drafter_arrays(out / 'drafter')
+    modes = {p.stat().st_mode for p in out.rglob('*') if p.is_file()}
+    assert len(modes) == 1, 'as readable as any other file'
+    shutil.rmtree(joint / 'model')
+    with pytest.raises(DataError, match=r'holds .* would be lost'):
+        call(monkeypatch, export, '--root', tmp_path, '--runs', 'joint', '--out', tmp_path)
+    assert (joint / 'metrics.jsonl').exists() and drafter_arrays(joint / 'drafter')
 
 
 def write_rows(path, word: str) -> None:

@@ -67,7 +67,7 @@ def test_a_tokenizer_is_written_too_and_may_be_replaced(tmp_path):
     assert back.get_vocab() == tokenizer.get_vocab() and back.eos_token_id == 1
 
 
-@pytest.mark.parametrize('step', ['save_file', '_readable', 'replace_directory'])
+@pytest.mark.parametrize('step', ['save_file', 'make_readable', 'replace_directory'])
 def test_a_failed_write_keeps_the_old_model(tmp_path, monkeypatch, step):
     write_model(tmp_path / 'm', TINY, PARAMS, dtype='float32')
 

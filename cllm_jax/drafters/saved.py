@@ -19,11 +19,12 @@ from cllm_jax.drafters.medusa import Medusa
 from cllm_jax.drafters.redrafter import ReDrafter
 from cllm_jax.drafters.space import Space
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.models.hf import make_readable
 from cllm_jax.models.load import Model, tokenizer_fingerprint
-from cllm_jax.models.weight_files import explain
+from cllm_jax.models.weight_files import explain, listed
 from cllm_jax.recipe import from_mapping, no_such, to_json
 from cllm_jax.rundir import replace_directory, temporary, write_atomic
-from cllm_jax.sums import check_sums, write_sums
+from cllm_jax.sums import SUMS, check_sums, write_sums
 
 KINDS: dict[str, type] = {'medusa': Medusa, 'redrafter': ReDrafter, 'eagle': Eagle, 'space': Space}
 SETTINGS, WEIGHTS = 'drafter.json', 'drafter.safetensors'
@@ -51,7 +52,7 @@ def copy_drafter(source: Path, directory: Path, dtype: jnp.dtype) -> None:
 
     Raises:
       ConfigError: there is no drafter at `source`.
-      DataError: its files are damaged.
+      DataError: its files are damaged, or `directory` holds something else.
     """
     arrays = {name: array.astype(dtype) for name, array in drafter_arrays(source).items()}
     _write(directory, _about(_of_run(source)), arrays)
@@ -119,10 +120,17 @@ def _of_run(directory: Path) -> Path:
 
 
 def _write(directory: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    kept = sorted(p.name for p in directory.glob('*') if p.name not in (SETTINGS, WEIGHTS, SUMS))
+    if kept:
+        raise DataError(
+            f'{directory}: holds {listed(kept)}, which is no part of a drafter and would be lost; '
+            'choose another directory'
+        )
     temp = temporary(directory)
     save_file(arrays, temp / WEIGHTS)
     write_atomic(temp / SETTINGS, (json.dumps(about, indent=2) + '\n').encode())
     write_sums(temp)
+    make_readable(temp)
     replace_directory(temp, directory)
 
 

@@ -7,7 +7,7 @@ transposes the parts that are wanted, and writing is the inverse, bit for bit.
 import functools
 import json
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -250,10 +250,12 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
     card: str = '',
     sums: bool = False,
+    rewritten: Set[str] = frozenset(),
 ) -> None:
     """Write a directory that `read_model` and `transformers` load, with `card` as its README.md.
 
-    With `sums` it holds the sha256 of its files, which `read_model` then checks (`sums.py`).
+    With `sums` it holds the sha256 of its files, which `read_model` then checks (`sums.py`). An old
+    model there is replaced, with what else the caller says will be `rewritten`.
 
     Files go to a sibling temporary directory first, which then takes the final name: a reader
     never sees half a model.
@@ -274,7 +276,7 @@ def write_model(
         raise ConfigError(f'{directory}: no {config.family} model is {config}; correct its family')
     try:
         temp = temporary(directory)
-        _check_replaceable(directory, {'README.md'} if card else set())
+        _check_replaceable(directory, {'README.md', *rewritten} if card else rewritten)
         (temp / 'config.json').write_text(json.dumps(raw, indent=2) + '\n', 'utf-8')
         if tokenizer is not None:
             tokenizer.save_pretrained(temp)
@@ -283,7 +285,7 @@ def write_model(
         _write_weights(temp, named_tensors(params), dtype, shard_bytes)
         if sums:
             write_sums(temp)
-        _readable(temp)
+        make_readable(temp)
         replace_directory(temp, directory)
     except (OSError, SafetensorError) as e:
         raise DataError(
@@ -293,7 +295,7 @@ def write_model(
         settle(directory)
 
 
-def _check_replaceable(directory: Path, rewritten: set[str]) -> None:
+def _check_replaceable(directory: Path, rewritten: Set[str]) -> None:
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -347,9 +349,9 @@ def _write_weights(
     (directory / INDEX).write_text(json.dumps(index, indent=2) + '\n', 'utf-8')
 
 
-def _readable(directory: Path) -> None:
-    """Every file as readable as config.json (safetensors writes mode 0600)."""
-    mode = stat.S_IMODE((directory / 'config.json').stat().st_mode)
+def make_readable(directory: Path) -> None:
+    """Every file as readable as its JSON files (safetensors writes mode 0600)."""
+    mode = stat.S_IMODE(next(directory.glob('*.json')).stat().st_mode)
     for path in directory.rglob('*'):
         if path.is_file():
             path.chmod(mode)

@@ -224,7 +224,7 @@ def _is_sound(directory: Path, step: int, metrics: dict, plan: RunPlan) -> bool:
         start = f' and --model {directory}' if (directory / 'model').is_dir() else ''
         raise NumericalError(
             f'step {step}: {skipped} updates in a row were NaN or Inf; begin another run (--root) '
-            f'with a lower learning rate{start}; the last good checkpoint here is kept'
+            f'with a lower learning rate{start}; what was saved here before is kept'
         )
     return skipped == 0
 
