@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cllm_jax.console import Console, print_plan, size, table
+from cllm_jax.console import Console, number, print_plan, size, table
 from cllm_jax.datasets.sources import open_source
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
@@ -322,13 +322,13 @@ def report(console: Console, found: dict[str, Any]) -> None:
         train = part['train']
         for mode, collect in part['collect'].items():
             console.result(
-                f'{part["task"]}: collects {collect["prompts_per_second"]:.3g} prompts/s with '
-                f'{mode} states, {collect["tokens_per_second"]:.0f} tokens/s, '
+                f'{part["task"]}: collects {number(collect["prompts_per_second"])} prompts/s with '
+                f'{mode} states, {number(collect["tokens_per_second"])} tokens/s, '
                 f'{collect["ratio"]:.2f}x of one at a time'
             )
         console.result(
             f'{part["task"]}: a consistency step takes {train["ratio"]:.2f}x the time of an '
-            f'autoregressive one, {train["clean_tokens_per_second"]:.0f} clean tokens/s'
+            f'autoregressive one, {number(train["clean_tokens_per_second"])} clean tokens/s'
         )
     console.result(f'peak memory of this process: {size(found["peak_memory_bytes"])}')
 

@@ -1,6 +1,5 @@
 """What commands print: notes, progress, metrics, plans. Nothing below a command imports this."""
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,9 @@ from rich.table import Table
 from cllm_jax.datasets.sources import Source
 from cllm_jax.parallel.distributed import is_main
 
+WIDE = 10_000
+"""Columns of stdout, whatever the terminal has: it folds a line, where rich would cut a cell."""
+
 
 class Console:
     """Messages for a person on stderr; results stay on stdout, so that they can be piped.
@@ -30,9 +32,9 @@ class Console:
     """
 
     def __init__(self):
-        quiet = not is_main()
-        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
-        self.out = RichConsole(highlight=False, soft_wrap=not sys.stdout.isatty(), quiet=quiet)
+        shared = {'highlight': False, 'soft_wrap': True, 'quiet': not is_main()}
+        self.err = RichConsole(stderr=True, **shared)
+        self.out = RichConsole(width=WIDE, height=WIDE, **shared)  # both, or a dumb one has 80
 
     def note(self, text: str) -> None:
         self.err.print(text, markup=False)
@@ -99,17 +101,23 @@ def table(title: str, columns: list[str], rows: list[list[object]]) -> Table:
     for i, name in enumerate(columns):
         result.add_column(name, justify='left' if i == 0 else 'right')
     for row in rows:
-        result.add_row(*(f'{v:.3g}' if isinstance(v, float) else str(v) for v in row))
+        result.add_row(*(number(v) if isinstance(v, float) else str(v) for v in row))
     return result
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent below a million."""
+    value = float(f'{value:.3g}')
+    return f'{value:,.0f}' if 1e3 <= abs(value) < 1e6 else f'{value:.3g}'
 
 
 def size(count: float) -> str:
     """Bytes for people."""
     for unit in ('B', 'KiB', 'MiB', 'GiB'):
         if count < 1024:
-            return f'{count:.3g} {unit}'
+            return f'{number(count)} {unit}'
         count /= 1024
-    return f'{count:.4g} TiB'
+    return f'{number(count)} TiB'
 
 
 def print_plan(console: Console, settings: Mapping[str, Any], facts: Mapping[str, object]) -> None:
