@@ -16,7 +16,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
+from rich.text import Text
 
 from cllm_jax.datasets.sources import Source
 from cllm_jax.parallel.distributed import is_main
@@ -32,12 +35,13 @@ class Console:
     """
 
     def __init__(self):
-        shared = {'highlight': False, 'soft_wrap': True, 'quiet': not is_main()}
+        shared = {'highlight': False, 'soft_wrap': True, 'emoji': False, 'markup': False}
+        shared['quiet'] = not is_main()
         self.err = RichConsole(stderr=True, **shared)
         self.out = RichConsole(width=WIDE, height=WIDE, **shared)  # both, or a dumb one has 80
 
     def note(self, text: str) -> None:
-        self.err.print(text, markup=False)
+        self.err.print(text)
 
     def dropped(self, source: Source) -> None:
         """Say how many rows of a dataset its reader left out, and why."""
@@ -45,13 +49,17 @@ class Console:
             self.note(f'{source.name}: {count} rows left out, {reason}')
 
     def result(self, text: object) -> None:
-        self.out.print(text, markup=False)
+        self.out.print(text)
+
+    def literal(self, dim: str, text: str) -> None:
+        """Two texts, character for character: rich would leave out control characters."""
+        self.out.print(Segments([Segment(dim, Style(dim=True)), Segment(f'{text}\n')]))
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:
         """Say what is going on, and how long it took."""
         begin = time.perf_counter()
-        with self.err.status(text):
+        with self.err.status(Text(text)):
             yield
         self.note(f'{text}: {time.perf_counter() - begin:.1f} s')
 
@@ -67,15 +75,15 @@ class Console:
             yield _plain_progress(self, text, total, done)
             return
         columns = (
-            TextColumn(text),
+            TextColumn('{task.description}', markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn('{task.fields[note]}'),
+            TextColumn('{task.fields[note]}', markup=False),
         )
         with Progress(*columns, console=self.err) as bar:
-            task = bar.add_task('', total=total, completed=done, note='')
+            task = bar.add_task(text, total=total, completed=done, note='')
             yield lambda items, note='': bar.update(task, advance=items, note=note)
 
 

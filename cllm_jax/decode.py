@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
-from rich.markup import escape
 
 from cllm_jax.console import Console, print_plan, size, table
 from cllm_jax.datasets.readers import read_jsonl
@@ -174,8 +173,8 @@ def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
     for prompt, text, tokens, forwards in zip(
         prompts, result.texts, result.tokens, result.forwards, strict=True
     ):
-        console.out.print(f'[dim]{escape(prompt)}[/dim]{escape(text or "")}')
-        console.out.print(f'[dim]-- {len(tokens)} tokens in {forwards} forwards[/dim]\n')
+        console.literal(prompt, text or '')
+        console.literal(f'-- {len(tokens)} tokens in {forwards} forwards\n', '')
 
 
 def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:

@@ -373,6 +373,12 @@ def test_decoding_over_several_devices_writes_the_same_answer(monkeypatch, tmp_p
     assert rows[0] == rows[1]
 
 
+def test_decode_shows_a_prompt_as_it_is(monkeypatch, capsys):
+    prompt = 'x[:100:2] :apple:\r'
+    call(monkeypatch, decode, '--prompts', prompt, '--max-tokens', '2', '--no-compare')
+    assert capsys.readouterr().out.startswith(prompt)
+
+
 def test_stream_takes_one_prompt(monkeypatch):
     with pytest.raises(ConfigError, match='exactly one prompt'):
         call(monkeypatch, decode, '--prompts', 'a', 'b', '--stream')

@@ -40,3 +40,16 @@ def test_numbers_have_three_digits_and_no_exponent_below_a_million(value, shown)
 
 def test_bytes_have_the_unit_that_fits():
     assert [size(n) for n in (12, 1023, 1536, 3 << 40)] == ['12 B', '1,020 B', '1.5 KiB', '3 TiB']
+
+
+def test_texts_are_shown_as_they_are(capsys):
+    odd = 'x[:100:2] :apple: [b]c[/d] {e}'
+    console = Console()
+    console.literal(odd + '\r\t', odd)
+    console.result(odd)
+    console.out.print(table(odd, ['', odd], [[odd, odd]]))
+    with console.status(odd), console.progress(odd, 2) as advance:
+        advance(1, odd)
+    said = capsys.readouterr()
+    assert said.out.startswith(f'{odd}\r\t{odd}\n{odd}\n')
+    assert said.out.count(odd) == 7 and said.err.count(odd) == 3
