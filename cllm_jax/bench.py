@@ -32,6 +32,7 @@ from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.drafters.saved import read_drafter
 from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.pair import ROOT, model_pair
 from cllm_jax.evaluation.parts import parts
 from cllm_jax.evaluation.pipeline import collection_speed, step_cost
 from cllm_jax.evaluation.quality import share_right
@@ -53,7 +54,6 @@ from cllm_jax.models.load import (
     chosen,
     load,
     mixed,
-    named_or,
     storage,
 )
 from cllm_jax.rundir import write_atomic
@@ -79,12 +79,12 @@ BATCH = 16
 class BenchConfig:
     """Settings of a benchmark."""
 
-    root: str = 'runs/embedded'
-    """Directory of the recipe's runs, runs/NAME of its file; the embedded models where none is."""
+    root: str = ROOT
+    """Directory of the recipe's runs, runs/NAME of its file."""
     model: str = ''
-    """The CLLM; default ROOT/export/cllm, else embedded."""
+    """The CLLM; default ROOT/export/cllm, or embedded if runs/embedded has no exports."""
     target: str = ''
-    """The target; default ROOT/export/target, else embedded-target."""
+    """The target; default ROOT/export/target, or embedded-target likewise."""
     random_weights: str = ''
     """A model directory or config file: measure forwards of that size, with random weights."""
     tasks: tuple[str, ...] = ('sql', 'arithmetic')
@@ -288,6 +288,8 @@ def pipeline(settings: BenchConfig, task: str, target: Model, console: Console) 
 
 def report(console: Console, found: dict[str, Any]) -> None:
     """The measurements as tables."""
+    target = f'; target: {found["target"]}' if 'target' in found else ''
+    console.result(f'model: {found["model"]}{target}')
     cost = found['cost']
     for batch, rows in cost['per_batch'].items():
         title = f'a forward with N tokens, batch {batch}, {cost["prompt"]} prompt tokens'
@@ -367,6 +369,9 @@ def run() -> None:
         settings = tiny(settings)
     console = Console()
     dtype = chosen(settings.dtype)
+    if not settings.random_weights:
+        cllm, target = model_pair(settings.root, settings.model, settings.target)
+        settings = dataclasses.replace(settings, model=cllm, target=target)
     if flags.plan:
         print_plan(console, to_json(settings), {'dtype': dtype})
         return
@@ -380,9 +385,7 @@ def run() -> None:
         found |= {'model': model.source, 'cost': forward_costs(settings, model, console)}
         keep(settings, found)
     else:
-        name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
-        target = load(name, dtype)
-        cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'), dtype)
+        cllm, target = (load(name, dtype) for name in (settings.model, settings.target))
         found |= {'model': cllm.source, 'target': target.source}
         found['cost'] = forward_costs(settings, target, console)
         keep(settings, found)

@@ -24,6 +24,7 @@ from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.named import TITLES, Named, open_drafter
+from cllm_jax.evaluation.pair import ROOT, model_pair
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.evaluation.speed import (
     Way,
@@ -32,7 +33,7 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.models.load import Precision, chosen, load, named_or
+from cllm_jax.models.load import Precision, chosen, load
 from cllm_jax.parallel.mesh import tensor_mesh
 from cllm_jax.rundir import write_atomic
 from cllm_jax.settings import guard, parse, to_json
@@ -44,12 +45,12 @@ VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax', 'transformers')
 class EvaluateConfig:
     """Settings of an evaluation."""
 
-    root: str = 'runs/embedded'
-    """Directory of the recipe's runs, runs/NAME of its file; the embedded models where none is."""
+    root: str = ROOT
+    """Directory of the recipe's runs, runs/NAME of its file."""
     model: str = ''
-    """The CLLM; default ROOT/export/cllm, else embedded."""
+    """The CLLM; default ROOT/export/cllm, or embedded if runs/embedded has no exports."""
     target: str = ''
-    """The target; default ROOT/export/target, else embedded-target."""
+    """The target; default ROOT/export/target, or embedded-target likewise."""
     task: str = ''
     """Dataset (see the README); default is sql and arithmetic, one after the other."""
     limit: int = 200
@@ -81,7 +82,8 @@ class EvaluateConfig:
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
     json: str = ''
-    """Write the results to this file, one object, or a list of them for several tasks."""
+    """Write the results to this file, one object, or a list of them for several tasks; default
+    ROOT/evaluate.json for ROOT's own exports, and no file with quick."""
     quick: bool = False
     """A tiny version, to see that it works."""
 
@@ -98,11 +100,9 @@ def drafter_named(settings: EvaluateConfig) -> Named:
 
 
 def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict[str, Any]:
-    """Everything about one task."""
+    """Everything about one task, of the models that the settings name."""
     dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
-    cllm = load(named_or(settings.model, f'{settings.root}/export/cllm', 'embedded'), dtype, mesh)
-    name = named_or(settings.target, f'{settings.root}/export/target', 'embedded-target')
-    target = load(name, dtype, mesh)
+    cllm, target = (load(name, dtype, mesh) for name in (settings.model, settings.target))
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
     named = drafter_named(settings)
     loaded = open_drafter(named, cllm, ar.sampling, dtype, mesh)
@@ -194,6 +194,7 @@ def report(console: Console, found: dict[str, Any]) -> None:
     columns = ['', 'quality', 'tokens/forward', 'tokens/s', 'speed-up']
     title = f'{found["task"]}: {found["n"]} held-out prompts, n = {found["block"]}, batch 1'
     console.out.print(table(title, columns, rows))
+    console.result(f'CLLM: {found["models"]["cllm"]}; target: {found["models"]["target"]}')
     console.result(
         f'{name} = AR of the CLLM, token for token: {found["identical"]:.1%} of prompts; '
         f'agreement with the target: {found["agreement_with_target"]:.1%} of tokens'
@@ -207,6 +208,10 @@ def run() -> None:
     if settings.quick:
         settings = dataclasses.replace(settings, limit=4, timed=1, repeats=1, max_tokens=48)
     drafter_named(settings).check()
+    given = settings.model or settings.target
+    own = not given and Path(settings.root, 'export').is_dir()
+    cllm, target = model_pair(settings.root, settings.model, settings.target)
+    settings = dataclasses.replace(settings, model=cllm, target=target)
     console = Console()
     tasks = [settings.task] if settings.task else ['sql', 'arithmetic']
     sources = [
@@ -221,9 +226,9 @@ def run() -> None:
     for source in sources:
         found.append(evaluate(settings, source, console))
         report(console, found[-1])
-    path = settings.json or (
-        f'{settings.root}/evaluate.json' if Path(settings.root).is_dir() else ''
-    )
+    path = settings.json
+    if not path and own and not settings.quick:
+        path = f'{settings.root}/evaluate.json'
     if path:
         text = json.dumps(found[0] if settings.task else found, indent=2) + '\n'
         Path(path).parent.mkdir(parents=True, exist_ok=True)

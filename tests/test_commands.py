@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cllm_jax
-from cllm_jax import collect, evaluate, export, train
+from cllm_jax import bench, collect, evaluate, export, train
 from cllm_jax.console import size
 from cllm_jax.drafters.saved import drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
@@ -56,6 +56,11 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
     call(monkeypatch, train, *common, *fast, *keep)
     call(monkeypatch, export, *common)
     call(monkeypatch, evaluate, *common, '--task', 'sql', '--json', tmp_path / 'result.json')
+    assert not (tmp_path / 'evaluate.json').exists()  # --quick is no result of the run
+    few = ('--limit', '1', '--timed', '1', '--repeats', '1', '--max-tokens', '4')
+    call(monkeypatch, evaluate, *common[:-1], *few, '--task', 'sql')
+    assert json.loads((tmp_path / 'evaluate.json').read_text())['n'] == 1
+    assert 'CLLM: export/cllm; target: export/target' in capsys.readouterr().out
     found = json.loads((tmp_path / 'result.json').read_text())
     wanted = {
         'task', 'n', 'quality', 'tokens_per_forward', 'speedup', 'tokens_per_second', 'identical',
@@ -377,6 +382,28 @@ def test_decode_shows_a_prompt_as_it_is(monkeypatch, capsys):
     prompt = 'x[:100:2] :apple:\r'
     call(monkeypatch, decode, '--prompts', prompt, '--max-tokens', '2', '--no-compare')
     assert capsys.readouterr().out.startswith(prompt)
+
+
+@pytest.mark.parametrize('module', [evaluate, bench])
+def test_models_that_were_not_asked_for_are_not_measured(module, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipes = [('--config', CONFIGS / f'{name}.yaml') for name in ('embedded', 'wikisql')]
+    if module is bench:  # has no stage in these recipes
+        recipes = [('--root', 'runs/embedded'), ('--root', 'runs/wikisql')]
+    for line in ((), recipes[0], ('--root', 'runs/embedded/')):
+        call(monkeypatch, module, *line, '--plan')
+        assert 'model: embedded\ntarget: embedded-target\n' in capsys.readouterr().out
+    (tmp_path / 'runs/embedded/export/cllm').mkdir(parents=True)
+    for line in (
+        ('--root', 'runs/wikisqll'),
+        recipes[1],
+        ('--root', 'runs/embedded'),  # has no target
+        ('--root', 'runs/wikisqll', '--model', 'embedded'),
+    ):
+        with pytest.raises(ConfigError, match='no such directory; train and export first'):
+            call(monkeypatch, module, *line, '--task' if module is evaluate else '--tasks', 'sql')
+    call(monkeypatch, module, '--target', 'embedded-target', '--plan')
+    assert 'model: runs/embedded/export/cllm\n' in capsys.readouterr().out
 
 
 def test_stream_takes_one_prompt(monkeypatch):
