@@ -104,13 +104,19 @@ def _short(value: Any) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[object]]) -> Table:
-    """A small table; numbers are right-aligned."""
+    """A small table; numbers are right-aligned, and None is a dash."""
     result = Table(title=title, title_justify='left', show_edge=False)
     for i, name in enumerate(columns):
         result.add_column(name, justify='left' if i == 0 else 'right')
     for row in rows:
-        result.add_row(*(number(v) if isinstance(v, float) else str(v) for v in row))
+        result.add_row(*map(_cell, row))
     return result
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return '-'
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def number(value: float) -> str:

@@ -81,8 +81,9 @@ for name, place in (pair.split('|') for pair in sys.argv[1:]):
     file = Path(place, 'evaluate.json')
     found = json.loads(file.read_text()) if file.is_file() else []
     for task in found if isinstance(found, list) else [found]:
+        quality = task['quality']['cllm']
         cells = (
-            f'{task["quality"]["cllm"]:.1%}',
+            '-' if quality is None else f'{quality:.1%}',
             f'{task["tokens_per_forward"]["cllm"]:.2f}',
             f'{task["speedup"]:.2f}x',
             f'{task["identical"]:.0%}',

@@ -68,7 +68,9 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
     }  # fmt: skip
     assert wanted <= found.keys()
     assert found['task'] == 'sql' and found['n'] == 4 and found['identical'] == 1
-    assert {'target', 'cllm'} == found['quality'].keys() == found['tokens_per_forward'].keys()
+    assert {'target', 'cllm'} == found['tokens_per_forward'].keys() == found['exact_match'].keys()
+    quality = found['quality']
+    assert quality['cllm'] == quality['cllm_ar'] and quality['target'] == quality['target_jacobi']
     speed, single = found['tokens_per_second'], found['ar_tokens_per_second']
     assert single.keys() == {'mixed', 'float32'} and speed['ar'] == max(single.values())
     assert found['speedup'] == speed['jacobi'] / speed['ar']
@@ -404,6 +406,26 @@ def test_models_that_were_not_asked_for_are_not_measured(module, monkeypatch, tm
             call(monkeypatch, module, *line, '--task' if module is evaluate else '--tasks', 'sql')
     call(monkeypatch, module, '--target', 'embedded-target', '--plan')
     assert 'model: runs/embedded/export/cllm\n' in capsys.readouterr().out
+
+
+def test_what_cannot_be_judged_has_no_quality(monkeypatch, tmp_path, capsys):
+    chats = [
+        {'id': str(i), 'conversations': [{'from': who, 'value': 'hello'}]}
+        for i, who in enumerate(('human', 'gpt'))
+    ]
+    chats[0]['conversations'].append({'from': 'gpt', 'value': 'hello'})
+    (tmp_path / 'chats.json').write_text(json.dumps(chats))
+    call(
+        monkeypatch, evaluate, '--quick', '--task', f'sharegpt:{tmp_path}/chats.json#all',
+        '--model', 'embedded-target', '--json', tmp_path / 'result.json', '--block', '2',
+    )  # fmt: skip
+    found = json.loads((tmp_path / 'result.json').read_text())
+    assert {*found['quality'].values(), *found['exact_match'].values()} == {None}
+    said = capsys.readouterr()
+    cells = [[cell.strip() for cell in line.split('│')] for line in said.out.splitlines()]
+    rows = [row for row in cells if row[0].startswith(('target, ', 'CLLM, '))]
+    assert len(rows) == 4 and {row[1] for row in rows} == {'-'}
+    assert '1 rows left out' in said.err
 
 
 def test_stream_takes_one_prompt(monkeypatch):
