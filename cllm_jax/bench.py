@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from cllm_jax.console import Console, number, print_plan, size, table
-from cllm_jax.datasets.sources import open_source
+from cllm_jax.datasets.sources import Source, open_source
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import draft_model
@@ -57,7 +57,7 @@ from cllm_jax.models.load import (
     storage,
 )
 from cllm_jax.rundir import write_atomic
-from cllm_jax.settings import guard, parse, to_json
+from cllm_jax.settings import at_least, can_write, guard, parse, to_json
 from cllm_jax.training.batches import Noise
 from cllm_jax.training.step import LossWeights
 from cllm_jax.trajectories.collect import CollectPlan
@@ -121,6 +121,14 @@ class BenchConfig:
     """Write all results to this file, again after every part."""
     quick: bool = False
     """A tiny version, to see that it works."""
+
+    def __post_init__(self):
+        at_least(self, 1, 'limit', 'prompt', 'max_tokens', 'repeats', 'nodes', 'batches', 'blocks')
+        at_least(self, 0, 'seed', 'collected')
+        if self.parts:
+            at_least(self, 1, 'parts')
+        for block in self.blocks:
+            Jacobi(block)  # checks it
 
 
 def random_model(path: Path, dtype: str) -> Model:
@@ -205,13 +213,12 @@ def ways_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, Way]
 
 def decoding(
     settings: BenchConfig,
-    task: str,
+    source: Source,
     target: Model,
     cllm: Model,
     console: Console,
 ) -> dict[str, Any]:
     """Every way of decoding on the held-out prompts of one task."""
-    source = open_source(task, split='heldout', seed=settings.seed, limit=settings.limit)
     prompts = [source[i].prompt for i in range(len(source))]
     ways = ways_of(settings, target, cllm)
     results = {}
@@ -259,9 +266,10 @@ def extra_parameters(way: Way) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(own))
 
 
-def pipeline(settings: BenchConfig, task: str, target: Model, console: Console) -> dict[str, Any]:
+def pipeline(
+    settings: BenchConfig, source: Source, target: Model, console: Console
+) -> dict[str, Any]:
     """Collection and training on one task, with the losses of `configs/embedded.yaml`."""
-    source = open_source(task, split='train', seed=settings.seed, limit=settings.collected)
     plans = {
         mode: CollectPlan(
             block=16,
@@ -369,9 +377,18 @@ def run() -> None:
         settings = tiny(settings)
     console = Console()
     dtype = chosen(settings.dtype)
+    can_write('json', settings.json)
+    sources: dict[str, list[Source]] = {}
     if not settings.random_weights:
         cllm, target = model_pair(settings.root, settings.model, settings.target)
         settings = dataclasses.replace(settings, model=cllm, target=target)
+        sources = {
+            split: [
+                open_source(task, split=split, seed=settings.seed, limit=limit)
+                for task in (settings.tasks if limit else ())
+            ]
+            for split, limit in (('heldout', settings.limit), ('train', settings.collected))
+        }
     if flags.plan:
         print_plan(console, to_json(settings), {'dtype': dtype})
         return
@@ -389,11 +406,11 @@ def run() -> None:
         found |= {'model': cllm.source, 'target': target.source}
         found['cost'] = forward_costs(settings, target, console)
         keep(settings, found)
-        for task in settings.tasks:
-            found.setdefault('tasks', []).append(decoding(settings, task, target, cllm, console))
+        for source in sources['heldout']:
+            found.setdefault('tasks', []).append(decoding(settings, source, target, cllm, console))
             keep(settings, found)
-        for task in settings.tasks if settings.collected else ():
-            found.setdefault('pipeline', []).append(pipeline(settings, task, target, console))
+        for source in sources['train']:
+            found.setdefault('pipeline', []).append(pipeline(settings, source, target, console))
             keep(settings, found)
     report(console, found)
 

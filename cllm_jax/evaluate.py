@@ -36,7 +36,7 @@ from cllm_jax.evaluation.speed import (
 from cllm_jax.models.load import Precision, chosen, load
 from cllm_jax.parallel.mesh import tensor_mesh
 from cllm_jax.rundir import write_atomic
-from cllm_jax.settings import guard, parse, to_json
+from cllm_jax.settings import at_least, can_write, guard, parse, to_json
 
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax', 'transformers')
 
@@ -86,6 +86,10 @@ class EvaluateConfig:
     ROOT/evaluate.json for ROOT's own exports, and no file with quick."""
     quick: bool = False
     """A tiny version, to see that it works."""
+
+    def __post_init__(self):
+        at_least(self, 1, 'limit', 'max_tokens', 'batch', 'timed', 'repeats', 'tensor')
+        at_least(self, 0, 'seed', 'recycle', 'branches')
 
 
 def drafter_named(settings: EvaluateConfig) -> Named:
@@ -215,6 +219,7 @@ def run() -> None:
     if settings.quick:
         settings = dataclasses.replace(settings, limit=4, timed=1, repeats=1, max_tokens=48)
     drafter_named(settings).check()
+    can_write('json', settings.json)
     given = settings.model or settings.target
     own = not given and Path(settings.root, 'export').is_dir()
     cllm, target = model_pair(settings.root, settings.model, settings.target)

@@ -21,7 +21,10 @@ from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted
 from cllm_jax.parallel.distributed import initialize
 from cllm_jax.recipe import fingerprint, from_mapping, no_such, read_recipe, to_json
 
-__all__ = ['Flags', 'fingerprint', 'from_mapping', 'guard', 'parse', 'read_recipe', 'to_json']
+__all__ = [
+    'Flags', 'at_least', 'can_write', 'fingerprint', 'from_mapping', 'guard', 'parse',
+    'read_recipe', 'to_json',
+]  # fmt: skip
 
 C = TypeVar('C')
 
@@ -99,6 +102,28 @@ def parse(
     )
     to_json(given.settings)  # refuses what JSON cannot hold, such as --learning-rate nan
     return given.settings, Flags(**{name: getattr(given, name) for name in options})
+
+
+def at_least(settings: Any, least: int, *names: str) -> None:
+    """Raise ConfigError unless these settings are `least` or more; of several, each, and some."""
+    for name in names:
+        value = getattr(settings, name)
+        if value == ():
+            raise ConfigError(f'{name}: no value is given; give one or more')
+        if min(value if isinstance(value, tuple) else (value,)) < least:
+            shown = ' '.join(map(str, value)) if isinstance(value, tuple) else value
+            raise ConfigError(f'{name} {shown}: must be at least {least}')
+
+
+def can_write(name: str, path: str) -> None:
+    """Raise ConfigError, before the work, where its results could not be written; '' is no file."""
+    if not path:
+        return
+    if Path(path).is_dir():
+        raise ConfigError(f'{name} {path!r}: is a directory; name a file')
+    place = next(p for p in Path(path).absolute().parents if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f'{name} {path!r}: cannot write below {place}; name another place')
 
 
 def guard(main: Callable[[], None], stop_together: bool = False) -> None:

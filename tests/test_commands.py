@@ -271,6 +271,22 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
         (decode, ['--drafter', 'model:/no/such', '--prompts', 'a'], 2, 'no such directory'),
         (decode, ['--input', '/no/such.jsonl'], 3, '/no/such.jsonl'),
         (evaluate, ['--task', 'sqll'], 2, "did you mean 'sql'"),
+        *(
+            (evaluate, [f'--{name}', '0', '--plan'], 2, f'{name} 0: must be at least 1')
+            for name in ('timed', 'repeats', 'limit', 'batch', 'tensor')
+        ),
+        (evaluate, ['--timed', '-1', '--plan'], 2, 'timed -1: must be at least 1'),
+        (evaluate, ['--json', 'ROOT', '--plan'], 2, 'is a directory; name a file'),
+        (evaluate, ['--json', f'{__file__}/x.json'], 2, 'cannot write below'),
+        (bench, ['--json', 'ROOT', '--plan'], 2, 'is a directory; name a file'),
+        (bench, ['--nodes', '--plan'], 2, 'nodes: no value is given'),
+        (bench, ['--nodes', '1', '0', '--plan'], 2, 'nodes 1 0: must be at least 1'),
+        (bench, ['--batches', '--plan'], 2, 'batches: no value is given'),
+        (bench, ['--parts', '0', '--plan'], 2, 'parts 0: must be at least 1'),
+        (bench, ['--repeats', '0', '--plan'], 2, 'repeats 0: must be at least 1'),
+        (bench, ['--limit', '0', '--plan'], 2, 'limit 0: must be at least 1'),
+        (bench, ['--blocks', '8', '99999', '--plan'], 2, 'block 99999: must be'),
+        (bench, ['--tasks', 'sql', 'sqll', '--plan'], 2, "did you mean 'sql'"),
         (collect, ['--data', 'gsm8k:/no/file.jsonl'], 3, '/no/file.jsonl'),
         (train, ['--objective', 'ar', '--root', 'ROOT'], 2, 'without data'),
         (train, ['--loss.global-weight', '0', '--root', 'ROOT'], 2, 'use objective ar'),
