@@ -9,10 +9,11 @@ import jax
 import pytest
 
 from cllm_jax import bench
+from cllm_jax.console import Console
 from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
-from cllm_jax.evaluation.cost import Stall, bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.cost import Cost, Stall, bandwidth, costs, weight_bytes
 from cllm_jax.evaluation.speed import Way
 from cllm_jax.models.config import config_json, read_config
 from tests.tiny import model_directory, ragged_prompts, random_model, tiny_config
@@ -82,6 +83,25 @@ def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     assert all(one['prompts_per_second'] > 0 for one in part['collect'].values())
     assert part['train']['ratio'] > 0
     assert 'c(N)' in capsys.readouterr().out
+
+
+def test_costs_count_from_a_forward_with_one_token(monkeypatch):
+    """Also where it was not asked for; and what no limit is, is not given as a share."""
+    settings = bench.BenchConfig(nodes=(4, 2), batches=(1,), parts=(), prompt=5, repeats=1)
+    monkeypatch.setattr(bench, 'costs', lambda model, nodes, *_: {n: Cost(n, 1, 1) for n in nodes})
+    for speed, words in ((1e9, '0% of the time of'), (1e-9, 'this is no limit here')):
+        monkeypatch.setattr(bench, 'bandwidth', lambda size, speed=speed: speed)
+        cost = bench.forward_costs(settings, random_model(), Console())
+        assert {n: row['c'] for n, row in cost['per_batch']['1'].items()} == {
+            '1': 1,
+            '2': 2,
+            '4': 4,
+        }
+        console = Console()
+        with console.out.capture() as shown:
+            bench.report(console, {'model': 'm', 'cost': cost, 'peak_memory_bytes': 1})
+        (line,) = (x for x in shown.get().splitlines() if x.startswith('reading'))
+        assert line.endswith('here') == (speed < 1) and words in line
 
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch):
