@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cllm_jax.console import Console, print_plan, size, table
@@ -32,9 +34,12 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.models.load import Model, Precision, load, peek, storage
+from cllm_jax.models.cache import init_cache
+from cllm_jax.models.hf import abstract_params
+from cllm_jax.models.load import MIXED, Model, Precision, load, mixed, peek, storage
 from cllm_jax.parallel.mesh import tensor_mesh
-from cllm_jax.settings import guard, parse, to_json
+from cllm_jax.rundir import write_atomic
+from cllm_jax.settings import can_write, guard, parse, to_json
 
 DEMO_PROMPTS = 6
 
@@ -50,7 +55,8 @@ class DecodeConfig:
     input: str = ''
     """JSONL file (.gz too) with a prompt per line, instead of prompts."""
     output: str = ''
-    """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds."""
+    """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds.
+    It has all of them or is not written."""
     drafter: str = 'jacobi'
     """jacobi; ar: one token per forward; lookup: prompt lookup; lookahead, beside Jacobi;
     model:DIR: a smaller model drafts; or a trained one, medusa, redrafter, eagle, space: NAME:DIR,
@@ -84,7 +90,7 @@ class DecodeConfig:
     batch: int = 1
     """Prompts decoded together."""
     stream: bool = False
-    """Print the text as it is produced; for one prompt."""
+    """Print the text as it is produced; for one prompt, without output."""
     compare: bool = True
     """Decode autoregressively too, and time both."""
     tensor: int = 1
@@ -179,17 +185,35 @@ def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
 
 def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
     """What decoding would need."""
-    config = peek(settings.model)
-    width = storage(settings.dtype).itemsize
-    cache = config.cache_values * width
+    config, dtype = peek(settings.model), storage(settings.dtype)
+    weights = abstract_params(config, dtype)
+    if settings.dtype == MIXED:
+        weights, dtype = jax.eval_shape(mixed, weights), jnp.bfloat16
+    cache = _bytes(
+        jax.eval_shape(lambda: init_cache(config, 1, 1, dtype, settings.drafter == 'ar'))
+    )
     facts = {
         'prompts': len(prompts),
         'parameters': f'{config.parameters:,}',
-        'weights': size(config.parameters * width),
+        'weights': size(_bytes(weights)),
         'KV cache per token': size(cache),
         'KV cache of the answers of a batch': size(cache * settings.max_tokens * settings.batch),
     }
     print_plan(console, to_json(settings), facts)
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def check_files(settings: DecodeConfig) -> None:
+    """Raise ConfigError if the answers could not be written, or would replace the prompts."""
+    if settings.output and settings.stream:
+        raise ConfigError('both stream and output are given; leave stream out to write a file')
+    can_write('output', settings.output)
+    for path in (settings.input, *settings.reference) if settings.output else ():
+        if path and Path(path).resolve() == Path(settings.output).resolve():
+            raise ConfigError(f'output {settings.output!r}: is read too; name another file')
 
 
 def run() -> None:
@@ -199,6 +223,16 @@ def run() -> None:
     console = Console()
     named, sampling = drafter_named(settings), sampling_of(settings)
     named.check()
+    check_files(settings)
+    exact = dataclasses.replace(sampling, typical=0.0)
+    request = Request(
+        AutoRegressive(),
+        settings.max_tokens,
+        exact,
+        settings.seed,
+        settings.stop,
+        settings.batch,
+    )
     prompts = read_prompts(settings)
     if settings.stream and len(prompts) != 1:
         raise ConfigError(f'stream with {len(prompts)} prompts: give exactly one prompt')
@@ -208,14 +242,7 @@ def run() -> None:
     mesh = tensor_mesh(settings.tensor)
     model = load(settings.model, settings.dtype, mesh)
     loaded = open_drafter(named, model, sampling, settings.dtype, mesh)
-    request = Request(
-        loaded.drafter,
-        settings.max_tokens,
-        sampling,
-        settings.seed,
-        settings.stop,
-        settings.batch,
-    )
+    request = dataclasses.replace(request, drafter=loaded.drafter, sampling=sampling)
     if sampling.typical:
         console.note('LOSSY: with typical acceptance answers are not those of AR')
     if settings.stream:
@@ -236,9 +263,8 @@ def run() -> None:
 
 def _write(path: Path, rows: Iterator[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'w', encoding='utf-8') as f:
-        for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + '\n')
+    text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+    write_atomic(path, text.encode())
 
 
 def main() -> None:

@@ -20,7 +20,14 @@ from cllm_jax.parallel.distributed import is_main
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader or a crash sees the old bytes or the new ones, no mix."""
+    """Replace a file so that a reader or a crash sees the old bytes or the new ones, no mix.
+
+    What is no file, such as /dev/stdout, is not replaced but written to.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    path = path.resolve()
     temp = path.with_name(f'.{path.name}.tmp')
     with open(temp, 'wb') as f:
         f.write(data)

@@ -117,10 +117,10 @@ def at_least(settings: Any, least: int, *names: str) -> None:
 
 def can_write(name: str, path: str) -> None:
     """Raise ConfigError, before the work, where its results could not be written; '' is no file."""
-    if not path:
-        return
-    if Path(path).is_dir():
+    if Path(path).is_dir() and path:
         raise ConfigError(f'{name} {path!r}: is a directory; name a file')
+    if not path or (Path(path).exists() and not Path(path).is_file()):  # such as /dev/stdout
+        return
     place = next(p for p in Path(path).absolute().parents if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f'{name} {path!r}: cannot write below {place}; name another place')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from importlib import import_module
@@ -16,10 +17,11 @@ from cllm_jax import bench, collect, evaluate, export, train
 from cllm_jax.console import size
 from cllm_jax.drafters.saved import drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.evaluation.cost import weight_bytes
 from cllm_jax.models.hf import write_model
 from cllm_jax.models.load import SHIPPED
 from cllm_jax.recipe import read_recipe
-from cllm_jax.rundir import claim_inputs
+from cllm_jax.rundir import claim_inputs, write_atomic
 from cllm_jax.settings import guard
 from cllm_jax.training.config import STAGES, TrainConfig, with_names
 from cllm_jax.training.samples import inputs_of
@@ -270,6 +272,12 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
         (decode, ['--reference', '/no.txt', '--drafter', 'lookup', '--prompts', 'a'], 3, '/no.txt'),
         (decode, ['--drafter', 'model:/no/such', '--prompts', 'a'], 2, 'no such directory'),
         (decode, ['--input', '/no/such.jsonl'], 3, '/no/such.jsonl'),
+        (decode, ['--plan', '--max-tokens', '-3'], 2, 'max_tokens -3: must be a whole number'),
+        (decode, ['--plan', '--batch', '0'], 2, 'batch 0: must be a whole number'),
+        (decode, ['--plan', '--top-p', '2'], 2, 'top_p 2.0: must be in'),
+        (decode, ['--plan', '--output', 'ROOT'], 2, 'is a directory; name a file'),
+        (decode, ['--plan', '--output', 'ROOT/a', '--input', 'ROOT/./a'], 2, 'is read too'),
+        (decode, ['--plan', '--output', 'a', '--stream', '--prompts', 'a'], 2, 'both stream and'),
         (evaluate, ['--task', 'sqll'], 2, "did you mean 'sql'"),
         *(
             (evaluate, [f'--{name}', '0', '--plan'], 2, f'{name} 0: must be at least 1')
@@ -305,7 +313,7 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
 def test_bad_requests_end_with_one_line_and_a_code(
     module, arguments, code, words, monkeypatch, capsys, tmp_path
 ):
-    arguments = [str(tmp_path) if a == 'ROOT' else a for a in arguments]
+    arguments = [a.replace('ROOT', str(tmp_path)) for a in arguments]
     monkeypatch.setattr(sys, 'argv', ['x', *arguments])
     with pytest.raises(SystemExit) as e:
         guard(module.run)
@@ -394,6 +402,40 @@ def test_decoding_over_several_devices_writes_the_same_answer(monkeypatch, tmp_p
         rows.append(json.loads((tmp_path / f'{tensor}.jsonl').read_text()))
         rows[-1].pop('seconds')
     assert rows[0] == rows[1]
+
+
+def test_the_plan_of_decode_counts_mixed_weights_as_they_are_kept(monkeypatch, capsys):
+    model = cllm_jax.load('embedded', 'mixed')
+    call(monkeypatch, decode, '--plan', '--dtype', 'mixed')
+    rows = [line.split('│') for line in capsys.readouterr().out.splitlines()]
+    found = {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
+    assert found['weights'] == size(weight_bytes(model.params))
+    assert found['KV cache per token'] == size(2 * model.config.cache_values)
+
+
+def test_answers_are_written_whole_or_not_at_all(monkeypatch, tmp_path):
+    path = tmp_path / 'answers.jsonl'
+    path.write_text('before')
+
+    def torn(*arguments):
+        yield {'text': 'first'}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decode._write(path, torn())
+    assert path.read_text() == 'before'
+
+
+def test_a_pipe_and_a_link_are_written_to_and_not_replaced(tmp_path):
+    pipe, link, file = (tmp_path / name for name in ('pipe', 'link', 'file'))
+    os.mkfifo(pipe)
+    link.symlink_to(file)
+    write_atomic(link, b'text')
+    assert link.is_symlink() and file.read_bytes() == b'text'
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(pipe, b'text')
+    assert pipe.is_fifo() and os.read(reader, 9) == b'text'
+    os.close(reader)
 
 
 def test_decode_shows_a_prompt_as_it_is(monkeypatch, capsys):
