@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import yaml
-from rich.console import Console as RichConsole
+from rich.console import Console as Rich
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,6 +23,14 @@ from rich.text import Text
 
 from cllm_jax.datasets.sources import Source
 from cllm_jax.parallel.distributed import is_main
+
+
+class RichConsole(Rich):
+    """Leaves it to `guard` how a command ends whose reader is gone; rich would end it with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
 
 WIDE = 10_000
 """Columns of stdout, whatever the terminal has: it folds a line, where rich would cut a cell."""

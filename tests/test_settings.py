@@ -383,20 +383,23 @@ def test_guard_returns_after_success_and_leaves_usage_errors_alone():
 
 CLOSED_PIPE = """
 import sys
+from cllm_jax.console import Console
 from cllm_jax.settings import guard
 
 def main():
-    print('first', flush=True)
+    {show}('first')
+    sys.stdout.flush()
     sys.stdin.read()
-    print('second')
+    {show}('second')
 
 guard(main)
 """
 
 
-def test_a_closed_pipe_ends_quietly():
+@pytest.mark.parametrize('show', ['print', 'Console().result'])
+def test_a_closed_pipe_ends_quietly(show):
     with subprocess.Popen(
-        [sys.executable, '-c', CLOSED_PIPE],
+        [sys.executable, '-c', CLOSED_PIPE.format(show=show)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
