@@ -110,13 +110,16 @@ def open_source(
         raise ConfigError(f"split {split!r} is unknown; it is 'train' or 'heldout'")
     if limit is not None and limit < 1:
         raise ConfigError(f'limit {limit} of {spec!r} must be at least 1; leave it out for all')
-    names = spec.split('+')
+    plain = spec.removesuffix('#all')
+    names = plain.split('+')
     if all(name in GENERATED for name in names):
+        if spec != plain:
+            raise ConfigError(f"{spec!r}: rows made on demand have no '#all'; write {plain!r}")
         return _generated(spec, names, split, seed, DEFAULT_LIMIT if limit is None else limit)
-    kind, path = _kind_and_path(spec.removesuffix('#all'))
+    kind, path = _kind_and_path(spec)
     form, dropped = FORMATS[kind], Counter()
     rows = form.read(path, dropped)
-    if not spec.endswith('#all'):
+    if spec == plain:
         rows = _of_split(rows, split, spec)
     if limit is not None and limit < len(rows):
         rows = sorted(rows, key=lambda row: _digest(f'{seed}/{row.id}'))[:limit]
@@ -156,13 +159,14 @@ def _check_task(checks: Mapping[str, Check], example: Example, text: str) -> boo
 
 
 def _kind_and_path(spec: str) -> tuple[str, str]:
-    kind, _, path = spec.partition(':')
+    file = spec.removesuffix('#all')
+    kind, _, path = file.partition(':')
     if kind in FORMATS:
         if not path:
             raise ConfigError(f'{spec!r} names no file; write {kind + ":PATH"!r}')
         return kind, path
-    if spec.endswith(('.jsonl', '.jsonl.gz')) and (not path or '/' in kind):
-        return 'jsonl', spec
+    if file.endswith(('.jsonl', '.jsonl.gz')) and (not path or '/' in kind):
+        return 'jsonl', file
     near = difflib.get_close_matches(kind, [*GENERATED, '+'.join(GENERATED), *FORMATS], n=1)
     hint = f'did you mean {near[0]!r}? ' if near else ''
     raise ConfigError(
