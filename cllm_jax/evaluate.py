@@ -219,9 +219,11 @@ def run() -> None:
     if settings.quick:
         settings = dataclasses.replace(settings, limit=4, timed=1, repeats=1, max_tokens=48)
     drafter_named(settings).check()
-    can_write('json', settings.json)
-    given = settings.model or settings.target
+    given, path = settings.model or settings.target, settings.json
     own = not given and Path(settings.root, 'export').is_dir()
+    if not path and own and not settings.quick:
+        path = f'{settings.root}/evaluate.json'
+    can_write('json', path)
     cllm, target = model_pair(settings.root, settings.model, settings.target)
     settings = dataclasses.replace(settings, model=cllm, target=target)
     console = Console()
@@ -240,9 +242,6 @@ def run() -> None:
             console.note(f'{source.name}: {count} rows left out, {reason}')
         found.append(evaluate(settings, source, console))
         report(console, found[-1])
-    path = settings.json
-    if not path and own and not settings.quick:
-        path = f'{settings.root}/evaluate.json'
     if path:
         text = json.dumps(found[0] if settings.task else found, indent=2) + '\n'
         Path(path).parent.mkdir(parents=True, exist_ok=True)

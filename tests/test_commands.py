@@ -466,6 +466,15 @@ def test_models_that_were_not_asked_for_are_not_measured(module, monkeypatch, tm
     assert 'model: runs/embedded/export/cllm\n' in capsys.readouterr().out
 
 
+def test_results_of_a_run_that_could_not_be_written_are_not_measured(monkeypatch, tmp_path):
+    (tmp_path / 'evaluate.json').mkdir()
+    for name in ('cllm', 'target'):
+        (tmp_path / 'export' / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r'evaluate\.json.*is a directory'):
+        call(monkeypatch, evaluate, '--root', tmp_path, '--plan')
+    call(monkeypatch, evaluate, '--root', tmp_path, '--plan', '--quick')  # writes none
+
+
 def test_what_cannot_be_judged_has_no_quality(monkeypatch, tmp_path, capsys):
     chats = [
         {'id': str(i), 'conversations': [{'from': who, 'value': 'hello'}]}
