@@ -31,6 +31,7 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.drafters.saved import read_drafter
+from cllm_jax.errors import at_least
 from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
 from cllm_jax.evaluation.pair import ROOT, model_pair
 from cllm_jax.evaluation.parts import parts
@@ -57,7 +58,7 @@ from cllm_jax.models.load import (
     storage,
 )
 from cllm_jax.rundir import write_atomic
-from cllm_jax.settings import at_least, can_write, guard, parse, to_json
+from cllm_jax.settings import can_write, guard, parse, to_json
 from cllm_jax.training.batches import Noise
 from cllm_jax.training.step import LossWeights
 from cllm_jax.trajectories.collect import CollectPlan
@@ -123,10 +124,10 @@ class BenchConfig:
     """A tiny version, to see that it works."""
 
     def __post_init__(self):
-        at_least(self, 1, 'limit', 'prompt', 'max_tokens', 'repeats', 'nodes', 'batches', 'blocks')
-        at_least(self, 0, 'seed', 'collected')
+        at_least(self, limit=1, prompt=1, max_tokens=1, repeats=1, seed=0, collected=0)
+        at_least(self, nodes=1, batches=1, blocks=1)
         if self.parts:
-            at_least(self, 1, 'parts')
+            at_least(self, parts=1)
         for block in self.blocks:
             Jacobi(block)  # checks it
 

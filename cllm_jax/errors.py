@@ -34,11 +34,17 @@ class Interrupted(CllmError):
 
 
 def at_least(config: Any, **least: float) -> None:
-    """Raise ConfigError for a field of a dataclass that is below its least value; None is not."""
+    """Raise ConfigError for a field of a dataclass that is below its least value; None is not.
+
+    Of a tuple every value counts, and there has to be one.
+    """
     for name, bound in least.items():
         value = getattr(config, name)
-        if value is not None and value < bound:
-            raise ConfigError(f'{name} {value}: must be at least {bound}')
+        if value == ():
+            raise ConfigError(f'{name}: no value is given; give one or more')
+        values = value if isinstance(value, tuple) else (value,)
+        if low := [v for v in values if v is not None and v < bound]:
+            raise ConfigError(f'{name} {low[0]}: must be at least {bound}')
 
 
 def shares(config: Any, *names: str) -> None:

@@ -24,6 +24,7 @@ from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.named import TITLES, Named, open_drafter
+from cllm_jax.errors import at_least
 from cllm_jax.evaluation.pair import ROOT, model_pair
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.evaluation.speed import (
@@ -36,7 +37,7 @@ from cllm_jax.evaluation.speed import (
 from cllm_jax.models.load import Precision, chosen, load
 from cllm_jax.parallel.mesh import tensor_mesh
 from cllm_jax.rundir import write_atomic
-from cllm_jax.settings import at_least, can_write, guard, parse, to_json
+from cllm_jax.settings import can_write, guard, parse, to_json
 
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax', 'transformers')
 
@@ -88,8 +89,8 @@ class EvaluateConfig:
     """A tiny version, to see that it works."""
 
     def __post_init__(self):
-        at_least(self, 1, 'limit', 'max_tokens', 'batch', 'timed', 'repeats', 'tensor')
-        at_least(self, 0, 'seed', 'recycle', 'branches')
+        at_least(self, limit=1, max_tokens=1, batch=1, timed=1, repeats=1, tensor=1)
+        at_least(self, seed=0, recycle=0, branches=0)
 
 
 def drafter_named(settings: EvaluateConfig) -> Named:
@@ -238,8 +239,7 @@ def run() -> None:
         return
     found = []
     for source in sources:
-        for reason, count in source.dropped.items():
-            console.note(f'{source.name}: {count} rows left out, {reason}')
+        console.dropped(source)
         found.append(evaluate(settings, source, console))
         report(console, found[-1])
     if path:

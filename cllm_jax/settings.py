@@ -22,9 +22,15 @@ from cllm_jax.parallel.distributed import initialize
 from cllm_jax.recipe import fingerprint, from_mapping, no_such, read_recipe, to_json
 
 __all__ = [
-    'Flags', 'at_least', 'can_write', 'fingerprint', 'from_mapping', 'guard', 'parse',
-    'read_recipe', 'to_json',
-]  # fmt: skip
+    'Flags',
+    'can_write',
+    'fingerprint',
+    'from_mapping',
+    'guard',
+    'parse',
+    'read_recipe',
+    'to_json',
+]
 
 C = TypeVar('C')
 
@@ -102,17 +108,6 @@ def parse(
     )
     to_json(given.settings)  # refuses what JSON cannot hold, such as --learning-rate nan
     return given.settings, Flags(**{name: getattr(given, name) for name in options})
-
-
-def at_least(settings: Any, least: int, *names: str) -> None:
-    """Raise ConfigError unless these settings are `least` or more; of several, each, and some."""
-    for name in names:
-        value = getattr(settings, name)
-        if value == ():
-            raise ConfigError(f'{name}: no value is given; give one or more')
-        if min(value if isinstance(value, tuple) else (value,)) < least:
-            shown = ' '.join(map(str, value)) if isinstance(value, tuple) else value
-            raise ConfigError(f'{name} {shown}: must be at least {least}')
 
 
 def can_write(name: str, path: str) -> None:
