@@ -11,7 +11,7 @@ from cllm_jax.rundir import write_atomic
 
 SUMS = 'cllm_jax.sha256'
 FREE = (SUMS, 'README.md', 'LICENSE')
-"""Not summed: a model card is there to be edited."""
+"""Not summed: a model card and a licence may be added and edited."""
 
 
 def sha256(path: Path) -> str:

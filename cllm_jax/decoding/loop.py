@@ -12,6 +12,7 @@ Invariants:
   I6  a row stops at its first stop token or exactly at its limit, and is frozen from then on.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -161,8 +162,8 @@ def prefill(
     state = _commit(drafter, weights, sampling, stop_ids_E, state, draft, where, *said, prompt_BTD)
     if not to_the_end:
         return state
-    fixed = (model, params, drafter, weights, sampling, stop_ids_E)
-    return _finish(*fixed, jnp.int32(steps), state)
+    fixed = (model, params, drafter, weights, sampling, stop_ids_E, jnp.int32(steps))
+    return _finish(partial(advance, *fixed), state)
 
 
 def _commit(
@@ -270,29 +271,21 @@ NARROWEST = 8
 
 
 def _finish(
-    model: Llama,
-    params: Any,
-    drafter: Any,
-    weights: Any,
-    sampling: Sampling,
-    stop_ids_E: jax.Array,
-    until: jax.Array,
-    state: DecodeState,
+    go_on: Callable[[jax.Array, DecodeState], DecodeState], state: DecodeState
 ) -> DecodeState:
-    """Iterate until every row is finished, or stop where `advance` stops.
+    """Iterate until every row is finished, or stop where `go_on`, which is `advance`, stops.
 
     A batch lasts as long as its longest answer, and on CPUs its finished rows take as much time as
     the others. So there the half that finishes last goes on as a batch of its own. On accelerators
     a forward hardly gets faster with fewer rows.
     """
-    fixed = (model, params, drafter, weights, sampling, stop_ids_E)
     batch = len(state.finished_B)
     half = batch // 2
     if half < NARROWEST or jax.default_backend() != 'cpu':
-        return advance(*fixed, until, jnp.int32(batch), state)
-    state = advance(*fixed, until, jnp.int32(batch - half), state)
+        return go_on(jnp.int32(batch), state)
+    state = go_on(jnp.int32(batch - half), state)
     rows_R = jnp.argsort(state.finished_B, stable=True)[:half]
-    rest = _finish(*fixed, until, _rows_of(state, rows_R))
+    rest = _finish(go_on, _rows_of(state, rows_R))
     return replace_rows(state, rows_R, rest).replace(iteration=rest.iteration)
 
 

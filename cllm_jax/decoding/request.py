@@ -1,7 +1,6 @@
 """What is asked for: prompts as token ids, how they are decoded, and the shapes that gives."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 
 from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.models.load import Model
 
 
@@ -30,10 +29,10 @@ class Request:
     def __post_init__(self):
         if isinstance(self.drafter, type) or not hasattr(self.drafter, 'draft'):
             raise ConfigError(f'drafter {self.drafter!r}: must be one, such as Jacobi(block=16)')
-        for name, least in (('max_tokens', 1), ('batch', 1), ('seed', 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ConfigError(f'{name} {value}: must be a whole number, at least {least}')
+        for name in ('max_tokens', 'batch', 'seed'):
+            if not isinstance(value := getattr(self, name), int | np.integer):
+                raise ConfigError(f'{name} {value}: must be a whole number')
+        at_least(self, max_tokens=1, batch=1, seed=0)
         if self.seed >= 1 << 32:
             raise ConfigError(f'seed {self.seed}: must be below 2**32')
         if self.sampling.typical and not getattr(self.drafter, 'typical_acceptance', False):
@@ -84,10 +83,6 @@ def encode_each(
     return [encode(model, prompt) for prompt in prompts]
 
 
-SURROGATE = re.compile('[\ud800-\udfff]')
-"""Half of a character in UTF-16, also what Python makes of a byte that is no UTF-8."""
-
-
 def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt; a list of ids is only checked.
 
@@ -105,8 +100,13 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     elif model.tokenizer is None:
         raise ConfigError(f'{model.source} has no tokenizer; pass lists of token ids')
     else:
-        if lone := SURROGATE.search(prompt):
-            raise ConfigError(f'prompt {prompt[:40]!r}: {lone[0]!r} is no character; pass UTF-8')
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as e:  # half of a character, or a byte that is no UTF-8
+            lone = prompt[e.start]
+            raise ConfigError(
+                f'prompt {prompt[:40]!r}: {lone!r} is no character; pass UTF-8'
+            ) from None
         ids = model.tokenizer(prompt)['input_ids']
         if not ids and model.config.bos_id is not None:
             ids = [model.config.bos_id]

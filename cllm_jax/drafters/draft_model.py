@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from cllm_jax.decoding.draft import Draft, Loaded, Sequences, windows
 from cllm_jax.decoding.sampling import Sampling, choose
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.models.cache import Cache, init_cache
 from cllm_jax.models.llama import Llama
 from cllm_jax.models.load import Model, tokenizer_fingerprint
@@ -29,8 +29,7 @@ class DraftModel:
     """How it chooses: most is accepted if that is how the target chooses."""
 
     def __post_init__(self):
-        if self.block < 1:
-            raise ConfigError(f'block {self.block}: must be at least 1')
+        at_least(self, block=1)
 
     @property
     def nodes(self) -> int:

@@ -16,7 +16,7 @@ from flax import struct
 from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.heads import HeadWeights, normal, perturbed
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import at_least
 from cllm_jax.models.attention import rope_tables
 from cllm_jax.models.cache import Cache, init_cache
 from cllm_jax.models.config import LlamaConfig
@@ -46,11 +46,7 @@ class Eagle:
     sampling: Sampling = Sampling()
 
     def __post_init__(self):
-        for name in ('depth', 'width'):
-            if getattr(self, name) < 1:
-                raise ConfigError(f'{name} {getattr(self, name)}: must be at least 1')
-        if self.capacity < 2:
-            raise ConfigError(f'capacity {self.capacity}: must be at least 2 nodes')
+        at_least(self, depth=1, width=1, capacity=2)
 
     @property
     def nodes(self) -> int:

@@ -16,7 +16,7 @@ from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put, windows
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.heads import last_of, perturbed
 from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, at_least
 
 UNKNOWN = -1e4
 """Log-probability of what no forward has computed yet."""
@@ -48,8 +48,7 @@ class JacobiTree:
             raise ConfigError(
                 f'branches {self.branches}: must be 1 to block - 1, which is {self.block - 1}'
             )
-        if self.reach < 1:
-            raise ConfigError(f'reach {self.reach}: must be at least 1')
+        at_least(self, reach=1)
 
     @property
     def nodes(self) -> int:

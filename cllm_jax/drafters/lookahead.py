@@ -15,7 +15,7 @@ from flax import struct
 
 from cllm_jax.decoding.draft import Draft
 from cllm_jax.drafters.jacobi import Guesses, Jacobi, initial_guesses
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, at_least
 
 KEPT = 64
 """Forwards whose n-grams stay in the pool."""
@@ -46,10 +46,7 @@ class Lookahead:
     block: int = 1
 
     def __post_init__(self):
-        for field, least in (('window', 1), ('ngram', 3), ('guesses', 1)):
-            if getattr(self, field) < least:
-                value = getattr(self, field)
-                raise ConfigError(f'{field} {value}: must be at least {least} in lookahead')
+        at_least(self, window=1, ngram=3, guesses=1)
         if self.guesses > KEPT * self.window:
             raise ConfigError(
                 f'guesses {self.guesses}: must be at most {KEPT * self.window}, the n-grams that a '

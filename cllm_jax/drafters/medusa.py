@@ -22,7 +22,7 @@ from cllm_jax.drafters.heads import (
     perturbed,
     unknown,
 )
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, at_least
 
 RANKS = 8
 """Guesses per head among which a tree is chosen."""
@@ -65,8 +65,7 @@ class Medusa:
     typical_acceptance: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.heads < 1:
-            raise ConfigError(f'heads {self.heads}: must be at least 1')
+        at_least(self, heads=1)
         if not self.choices:
             raise ConfigError('choices: empty; a tree has at least one guess')
         known = {(), *self.choices}

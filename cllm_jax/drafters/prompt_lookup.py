@@ -14,7 +14,7 @@ import numpy as np
 
 from cllm_jax.decoding.draft import Draft, Loaded
 from cllm_jax.decoding.request import bucket, encode_each
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import at_least
 from cllm_jax.models.load import Model
 
 BETWEEN = -1
@@ -34,10 +34,7 @@ class PromptLookup:
     ngram: int = 3
 
     def __post_init__(self):
-        if self.block < 1:
-            raise ConfigError(f'block {self.block}: must be at least 1')
-        if self.ngram < 1:
-            raise ConfigError(f'ngram {self.ngram}: must be at least 1')
+        at_least(self, block=1, ngram=1)
 
     @property
     def nodes(self) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from cllm_jax.decoding.draft import Draft
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.heads import HeadWeights, LastHidden, follow, normal, perturbed, unknown
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, at_least
 
 NEVER = -5e4
 """Score of a beam that does not exist: below any sum of log-probabilities."""
@@ -66,9 +66,7 @@ class ReDrafter:
     sampling: Sampling = Sampling()
 
     def __post_init__(self):
-        for name, least in (('beams', 1), ('length', 2), ('layers', 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f'{name} {getattr(self, name)}: must be at least {least}')
+        at_least(self, beams=1, length=2, layers=0)
         if not self.length <= self.capacity:
             raise ConfigError(
                 f'capacity {self.capacity}: the tree must hold one beam of {self.length} tokens'

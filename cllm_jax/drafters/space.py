@@ -14,7 +14,7 @@ from flax import struct
 
 from cllm_jax.decoding.draft import Draft
 from cllm_jax.drafters.heads import last_of
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, at_least
 
 
 @struct.dataclass
@@ -33,8 +33,7 @@ class Space:
     masks: int = 3
 
     def __post_init__(self):
-        if self.masks < 1:
-            raise ConfigError(f'masks {self.masks}: must be at least 1')
+        at_least(self, masks=1)
         if self.mask_id < 0:
             raise ConfigError(f'mask_id {self.mask_id}: must be a token id')
 
