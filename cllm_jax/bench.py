@@ -278,7 +278,7 @@ def pipeline(
             mode=mode,
             max_tokens=settings.max_tokens,
             seed=settings.seed,
-            batch=min(32, len(source)),
+            batch=min(16, len(source)),
             shard=len(source),
         )
         for mode in ('sliding', 'block')

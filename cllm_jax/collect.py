@@ -56,8 +56,8 @@ class CollectConfig:
     """States of the paper's block schedule, or of the sliding window that decodes fastest."""
     max_tokens: int = 128
     """Longest answer; one that does not end by then is counted as truncated."""
-    batch: int = 32
-    """Prompts decoded together."""
+    batch: int = 16
+    """Prompts decoded together; a small model on a CPU has one such batch per core."""
     tensor: int = 1
     """Devices that share every layer of the model; each such group has its own prompts."""
     dtype: Precision = 'auto'

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from threading import Event, Lock
 from typing import Any
 
 import jax
@@ -25,7 +27,12 @@ from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.load import Model
+from cllm_jax.parallel.cores import side_by_side, useful_threads
 from cllm_jax.parallel.distributed import fetch, keys_beside
+
+LEAST_ROWS = 2
+"""Fewest rows of a batch that a thread of its own decodes: a single one would read all weights for
+itself."""
 
 STREAM_ITERATIONS = 4
 """Iterations between two looks at the text when streaming or searching for stop strings."""
@@ -200,22 +207,61 @@ def _decode(
     weights: Any,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[_Answer]:
+    """Decode prompts, `request.batch` at a time: on a CPU in parts, one for each core.
+
+    All parts have the same shapes, so they share their compilations.
+    """
+    width, rows = bucket(max(map(len, prompts))), min(request.batch, len(prompts))
+    refilled = rows < len(prompts)
+    parts = max(1, min(useful_threads((model.params, weights)), rows // LEAST_ROWS))
+    share = dataclasses.replace(request, batch=-(-rows // parts))
+    done, reporting, over = [0] * parts, Lock(), Event()
+
+    def decode_part(part: int) -> list[_Answer]:
+        def report(finished: int) -> None:
+            if over.is_set():
+                raise CancelledError
+            with reporting:
+                done[part] = finished
+                progress(sum(done))
+
+        own, keys_B = prompts[part::parts], keys[part::parts] if parts > 1 else keys
+        return _decode_part(model, share, own, keys_B, weights, width, refilled, report)
+
+    try:
+        found = list(side_by_side(decode_part, range(parts), parts))
+    finally:
+        over.set()
+    return [found[i % parts][i // parts] for i in range(len(prompts))]
+
+
+def _decode_part(
+    model: Model,
+    request: Request,
+    prompts: Sequence[Sequence[int]],
+    keys: jax.Array,
+    weights: Any,
+    width: int,
+    refilled: bool,
+    progress: Callable[[int], None],
+) -> list[_Answer]:
     """Decode prompts in one batch; when a quarter of it is finished, the next ones take its place.
 
-    So no row waits long for the slowest, and all of it runs with three compilations. One batch that
-    no stop string can end is decoded in a single call.
+    So no row waits long for the slowest, and all of it runs with three compilations. A batch that
+    is not `refilled`, and that no stop string can end, is decoded in a single call.
     """
     begin = time.perf_counter()
-    if len(prompts) <= request.batch and not request.stop:
-        state = start(model, request, prompts, keys, weights, to_the_end=True)
+    if not refilled and not request.stop:
+        rows = 1 << (request.batch - 1).bit_length()
+        state = start(model, request, prompts, keys, weights, rows, width, to_the_end=True)
         if _lacks_room(request, state):
             state = run_until(model, request, weights, _with_more_room(state), _ENDLESS)
         found = _harvest(model, request, state, dict.fromkeys(range(len(prompts)), begin))
         progress(len(found))
         return list(found.values())
     size = min(request.batch, len(prompts))
-    width, refill = bucket(max(map(len, prompts))), max(size // 4, 1)
-    state = start(model, request, prompts[:size], keys[:size], weights, width=width)
+    rows, refill = 1 << (request.batch - 1).bit_length(), max(request.batch // 4, 1)
+    state = start(model, request, prompts[:size], keys[:size], weights, rows, width)
     batch, padding = len(state.finished_B), len(state.finished_B) - size
     held, begun = dict(enumerate(range(size))), dict.fromkeys(range(size), begin)
     waiting, found = list(range(size, len(prompts))), {}

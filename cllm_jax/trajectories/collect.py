@@ -22,8 +22,9 @@ from cllm_jax.decoding.request import bucket
 from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.quality import is_repetitive
 from cllm_jax.models.load import Model
+from cllm_jax.parallel.cores import side_by_side, useful_threads
 from cllm_jax.parallel.distributed import barrier, is_main
-from cllm_jax.trajectories.batch import Found, prompt_key, trajectories
+from cllm_jax.trajectories.batch import Found, mesh_of, prompt_key, trajectories
 from cllm_jax.trajectories.store import (
     UNKNOWN,
     Record,
@@ -132,10 +133,10 @@ def collect_records(
     order = [i for i, (prompt, _) in enumerate(pairs) if 0 < len(prompt) <= room]
     order.sort(key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
     width = bucket(max((len(pairs[i][0]) for i in order), default=1))
-    records: dict[int, Record] = {}
-    for begin in range(0, len(order), plan.batch):
-        chosen = order[begin : begin + plan.batch]
-        found = trajectories(
+    batches = [order[begin : begin + plan.batch] for begin in range(0, len(order), plan.batch)]
+
+    def answer(chosen: Sequence[int]) -> list[Found]:
+        return trajectories(
             model,
             [pairs[i][0] for i in chosen],
             [prompt_key(plan.seed, examples[i].id) for i in chosen],
@@ -145,6 +146,10 @@ def collect_records(
             rows=plan.batch,
             width=width,
         )
+
+    records: dict[int, Record] = {}
+    threads = useful_threads(model.params) if mesh_of(model).size == 1 else 1
+    for chosen, found in zip(batches, side_by_side(answer, batches, threads), strict=True):
         for i, one in zip(chosen, found, strict=True):
             records[i] = _record(model, source, examples[i], pairs[i][0], one)
         advance_by(len(chosen), sum(len(one.answer) for one in found))
