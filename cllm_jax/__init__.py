@@ -83,7 +83,7 @@ def decode(
       seed: of the sampling noise and the initial guesses. Prompt i has its own noise, whatever
         the batch.
       stop: the answer ends before the first of these strings.
-      batch: prompts decoded together.
+      batch: prompts decoded together; the cores of a CPU share them if the model is small.
       trace: report the Jacobi states of every iteration (`DecodeResult.trajectories`).
       typical: LOSSY, for Medusa and a temperature above 0: the epsilon of its typical acceptance
         (the paper has 0.09). The answer is then no longer that of `AutoRegressive()`.

@@ -22,6 +22,12 @@ if OWN_CACHE:
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jaxlib  # noqa: E402
+
+# Half of the time of compilation again. A jaxlib that does not know a flag ends the process.
+EMITTERS = '--xla_cpu_use_fusion_emitters'
+if jaxlib.__version__.startswith('0.10.') and EMITTERS not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {EMITTERS}=false'
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
