@@ -31,7 +31,7 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.drafters.saved import read_drafter
-from cllm_jax.errors import at_least
+from cllm_jax.errors import at_least, check_seed
 from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
 from cllm_jax.evaluation.pair import ROOT, model_pair
 from cllm_jax.evaluation.parts import parts
@@ -124,7 +124,8 @@ class BenchConfig:
     """A tiny version, to see that it works."""
 
     def __post_init__(self):
-        at_least(self, limit=1, prompt=1, max_tokens=1, repeats=1, seed=0, collected=0)
+        at_least(self, limit=1, prompt=1, max_tokens=1, repeats=1, collected=0)
+        check_seed(self)
         at_least(self, nodes=1, batches=1, blocks=1)
         if self.parts:
             at_least(self, parts=1)

@@ -16,8 +16,9 @@ import jax
 from cllm_jax.console import Console, print_plan, size
 from cllm_jax.datasets.sources import open_source, rows_fingerprint
 from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.errors import ConfigError, at_least
+from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.models.load import (
+    MIXED,
     Precision,
     fingerprint,
     load,
@@ -69,6 +70,7 @@ class CollectConfig:
 
     def __post_init__(self):
         at_least(self, max_tokens=1, batch=1, shard=1)
+        check_seed(self)
         Jacobi(self.block)  # checks it
 
 
@@ -95,7 +97,7 @@ def run() -> None:
             f'{config.max_positions} positions of {name}; use fewer'
         )
     if flags.plan:
-        width = storage(settings.dtype).itemsize
+        width = 2 if settings.dtype == MIXED else storage(settings.dtype).itemsize
         states = len(source) * settings.max_tokens
         facts = {
             'writes to': directory,

@@ -47,6 +47,13 @@ def at_least(config: Any, **least: float) -> None:
             raise ConfigError(f'{name} {low[0]}: must be at least {bound}')
 
 
+def check_seed(config: Any) -> None:
+    """Raise ConfigError for a `seed` of a dataclass that is not from 0 to 2**32 - 1."""
+    at_least(config, seed=0)
+    if config.seed >= 1 << 32:
+        raise ConfigError(f'seed {config.seed}: must be below 2**32')
+
+
 def shares(config: Any, *names: str) -> None:
     """Raise ConfigError for a field of a dataclass that is not from 0 to 1."""
     for name in names:

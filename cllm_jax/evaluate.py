@@ -24,7 +24,7 @@ from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.named import TITLES, Named, open_drafter
-from cllm_jax.errors import at_least
+from cllm_jax.errors import at_least, check_seed
 from cllm_jax.evaluation.pair import ROOT, model_pair
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.evaluation.speed import (
@@ -90,7 +90,8 @@ class EvaluateConfig:
 
     def __post_init__(self):
         at_least(self, limit=1, max_tokens=1, batch=1, timed=1, repeats=1, tensor=1)
-        at_least(self, seed=0, recycle=0, branches=0)
+        at_least(self, recycle=0, branches=0)
+        check_seed(self)
 
 
 def drafter_named(settings: EvaluateConfig) -> Named:

@@ -127,6 +127,17 @@ def test_plans_start_nothing(tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_plan_of_a_collection_in_mixed_precision_has_half_the_sizes(
+    tmp_path, monkeypatch, capsys
+):
+    sizes = []
+    for dtype in ('float32', 'mixed', 'bfloat16'):
+        call(monkeypatch, collect, '--plan', '--dtype', dtype, '--root', tmp_path)
+        lines = capsys.readouterr().out.splitlines()
+        sizes.append([line for line in lines if 'weights' in line or 'KV cache' in line])
+    assert sizes[0] != sizes[1] == sizes[2] and len(sizes[0]) == 2
+
+
 def test_the_plan_of_space_counts_its_states(tmp_path, monkeypatch, capsys):
     facts = []
     for line in ('space --heads.ahead 3', 'consistency --held-out.block 4', 'ar'):
@@ -369,10 +380,11 @@ OUT_OF_RANGE = {
         'held-out.keep 0', 'new.heads 0', 'noise.windows -2', 'noise.fresh 7.0', 'noise.mask -2',
         'noise.corruption -1.0', 'noise.decay -3.0', 'cleaning.seed -1', 'cleaning.augment 5.0',
         'heads.ahead 0', 'heads.nodes 1', 'loss.local-weight -1.0', 'optimizer.warmup 3.0',
+        'seed 4294967296',
     ),
     collect: (
         'block 0', 'block 2000', 'batch 0', 'shard 0', 'shard -5', 'max-tokens 0',
-        'max-tokens 1024',
+        'max-tokens 1024', 'seed -1', 'seed 99999999999999999999',
     ),
 }  # fmt: skip
 

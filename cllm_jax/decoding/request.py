@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.errors import ConfigError, at_least
+from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.models.load import Model
 
 
@@ -32,9 +32,8 @@ class Request:
         for name in ('max_tokens', 'batch', 'seed'):
             if not isinstance(value := getattr(self, name), int | np.integer):
                 raise ConfigError(f'{name} {value}: must be a whole number')
-        at_least(self, max_tokens=1, batch=1, seed=0)
-        if self.seed >= 1 << 32:
-            raise ConfigError(f'seed {self.seed}: must be below 2**32')
+        at_least(self, max_tokens=1, batch=1)
+        check_seed(self)
         if self.sampling.typical and not getattr(self.drafter, 'typical_acceptance', False):
             raise ConfigError(
                 f'typical {self.sampling.typical}: a lossy rule of Medusa, not of '

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from cllm_jax.errors import ConfigError, at_least
+from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.load import named_or, peek
 from cllm_jax.parallel.mesh import MeshConfig
@@ -105,7 +105,8 @@ class TrainConfig:
     """A tiny version of everything, to see that it works."""
 
     def __post_init__(self):
-        at_least(self, examples=1, steps=0, batch=1, seed=0, save_every=1, log_every=1)
+        at_least(self, examples=1, steps=0, batch=1, save_every=1, log_every=1)
+        check_seed(self)
 
 
 def quick(settings: TrainConfig) -> TrainConfig:
