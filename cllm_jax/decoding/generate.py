@@ -213,7 +213,9 @@ def _decode(
     """
     width, rows = bucket(max(map(len, prompts))), min(request.batch, len(prompts))
     refilled = rows < len(prompts)
-    parts = max(1, min(useful_threads((model.params, weights)), rows // LEAST_ROWS))
+    parts = max(1, rows // LEAST_ROWS)
+    if parts > 1:
+        parts = min(parts, useful_threads((model.params, weights)))
     share = dataclasses.replace(request, batch=-(-rows // parts))
     done, reporting, over = [0] * parts, Lock(), Event()
 
@@ -250,27 +252,25 @@ def _decode_part(
     So no row waits long for the slowest, and all of it runs with three compilations. A batch that
     is not `refilled`, and that no stop string can end, is decoded in a single call.
     """
-    begin = time.perf_counter()
+    begin, batch = time.perf_counter(), 1 << (request.batch - 1).bit_length()
     if not refilled and not request.stop:
-        rows = 1 << (request.batch - 1).bit_length()
-        state = start(model, request, prompts, keys, weights, rows, width, to_the_end=True)
+        state = start(model, request, prompts, keys, weights, batch, width, to_the_end=True)
         if _lacks_room(request, state):
             state = run_until(model, request, weights, _with_more_room(state), _ENDLESS)
         found = _harvest(model, request, state, dict.fromkeys(range(len(prompts)), begin))
         progress(len(found))
         return list(found.values())
-    size = min(request.batch, len(prompts))
-    rows, refill = 1 << (request.batch - 1).bit_length(), max(request.batch // 4, 1)
-    state = start(model, request, prompts[:size], keys[:size], weights, rows, width)
-    batch, padding = len(state.finished_B), len(state.finished_B) - size
+    size, refill = min(request.batch, len(prompts)), max(request.batch // 4, 1)
+    state = start(model, request, prompts[:size], keys[:size], weights, batch, width)
+    padding = batch - size
     held, begun = dict(enumerate(range(size))), dict.fromkeys(range(size), begin)
     waiting, found = list(range(size, len(prompts))), {}
     while held:
         enough = min(refill, len(waiting)) or len(held)
         state, finished = _run(model, request, weights, state, size, padding + enough)
         ready = [row for row in held if finished[row]]
-        parts = _harvest(model, request, state, {row: begun[row] for row in ready})
-        found |= {held.pop(row): parts[row] for row in ready}
+        answered = _harvest(model, request, state, {row: begun[row] for row in ready})
+        found |= {held.pop(row): answered[row] for row in ready}
         progress(len(found))
         while waiting and ready:
             begin, chosen = time.perf_counter(), waiting[:refill]
