@@ -11,6 +11,7 @@ from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import DraftModel
 from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.lookahead import Lookahead
 from tests.tiny import ragged_prompts, random_model, tiny_config
 
 MODEL = random_model(config=tiny_config(layers=1, eos_ids=(3, 7, 12, 20)))
@@ -48,9 +49,10 @@ def kept(state) -> list[np.ndarray]:
     [
         (Jacobi(6), Sampling(), 32, [16, 8]),
         (AutoRegressive(), Sampling(1.0), 16, [8]),
+        (Lookahead(3, 3, 2), Sampling(1.0), 16, [8]),
         (DraftModel(MODEL.module, 3, Sampling(1.0)), Sampling(1.0), 16, [8]),
     ],
-    ids=('chain', 'one node, sampled', 'draft model, sampled'),
+    ids=('chain', 'one node, sampled', 'tree, sampled', 'draft model, sampled'),
 )
 def test_half_of_a_batch_goes_on_as_it_would_in_the_whole(widths, drafter, sampling, rows, halves):
     weights = MODEL.params if isinstance(drafter, DraftModel) else ()
