@@ -33,7 +33,7 @@ from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.drafters.saved import read_drafter
 from cllm_jax.errors import at_least, check_seed
 from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
-from cllm_jax.evaluation.pair import ROOT, model_pair
+from cllm_jax.evaluation.pair import model_pair
 from cllm_jax.evaluation.parts import parts
 from cllm_jax.evaluation.pipeline import collection_speed, step_cost
 from cllm_jax.evaluation.quality import share_right
@@ -49,6 +49,7 @@ from cllm_jax.evaluation.torch_generate import generate_speed
 from cllm_jax.models.config import read_config
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.load import (
+    EMBEDDED_ROOT,
     MIXED,
     Model,
     Precision,
@@ -80,7 +81,7 @@ BATCH = 16
 class BenchConfig:
     """Settings of a benchmark."""
 
-    root: str = ROOT
+    root: str = EMBEDDED_ROOT
     """Directory of the recipe's runs, runs/NAME of its file."""
     model: str = ''
     """The CLLM; default ROOT/export/cllm, or embedded if runs/embedded has no exports."""

@@ -18,6 +18,7 @@ from cllm_jax.datasets.sources import open_source, rows_fingerprint
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.models.load import (
+    EMBEDDED_ROOT,
     MIXED,
     Precision,
     fingerprint,
@@ -38,13 +39,13 @@ from cllm_jax.trajectories.collect import CollectPlan, collect
 class CollectConfig:
     """Settings of a collection."""
 
-    root: str = 'runs/embedded'
+    root: str = EMBEDDED_ROOT
     """Directory of the recipe's runs, runs/NAME of its file."""
     out: str = ''
     """Where trajectories go; default ROOT/trajectories, of stage recollect ROOT/retrajectories."""
     model: str = ''
-    """The model whose trajectories these are; default ROOT/target, else embedded-target. Stage
-    recollect: ROOT/cllm, else embedded."""
+    """The model whose trajectories these are; default ROOT/target, of stage recollect ROOT/cllm.
+    For the embedded recipe, until it has run, embedded-target and embedded."""
     data: str = 'sql+arithmetic'
     """Dataset whose prompts are answered (see the README)."""
     prompts: int | None = None

@@ -25,7 +25,7 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.named import TITLES, Named, open_drafter
 from cllm_jax.errors import at_least, check_seed
-from cllm_jax.evaluation.pair import ROOT, model_pair
+from cllm_jax.evaluation.pair import model_pair
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.evaluation.speed import (
     Way,
@@ -34,7 +34,7 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.models.load import Precision, chosen, load
+from cllm_jax.models.load import EMBEDDED_ROOT, Precision, chosen, load
 from cllm_jax.parallel.mesh import tensor_mesh
 from cllm_jax.rundir import write_atomic
 from cllm_jax.settings import can_write, guard, parse, to_json
@@ -46,7 +46,7 @@ VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax', 'transformers')
 class EvaluateConfig:
     """Settings of an evaluation."""
 
-    root: str = ROOT
+    root: str = EMBEDDED_ROOT
     """Directory of the recipe's runs, runs/NAME of its file."""
     model: str = ''
     """The CLLM; default ROOT/export/cllm, or embedded if runs/embedded has no exports."""

@@ -19,7 +19,7 @@ from cllm_jax.drafters.saved import copy_drafter, drafter_arrays
 from cllm_jax.errors import DataError
 from cllm_jax.models.config import read_config
 from cllm_jax.models.hf import write_model
-from cllm_jax.models.load import DTYPES, load, resolve
+from cllm_jax.models.load import DTYPES, EMBEDDED_ROOT, load, resolve
 from cllm_jax.rundir import read_metrics
 from cllm_jax.settings import guard, parse, to_json
 
@@ -28,7 +28,7 @@ from cllm_jax.settings import guard, parse, to_json
 class ExportConfig:
     """Settings of an export."""
 
-    root: str = 'runs/embedded'
+    root: str = EMBEDDED_ROOT
     """Directory of the recipe's runs, runs/NAME of its file."""
     runs: tuple[str, ...] = ('target', 'cllm')
     """Which runs below ROOT to export. Of cllm its refinement, ROOT/refine, if there is one."""

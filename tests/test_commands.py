@@ -132,7 +132,7 @@ def test_the_plan_of_a_collection_in_mixed_precision_has_half_the_sizes(
 ):
     sizes = []
     for dtype in ('float32', 'mixed', 'bfloat16'):
-        call(monkeypatch, collect, '--plan', '--dtype', dtype, '--root', tmp_path)
+        call(monkeypatch, collect, '--plan', '--dtype', dtype, '--model', 'embedded-target')
         lines = capsys.readouterr().out.splitlines()
         sizes.append([line for line in lines if 'weights' in line or 'KV cache' in line])
     assert sizes[0] != sizes[1] == sizes[2] and len(sizes[0]) == 2
@@ -274,6 +274,10 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
         (decode, ['--prompts', 'a', '--input', 'b.jsonl'], 2, 'give one of them'),
         (decode, ['--tensor', '9', '--prompts', 'a'], 2, 'tensor 9: must be 1 to 8'),
         (train, ['--devices', '8', '--root', 'ROOT'], 2, 'add --plan'),
+        (train, ['--root', 'ROOT', '--plan'], 2, '/target: no such directory; run that'),
+        (train, ['--root', 'ROOT', '--stage', 'refine'], 2, '/cllm: no such directory'),
+        (collect, ['--root', 'ROOT', '--plan'], 2, '/target: no such directory'),
+        (collect, ['--root', 'ROOT', '--stage', 'recollect'], 2, '/cllm: no such directory'),
         (decode, ['--block', '0', '--prompts', 'a'], 2, 'block 0'),
         (decode, ['--drafter', 'jakobi', '--prompts', 'a'], 2, "did you mean 'jacobi'"),
         (decode, ['--drafter', 'model', '--prompts', 'a'], 2, 'write model:DIR'),
@@ -313,7 +317,7 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
         (train, ['--loss.local-weight', '1', '--root', 'ROOT'], 2, 'add noise.pairs'),
         (train, ['--noise.pairs', '--noise.fresh', '1', '--root', 'ROOT'], 2, 'is changed has no'),
         (train, ['--noise.pairs', '--objective', 'space', '--root', 'ROOT'], 2, 'masks have no'),
-        (train, ['--noise.mask', '1536', '--root', 'ROOT'], 2, 'the vocabulary 0..1535'),
+        (train, ['--noise.mask', '1536', '--model', 'embedded'], 2, 'the vocabulary 0..1535'),
         (train, ['--objective', 'ar', '--texts', 'sql', '--root', 'ROOT'], 2, 'leave texts out'),
         (train, ['--objective', 'ar', '--loss.ar-weight', '0', '--root', 'ROOT'], 2, 'no other'),
         (train, ['--tokenizer', 'embedded', '--root', 'ROOT'], 2, 'set model: new'),
@@ -369,7 +373,7 @@ def test_a_mesh_that_one_device_cannot_be_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, 'devices', lambda: first)
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
     with pytest.raises(ConfigError, match='tensor 4: 4 does not fit 1 devices'):
-        call(monkeypatch, train, '--mesh.tensor', '4', '--root', tmp_path)
+        call(monkeypatch, train, '--model', 'embedded', '--mesh.tensor', '4', '--root', tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -380,7 +384,7 @@ OUT_OF_RANGE = {
         'held-out.keep 0', 'new.heads 0', 'noise.windows -2', 'noise.fresh 7.0', 'noise.mask -2',
         'noise.corruption -1.0', 'noise.decay -3.0', 'cleaning.seed -1', 'cleaning.augment 5.0',
         'heads.ahead 0', 'heads.nodes 1', 'loss.local-weight -1.0', 'optimizer.warmup 3.0',
-        'seed 4294967296',
+        'seed 4294967296', 'held-out.seed -1',
     ),
     collect: (
         'block 0', 'block 2000', 'batch 0', 'shard 0', 'shard -5', 'max-tokens 0',

@@ -3,21 +3,20 @@
 from pathlib import Path
 
 from cllm_jax.errors import ConfigError
-
-ROOT = 'runs/embedded'
-"""Where the embedded models would be trained again; until then they stand for its exports."""
+from cllm_jax.models.load import EMBEDDED_ROOT
 
 
 def model_pair(root: str, cllm: str, target: str) -> tuple[str, str]:
     """Names of the CLLM and of its target: as given, else the exports of the runs in `root`.
 
-    Only where `root` is `ROOT` and has no exports at all, the embedded models take their place.
+    Only where `root` is `EMBEDDED_ROOT`, and has no exports at all, the embedded models take their
+    place.
 
     Raises:
       ConfigError: a model is not given, and `root` has no export of it.
     """
     exports = Path(root) / 'export'
-    if Path(root) == Path(ROOT) and not exports.exists():
+    if Path(root) == Path(EMBEDDED_ROOT) and not exports.exists():
         return cllm or 'embedded', target or 'embedded-target'
     for name, given in (('cllm', cllm), ('target', target)):
         if not given and not (exports / name).is_dir():

@@ -22,6 +22,8 @@ from cllm_jax.sums import SUMS, sha256
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
+EMBEDDED_ROOT = 'runs/embedded'
+"""Where the embedded models would be trained again; until then they stand for its runs."""
 MIXED = 'mixed'
 Precision = Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16']
 HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
@@ -219,7 +221,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def named_or(name: str, run: str, embedded: str) -> str:
-    """The model the user named, else the one of the run directory, else the embedded one."""
-    if name:
-        return name
-    return run if Path(run).is_dir() else embedded
+    """The model the user named, else the one of a run directory, ROOT/STAGE.
+
+    Only where ROOT is `EMBEDDED_ROOT`, the embedded model takes the place of one that is not there.
+
+    Raises:
+      ConfigError: no model is named, and there is none.
+    """
+    if name or Path(run).is_dir():
+        return name or run
+    if Path(run).parent == Path(EMBEDDED_ROOT):
+        return embedded
+    raise ConfigError(f'{run}: no such directory; run that stage first, or name another model')

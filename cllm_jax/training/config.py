@@ -5,7 +5,7 @@ from typing import Literal
 
 from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.load import named_or, peek
+from cllm_jax.models.load import EMBEDDED_ROOT, named_or, peek
 from cllm_jax.parallel.mesh import MeshConfig
 from cllm_jax.training.batches import Noise
 from cllm_jax.training.heads import HeadsConfig
@@ -45,19 +45,21 @@ class NewModel:
 class TrainConfig:
     """Settings of a training run."""
 
-    root: str = 'runs/embedded'
+    root: str = EMBEDDED_ROOT
     """Directory of the recipe's runs, runs/NAME of its file; this run is ROOT/STAGE."""
     objective: Literal['ar', 'consistency', 'medusa', 'redrafter', 'eagle', 'space'] = 'consistency'
     """Learn texts; or learn to jump from any Jacobi state to its fixed point; or train a drafter
     of that kind on the answers of a model."""
     model: str = ''
-    """Model to start from or to draft for; 'new' for random weights. Default: embedded-target, or
-    but for objective ar ROOT/target where there is one (stage refine: ROOT/cllm, else embedded)."""
+    """Model to start from or to draft for; 'new' for random weights. Default of objective ar is
+    embedded-target, of others ROOT/target, of stage refine ROOT/cllm; for the embedded recipe,
+    until it has run, embedded-target and embedded."""
     new: NewModel = NewModel()
     """The architecture if model is 'new'."""
     tokenizer: str = ''
     """Model whose tokenizer a new one takes, as a draft model must: default of stage draft is that
-    of ROOT/target, else embedded-target. Else one is trained on the dataset."""
+    of ROOT/target (for the embedded recipe, until it has run, embedded-target). Else one is
+    trained on the dataset."""
     data: str = ''
     """Dataset (see the README) for ar; else a trajectory directory, default ROOT/trajectories
     (stage refine: ROOT/retrajectories). Drafters learn from its answers."""

@@ -19,7 +19,7 @@ from cllm_jax.datasets.sources import Source
 from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.errors import DataError, Interrupted, NumericalError, at_least
+from cllm_jax.errors import DataError, Interrupted, NumericalError, at_least, check_seed
 from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.parallel.distributed import fetch, is_main
 from cllm_jax.parallel.rules import place_batch
@@ -62,6 +62,7 @@ class HeldOut:
 
     def __post_init__(self):
         at_least(self, every=1, prompts=1, max_tokens=1, keep=1)
+        check_seed(self)
         Jacobi(self.block)  # checks it
 
 
