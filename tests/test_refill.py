@@ -57,6 +57,14 @@ def test_refilling_compiles_once_for_any_number_of_prompts():
     assert len(result.tokens) == 24 and all(map(len, result.tokens))
 
 
+def test_a_batch_of_one_compiles_nothing_that_a_single_prompt_does_not():
+    request, jitted = Request(Jacobi(5), 24, batch=1), (prefill, advance, replace_rows)
+    decode_all(MODEL, request, ragged_prompts(0, LENGTHS[:1]))
+    compiled = [f._cache_size() for f in jitted]
+    decode_all(MODEL, request, ragged_prompts(1, LENGTHS))
+    assert [f._cache_size() for f in jitted] == compiled
+
+
 def test_rows_that_end_at_a_stop_string_are_refilled_too():
     model = random_model(config=text_config(layers=1), tokenizer=byte_tokenizer())
     prompts = ragged_prompts(4, (3, 8, 5, 2, 7, 6, 4), vocab=200)

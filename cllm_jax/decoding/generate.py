@@ -249,17 +249,17 @@ def _decode_part(
 ) -> list[_Answer]:
     """Decode prompts in one batch; when a quarter of it is finished, the next ones take its place.
 
-    So no row waits long for the slowest, and all of it runs with three compilations. A batch that
-    is not `refilled`, and that no stop string can end, is decoded in a single call.
+    So no row waits long for the slowest, and all of it runs with three compilations. Where nothing
+    can be gained by that, and no stop string can end an answer, a batch is a single call.
     """
     begin, batch = time.perf_counter(), 1 << (request.batch - 1).bit_length()
-    if not refilled and not request.stop:
-        state = start(model, request, prompts, keys, weights, batch, width, to_the_end=True)
-        if _lacks_room(request, state):
-            state = run_until(model, request, weights, _with_more_room(state), _ENDLESS)
-        found = _harvest(model, request, state, dict.fromkeys(range(len(prompts)), begin))
-        progress(len(found))
-        return list(found.values())
+    if not request.stop and (batch == 1 or not refilled):
+        found = []
+        for first in range(0, len(prompts), batch):
+            some = slice(first, first + batch)
+            found += _in_one_call(model, request, prompts[some], keys[some], weights, width, batch)
+            progress(len(found))
+        return found
     size, refill = min(request.batch, len(prompts)), max(request.batch // 4, 1)
     state = start(model, request, prompts[:size], keys[:size], weights, batch, width)
     padding = batch - size
@@ -285,6 +285,24 @@ def _decode_part(
             begun |= dict.fromkeys(rows, begin)
         padding = batch - len(held)
     return [found[i] for i in range(len(prompts))]
+
+
+def _in_one_call(
+    model: Model,
+    request: Request,
+    prompts: Sequence[Sequence[int]],
+    keys: jax.Array,
+    weights: Any,
+    width: int,
+    batch: int,
+) -> list[_Answer]:
+    """Decode the prompts of one batch, in another call only where the cache was too short."""
+    begin = time.perf_counter()
+    state = start(model, request, prompts, keys, weights, batch, width, to_the_end=True)
+    if _lacks_room(request, state):
+        state = run_until(model, request, weights, _with_more_room(state), _ENDLESS)
+    found = _harvest(model, request, state, dict.fromkeys(range(len(prompts)), begin))
+    return list(found.values())
 
 
 def decode_batch(
