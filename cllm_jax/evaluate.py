@@ -19,6 +19,7 @@ import jax
 
 from cllm_jax.console import Console, print_plan, table
 from cllm_jax.datasets.sources import Source, open_source
+from cllm_jax.datasets.tokens import that_fit
 from cllm_jax.decoding.generate import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
@@ -34,7 +35,7 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.models.load import EMBEDDED_ROOT, Precision, chosen, load
+from cllm_jax.models.load import EMBEDDED_ROOT, Precision, chosen, load, with_tokenizer
 from cllm_jax.parallel.mesh import tensor_mesh
 from cllm_jax.rundir import write_atomic
 from cllm_jax.settings import can_write, guard, parse, to_json
@@ -109,6 +110,9 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     """Everything about one task, of the models that the settings name."""
     dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
     cllm, target = (load(name, dtype, mesh) for name in (settings.model, settings.target))
+    room = min(m.config.max_positions for m in (cllm, target)) - settings.max_tokens
+    source = that_fit(source, with_tokenizer(cllm).tokenizer, room)
+    console.dropped(source)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
     named = drafter_named(settings)
     loaded = open_drafter(named, cllm, ar.sampling, dtype, mesh)

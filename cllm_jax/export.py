@@ -16,7 +16,7 @@ import yaml
 
 from cllm_jax.console import Console, print_plan, size
 from cllm_jax.drafters.saved import copy_drafter, drafter_arrays
-from cllm_jax.errors import DataError
+from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models.config import read_config
 from cllm_jax.models.hf import write_model
 from cllm_jax.models.load import DTYPES, EMBEDDED_ROOT, load, resolve
@@ -41,18 +41,26 @@ class ExportConfig:
 
 
 def exported(settings: ExportConfig) -> dict[str, Path]:
-    """The run directory behind each name."""
+    """The run directory behind each name.
+
+    Raises:
+      ConfigError: there is none.
+    """
     root = Path(settings.root)
     refined = (root / 'refine' / 'model').is_dir()
-    return {n: root / ('refine' if n == 'cllm' and refined else n) for n in settings.runs}
+    runs = {n: root / ('refine' if n == 'cllm' and refined else n) for n in settings.runs}
+    for run in runs.values():
+        if not run.is_dir():
+            raise ConfigError(f'{run}: no such directory; run that stage first, or name other runs')
+    return runs
 
 
 def best_numbers(run: Path) -> dict[str, Any]:
-    """The held-out test that chose the exported weights."""
+    """The held-out test that chose the exported weights: of equal ones the last."""
     tests = [m for m in read_metrics(run / 'metrics.jsonl') if 'held_out_score' in m]
     if not tests:
         raise DataError(f'{run}: no held-out test yet, so no model; let the training reach one')
-    return max(tests, key=lambda m: m['held_out_score'])
+    return max(tests, key=lambda m: (m['held_out_score'], m['step']))
 
 
 def has_model(run: Path) -> bool:

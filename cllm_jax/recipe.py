@@ -3,9 +3,9 @@
 A recipe maps stage names to settings:
 
     description: a small model, end to end
-    target: {steps: 2000, learning_rate: 1.0e-3}
+    target: {steps: 2000, optimizer: {learning_rate: 1.0e-3}}
     collect:
-      block_size: 16
+      block: 16
 
 Nothing is guessed: unknown names, wrong types, duplicate keys and YAML aliases are refused.
 Relative paths in a recipe are relative to the current directory.
@@ -13,7 +13,6 @@ Relative paths in a recipe are relative to the current directory.
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import types
@@ -105,12 +104,6 @@ def to_json(config: Any) -> Any:
     return _plain(config, type(config).__name__)
 
 
-def fingerprint(config: Any) -> str:
-    """sha256 (hex) of the canonical JSON of a config: equal settings, equal fingerprint."""
-    text = json.dumps(to_json(config), sort_keys=True, separators=(',', ':'))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _convert(annotation: Any, value: Any, where: str) -> Any:
     """A YAML value as its field's type; never a guess between types."""
     origin, options = get_origin(annotation), get_args(annotation)
@@ -127,8 +120,6 @@ def _convert(annotation: Any, value: Any, where: str) -> Any:
         return _convert_union(options, value, where)
     if origin is tuple:
         return _convert_tuple(options, value, where)
-    if annotation is Path:
-        return Path(_convert(str, value, where))
     if annotation is float and type(value) is int:
         return float(value)
     if annotation not in _KINDS:
@@ -192,8 +183,6 @@ def _plain(value: Any, name: str) -> Any:
         return {field: _plain(getattr(value, field), field) for field in fields}
     if isinstance(value, tuple | list):
         return [_plain(entry, name) for entry in value]
-    if isinstance(value, Path):
-        return str(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f'{name} is {value}; a setting must be a finite number')
     if value is None or isinstance(value, bool | int | float | str):

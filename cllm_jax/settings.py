@@ -19,12 +19,11 @@ import tyro
 
 from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted
 from cllm_jax.parallel.distributed import initialize
-from cllm_jax.recipe import fingerprint, from_mapping, no_such, read_recipe, to_json
+from cllm_jax.recipe import from_mapping, no_such, read_recipe, to_json
 
 __all__ = [
     'Flags',
     'can_write',
-    'fingerprint',
     'from_mapping',
     'guard',
     'parse',

@@ -16,7 +16,8 @@ import jax
 from jax.sharding import Mesh
 
 from cllm_jax.console import Console, print_plan, size, table
-from cllm_jax.datasets.sources import open_source, rows_fingerprint
+from cllm_jax.datasets.sources import rows_fingerprint
+from cllm_jax.datasets.tokens import that_fit
 from cllm_jax.decoding.request import cache_slots
 from cllm_jax.drafters.heads import borrow
 from cllm_jax.errors import ConfigError
@@ -32,6 +33,8 @@ from cllm_jax.training.config import (
     STAGES,
     TrainConfig,
     architecture,
+    check_ignored,
+    check_length,
     check_losses,
     check_mask,
     check_tokenizer,
@@ -42,7 +45,7 @@ from cllm_jax.training.heads import drafter_of, of_heads
 from cllm_jax.training.needs import StepShape, compiled_needs, needs
 from cllm_jax.training.objective import Objective, of_text
 from cllm_jax.training.run import RunPlan, train
-from cllm_jax.training.samples import inputs_of, prepare
+from cllm_jax.training.samples import held_out_rows, inputs_of, prepare, trained_on_too
 from cllm_jax.training.step import check_accumulation
 
 CALIBRATION = 64
@@ -125,8 +128,8 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
             'states per answer': states if noise else 'none',
             'steps': settings.steps,
             'samples seen': settings.steps * settings.batch,
-            'checkpoints': settings.steps // settings.save_every,
-            'held-out tests': settings.steps // settings.held_out.every,
+            'checkpoints': -(-settings.steps // settings.save_every),
+            'held-out tests': max(1, -(-settings.steps // settings.held_out.every)),
         },
     )
     if compiled:
@@ -179,6 +182,7 @@ def run() -> None:
         raise ConfigError('devices and compile are for planning; add --plan, or leave them out')
     if flags.devices:
         pretend(flags.devices)
+    check_ignored(settings)
     if settings.quick:
         settings = quick(settings)
     check_tokenizer(settings)
@@ -189,18 +193,26 @@ def run() -> None:
     claimed = {k: v for k, v in to_json(settings).items() if k not in free}
     settings = with_names(settings, flags.stage)
     check_mask(settings)
+    check_length(settings)
     if flags.plan:
         plan(settings, directory, flags.compile, console)
         return
     mesh = make_mesh(settings.mesh)
     check_batch(settings.batch // settings.optimizer.accumulate, mesh)
     mesh = mesh if jax.device_count() > 1 else None
-    test = settings.held_out
-    held_out = open_source(settings.task, split='heldout', seed=test.seed, limit=test.prompts)
-    if settings.task not in (settings.data, settings.texts):  # else said when it is read
+    test, held_out = settings.held_out, held_out_rows(settings)
+    if held_out.name not in (settings.data, settings.texts):  # else said when it is read
         console.dropped(held_out)
     with open_run(directory, claimed):
         model, samples = prepare(settings, mesh, console, directory)
+        room = model.config.max_positions - test.max_tokens
+        held_out = that_fit(held_out, model.tokenizer, room)
+        console.dropped(held_out)
+        if known := trained_on_too(samples, held_out, model):
+            console.note(
+                f'warning: {known} of {len(held_out)} held-out prompts are trained on too, so that '
+                'the tests say little of others; name another file for task'
+            )
         inputs = inputs_of(settings, model, samples)
         claim_inputs(directory, inputs | {'held_out': rows_fingerprint(held_out)})
         console.note(

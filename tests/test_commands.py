@@ -23,8 +23,18 @@ from cllm_jax.models.load import SHIPPED
 from cllm_jax.recipe import read_recipe
 from cllm_jax.rundir import claim_inputs, write_atomic
 from cllm_jax.settings import guard
-from cllm_jax.training.config import STAGES, TrainConfig, with_names
-from cllm_jax.training.samples import inputs_of
+from cllm_jax.training.config import (
+    STAGES,
+    TrainConfig,
+    architecture,
+    check_ignored,
+    check_losses,
+    quick,
+    with_names,
+)
+from cllm_jax.training.samples import held_out_rows, inputs_of
+from cllm_jax.training.step import check_accumulation
+from cllm_jax.trajectories.store import open_manifest
 from tests.tiny import byte_tokenizer, model_directory, random_model, text_config
 
 api = cllm_jax.decode
@@ -115,6 +125,10 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
         )
         if kind is TrainConfig:
             assert found.dtype == 'float32', 'small updates would be lost'
+            check_ignored(found)
+            tiny = check_losses(quick(found))
+            check_accumulation(tiny.batch, tiny.optimizer.accumulate)
+            assert found.model != 'new' or architecture(tiny).dim < architecture(found).dim
 
 
 def test_plans_start_nothing(tmp_path, monkeypatch, capsys):
@@ -322,7 +336,16 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
         (train, ['--objective', 'ar', '--loss.ar-weight', '0', '--root', 'ROOT'], 2, 'no other'),
         (train, ['--tokenizer', 'embedded', '--root', 'ROOT'], 2, 'set model: new'),
         (train, ['--optimizer.accumulate', '3', '--root', 'ROOT'], 2, 'accumulate 3'),
-        (export, ['--root', '/no/run'], 2, 'no such directory'),
+        (train, ['--objective', 'ar', '--noise.fresh', '0.5'], 2, 'noise with objective ar, which'),
+        (train, ['--objective', 'ar', '--cleaning.wrong'], 2, 'cleaning with objective ar, which'),
+        (train, ['--objective', 'eagle', '--noise.decay', '3'], 2, 'noise with objective eagle'),
+        (train, ['--heads.ahead', '9'], 2, 'heads with objective consistency, which'),
+        (train, ['--objective', 'ar', '--loss.global-weight', '7'], 2, 'loss.global_weight with'),
+        (train, ['--objective', 'ar', '--new.dim', '512'], 2, 'write model: new'),
+        (train, ['--max-length', '2048', '--model', 'embedded'], 2, 'the model has 1024 positions'),
+        (export, ['--root', '/no/run'], 2, '/no/run/target: no such directory; run that stage'),
+        (export, ['--root', 'nothere'], 2, 'nothere/target: no such directory; run that stage'),
+        (export, ['--root', 'nothere', '--plan'], 2, 'nothere/target: no such directory'),
     ],
 )
 def test_bad_requests_end_with_one_line_and_a_code(
@@ -339,7 +362,11 @@ def test_bad_requests_end_with_one_line_and_a_code(
 
 @pytest.mark.parametrize(
     ('module', 'line'),
-    [(collect, '--out ROOT'), (train, '--root ROOT'), (train, '--root ROOT --objective ar')],
+    [
+        (collect, '--out ROOT'),
+        (train, '--root ROOT --task sql'),
+        (train, '--root ROOT --objective ar'),
+    ],
 )
 def test_a_model_without_a_tokenizer_is_refused(module, line, monkeypatch, tmp_path):
     model = random_model(config=text_config(layers=1, max_positions=1024))
@@ -365,7 +392,37 @@ def test_training_tells_of_rows_that_a_reader_left_out(monkeypatch, capsys, tmp_
         said = capsys.readouterr().err
         assert said.count(f'{data}: 3 rows left out') == 1
         assert said.count(f'{test}: 2 rows left out') == (task == test)
+        assert 'warning: 4 of 4 held-out prompts are trained on too' in said
         shutil.rmtree(tmp_path / 'run')
+
+
+def test_rows_without_an_answer_are_no_samples(monkeypatch, capsys, tmp_path):
+    data = tmp_path / 'rows.jsonl'
+    common = ('--objective', 'ar', '--model', model_directory(tmp_path / 'tiny'))
+    common += ('--data', f'{data}#all', '--task', 'arithmetic', '--max-length', '64')
+    monkeypatch.setattr(train, 'train', lambda *arguments: None)
+    rows = [{'prompt': f'question {i}', 'completion': 'yes'} for i in range(3)]
+    data.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    with pytest.raises(DataError, match='no training sample is left'):
+        call(monkeypatch, train, *common, '--root', tmp_path / 'run')
+    rows += [{'prompt': 'question', 'answer': 'yes'}]
+    data.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    call(monkeypatch, train, *common, '--root', tmp_path / 'run')
+    said = capsys.readouterr().err
+    assert said.count('3 rows without an answer left out') == 2 and '\n1 samples' in said
+    assert 'trained on too' not in said
+
+
+def test_held_out_prompts_are_of_the_dataset_that_is_learnt(tmp_path):
+    open_manifest(tmp_path, {'block': 4, 'data': 'arithmetic'}, 1, [])
+    trajectories = TrainConfig(data=str(tmp_path))
+    for settings, task in (
+        (TrainConfig(objective='ar', data='sql'), 'sql'),
+        (trajectories, 'arithmetic'),
+        (dataclasses.replace(trajectories, texts='sql+arithmetic'), 'sql+arithmetic'),
+        (dataclasses.replace(trajectories, texts='sql+arithmetic', task='sql'), 'sql'),
+    ):
+        assert held_out_rows(settings).name == task
 
 
 def test_a_mesh_that_one_device_cannot_be_is_refused(monkeypatch, tmp_path):
@@ -384,7 +441,8 @@ OUT_OF_RANGE = {
         'held-out.keep 0', 'new.heads 0', 'noise.windows -2', 'noise.fresh 7.0', 'noise.mask -2',
         'noise.corruption -1.0', 'noise.decay -3.0', 'cleaning.seed -1', 'cleaning.augment 5.0',
         'heads.ahead 0', 'heads.nodes 1', 'loss.local-weight -1.0', 'optimizer.warmup 3.0',
-        'seed 4294967296', 'held-out.seed -1',
+        'seed 4294967296', 'held-out.seed -1', 'optimizer.clip 0.0', 'optimizer.beta1 1.0',
+        'optimizer.beta2 -0.1', 'optimizer.weight-decay -1.0', 'optimizer.final 2.0',
     ),
     collect: (
         'block 0', 'block 2000', 'batch 0', 'shard 0', 'shard -5', 'max-tokens 0',

@@ -17,6 +17,7 @@ from cllm_jax.errors import ConfigError
 from cllm_jax.models.hf import write_model
 from cllm_jax.models.llama import Llama, param_axes
 from cllm_jax.models.load import Model, load
+from cllm_jax.parallel import distributed
 from cllm_jax.parallel.mesh import MeshConfig, make_mesh, shape
 from cllm_jax.parallel.rules import (
     check_batch,
@@ -226,3 +227,12 @@ def test_every_parameter_has_a_name_for_every_axis():
     )
     assert jax.tree.all(named)
     assert jnp.isfinite(params['norm']).all()
+
+
+def test_libtpu_without_a_tpu_is_no_job(monkeypatch):
+    def nothing_found():
+        raise ValueError('coordinator_address should be defined.')
+
+    monkeypatch.setattr(distributed, 'find_spec', lambda name: name == 'libtpu')
+    monkeypatch.setattr(jax.distributed, 'initialize', nothing_found)
+    distributed.initialize()

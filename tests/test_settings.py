@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted, NumericalError
-from cllm_jax.settings import Flags, fingerprint, from_mapping, guard, parse, read_recipe, to_json
+from cllm_jax.settings import Flags, from_mapping, guard, parse, read_recipe, to_json
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Training:
     """Name of the run."""
     model: str | None = None
     """Model directory."""
-    data: Path = Path('data.jsonl')
+    data: str = 'data.jsonl'
     """Training data."""
     blocks: tuple[int, ...] = (16,)
     """Block sizes."""
@@ -122,7 +122,7 @@ def test_every_kind_of_field_reads_from_yaml_and_from_the_line(recipe):
         loss='local',
         resume=False,
         model='some/dir',
-        data=Path('a/b.jsonl'),
+        data='a/b.jsonl',
         blocks=(4, 8, 16),
         limit=5,
         optimizer=Optimizer(learning_rate=1.0),
@@ -270,25 +270,13 @@ def test_help_shows_docstrings_defaults_and_common_flags(recipe, capsys):
     assert 'A reason for the reader' not in text
 
 
-def test_plain_form_survives_json_and_fingerprint_sees_every_setting():
-    config = Training(model='m', data=Path('x/y'), blocks=(1, 2), limit=3)
+def test_plain_form_survives_json():
+    config = Training(model='m', data='x/y', blocks=(1, 2), limit=3)
     plain = json.loads(json.dumps(to_json(config)))
     assert plain['blocks'] == [1, 2]
     assert plain['data'] == 'x/y'
     assert plain['optimizer'] == {'learning_rate': 0.001, 'betas': [0.9, 0.95]}
     assert from_mapping(Training, plain, 'config.json') == config
-    assert fingerprint(from_mapping(Training, plain, 'config.json')) == fingerprint(config)
-    others = [
-        Training(model='m', data=Path('x/y'), blocks=(2, 1), limit=3),
-        Training(model=None, data=Path('x/y'), blocks=(1, 2), limit=3),
-        Training(model='m', data=Path('x/y')),
-        Training(model='m', data=Path('x/y'), blocks=(1, 2), limit=3, optimizer=Optimizer(2.0)),
-    ]
-    assert len({fingerprint(config), *map(fingerprint, others)}) == 5
-    # Files on disk hold fingerprints, so they must not change from version to version.
-    assert fingerprint(Optimizer()) == (
-        '7b99dfc4ddcdd2439906a03bd2c53a5779d8f5852fa1788cdeb4bcc605431c3d'
-    )
 
 
 def raises(error):

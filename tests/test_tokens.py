@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import open_source
-from cllm_jax.datasets.tokens import END, encode_examples, train_tokenizer
-from cllm_jax.errors import ConfigError
+from cllm_jax.datasets.tokens import END, encode_examples, that_fit, train_tokenizer
+from cllm_jax.errors import ConfigError, DataError
 
 ROWS = open_source('sql+arithmetic', seed=5, limit=600)
 TOKENIZER = train_tokenizer((r.prompt + r.answer for r in ROWS), 1024)
@@ -42,6 +42,18 @@ def test_an_empty_prompt_is_the_first_token_of_a_text_if_there_is_one():
         (empty, _), (other, _) = encode_examples(TOKENIZER, rows, 7, bos)
         assert empty.tolist() == wanted
         assert other.tolist() == TOKENIZER('y')['input_ids']
+
+
+def test_prompts_without_room_for_an_answer_are_left_out_and_counted():
+    lengths = [len(TOKENIZER(row.prompt)['input_ids']) for row in ROWS]
+    room = sorted(lengths)[400]
+    fitting = that_fit(ROWS, TOKENIZER, room)
+    kept = [row for row, length in zip(ROWS, lengths, strict=True) if length <= room]
+    assert list(fitting) == kept
+    assert fitting.dropped == {f'prompt longer than {room} tokens': len(ROWS) - len(kept)}
+    assert that_fit(ROWS, TOKENIZER, max(lengths)).dropped == {}
+    with pytest.raises(DataError, match='no prompt has at most 3 tokens'):
+        that_fit(ROWS, TOKENIZER, 3)
 
 
 def test_too_small_a_vocabulary_is_refused():

@@ -15,6 +15,7 @@ from cllm_jax.console import Console
 from cllm_jax.datasets.example import Example
 from cllm_jax.datasets.sources import Source
 from cllm_jax.errors import ConfigError, DataError, Interrupted, NumericalError
+from cllm_jax.export import best_numbers
 from cllm_jax.models.attention import NEVER, attend
 from cllm_jax.models.linear import linear
 from cllm_jax.models.llama import Llama, forward, init_params
@@ -258,6 +259,17 @@ def test_states_made_by_chance_mix_right_tokens_with_those_of_the_prompt():
     assert min(share) < 0.3 and max(share) > 0.7 and len(set(share)) > 8
 
 
+def test_vectors_do_not_decay(mixed_dtypes):
+    params = {'q': jnp.ones((2, 3)), 'q_bias': jnp.ones((2, 3)), 'norm': jnp.ones(2)}
+    config = OptimizerConfig(weight_decay=0.1, warmup=0.0, learning_rate=1.0)
+    optimizer = make_optimizer(config, 10)
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(still, optimizer.init(params), params)
+    assert {name: float(update.sum()) for name, update in updates.items()} == pytest.approx(
+        {'q': -0.6, 'q_bias': 0.0, 'norm': 0.0}
+    )
+
+
 def test_muon_orthogonalises_matrices_and_nothing_else(mixed_dtypes):
     """A matrix's update has equal singular values, of AdamW's size, whatever its axes."""
     config = OptimizerConfig(kind='muon', learning_rate=1.0, warmup=0.0, clip=1e9)
@@ -391,11 +403,11 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(mixed_dtypes, tmp_pat
     calls = {'n': 0}
     record = training_run._record
 
-    def crash(log, report, step, numbers):
+    def crash(run, step, numbers):
         calls['n'] += 1
         if calls['n'] in (2, 5, 9):  # before the first checkpoint, twice, and after it
             raise KeyboardInterrupt
-        record(log, report, step, numbers)
+        record(run, step, numbers)
 
     monkeypatch.setattr(training_run, '_record', crash)
     for _ in range(3):
@@ -436,8 +448,27 @@ def test_the_best_few_models_are_kept(mixed_dtypes, tmp_path, monkeypatch):
     monkeypatch.setattr(training_run, 'score', lambda *_: next(scores))
     train(tmp_path, objective, data, source, dataclasses.replace(plan, held_out=test))
     assert sorted(p.name for p in (tmp_path / 'best').iterdir()) == ['2', '4']
-    best = load(str(tmp_path / 'best' / '2')).params['norm']
+    best = load(str(tmp_path / 'best' / '4')).params['norm']  # the later of equals
     np.testing.assert_array_equal(best, load(str(tmp_path)).params['norm'])
+
+
+@pytest.mark.parametrize('quality', ['check', 'agreement'])
+def test_a_model_that_learns_texts_is_kept_by_its_right_answers_or_else_the_last(
+    mixed_dtypes, tmp_path, monkeypatch, quality
+):
+    """Agreement with the model before training would keep the one that learnt least."""
+    objective, data, source, plan = tiny_run(noise=None)
+    test = dataclasses.replace(plan.held_out, every=1, quality=quality)
+    right, kept = iter([0.2, 0.5, 0.1, 0.5, 0.3, 0.4]), []
+    monkeypatch.setattr(training_run, 'share_right', lambda *_: next(right, 0.2))
+    monkeypatch.setattr(training_run, 'keep', lambda directory, trained, *_: kept.append(trained))
+    model = objective.trained(objective.params).model
+    objective = of_text(model, LossWeights(ar_weight=1.0, global_weight=0.0), block=4)
+    train(tmp_path, objective, data, source, dataclasses.replace(plan, held_out=test))
+    tests = [m for m in read_metrics(tmp_path / 'metrics.jsonl') if 'held_out_score' in m]
+    assert len(kept) == (6 if quality == 'agreement' else 2)
+    assert best_numbers(tmp_path)['step'] == (6 if quality == 'agreement' else 3)
+    assert len(tests) == 6
 
 
 def damage(checkpoint) -> None:

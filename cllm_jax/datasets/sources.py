@@ -180,9 +180,10 @@ def _of_split(rows: list[Example], split: Split, spec: str) -> list[Example]:
     heldout = split == 'heldout'
     kept = [row for row in rows if (_digest(row.prompt) % HELDOUT_ONE_IN == 0) == heldout]
     if not kept:
+        trained = ', also those that are trained on' if heldout else ''
         raise DataError(
             f'{spec}: none of its {len(rows)} rows is in split {split!r} (1 in {HELDOUT_ONE_IN} '
-            f"is held out); write '{spec}#all' to use every row"
+            f"is held out); name another file, or write '{spec}#all' to use every row{trained}"
         )
     return kept
 

@@ -1,12 +1,14 @@
 """Text to token ids: making a small tokenizer, and encoding examples with any."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from cllm_jax.datasets.example import Example
-from cllm_jax.errors import ConfigError
+from cllm_jax.datasets.sources import Source
+from cllm_jax.errors import ConfigError, DataError
 
 END, PAD = '<|end|>', '<|pad|>'
 
@@ -42,6 +44,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
     )
+
+
+def that_fit(source: Source, tokenizer: Any, room: int) -> Source:
+    """The rows whose prompts have at most `room` tokens; `dropped` counts the others alone.
+
+    Raises:
+      DataError: there is none.
+    """
+    rows = [source[i] for i in range(len(source))]
+    lengths = map(len, tokenizer([row.prompt for row in rows])['input_ids'])
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
+    if not kept:
+        raise DataError(
+            f'{source.name}: no prompt has at most {room} tokens, the positions of the model '
+            'without max_tokens; use fewer max_tokens'
+        )
+    longer = len(rows) - len(kept)
+    dropped = {f'prompt longer than {room} tokens': longer} if longer else {}
+    return dataclasses.replace(source, rows=kept, dropped=dropped)
 
 
 def encode_examples(

@@ -20,7 +20,7 @@ import grain
 import numpy as np
 from flax import struct
 
-from cllm_jax.errors import DataError, at_least, shares
+from cllm_jax.errors import at_least, shares
 
 LENGTH_STEP = 32
 ANSWER_STEP = 64
@@ -108,8 +108,6 @@ def samples_of_step(
     samples: Sequence[Sample], batch: int, seed: int, step: int
 ) -> list[tuple[int, Sample]]:
     """The samples of a step with their running numbers: similar lengths, a function of the step."""
-    if not samples:
-        raise DataError('no training sample is left; check the dataset, its filters and max_length')
     window, place = divmod(step, SORT_WINDOW)
     first = window * SORT_WINDOW * batch
     ids = _window(len(samples), SORT_WINDOW * batch, seed, window)

@@ -70,8 +70,9 @@ class TrainConfig:
     """Rows of the dataset (of ar, or of texts) to use; all of a file if not given."""
     max_length: int = 512
     """Longer samples are left out, and counted."""
-    task: str = 'sql+arithmetic'
-    """Held-out prompts come from this dataset."""
+    task: str = ''
+    """Held-out prompts come from this dataset: by default data of ar, else texts, else that of the
+    trajectories."""
     dtype: Literal['float32', 'bfloat16'] = 'float32'
     """Of weights, gradients and optimiser state. In bfloat16 an update below 1/512 of a weight is
     lost; at the rates at which large models are tuned most are: then keep float32 here."""
@@ -120,7 +121,8 @@ def quick(settings: TrainConfig) -> TrainConfig:
         batch=8,
         save_every=3,
         log_every=2,
-        new=dataclasses.replace(settings.new, dim=64, layers=2, mlp_dim=128),
+        optimizer=dataclasses.replace(settings.optimizer, accumulate=1),
+        new=dataclasses.replace(settings.new, dim=16 * settings.new.heads, layers=2, mlp_dim=128),
         held_out=dataclasses.replace(settings.held_out, every=3, prompts=4, max_tokens=48),
     )
 
@@ -131,6 +133,50 @@ def check_tokenizer(settings: TrainConfig) -> None:
         raise ConfigError(
             f'tokenizer {settings.tokenizer} with model {settings.model or "(default)"}, which has '
             'its own: only a new model takes that of another; leave it out, or set model: new'
+        )
+
+
+IGNORED = {
+    'ar': ('noise', 'cleaning', 'heads'),
+    'consistency': ('heads',),
+    'space': (),
+    'medusa': ('noise',),
+    'redrafter': ('noise',),
+    'eagle': ('noise',),
+}
+"""Groups of settings that an objective does not read."""
+STATE_LOSSES = {
+    'consistency': ('global_weight', 'local_weight', 'state_weight'),
+    'space': ('state_weight',),
+}
+"""Losses of states that an objective has; the others have none."""
+
+
+def check_ignored(settings: TrainConfig) -> None:
+    """Raises ConfigError for a setting that says something and would do nothing."""
+    objective, default = settings.objective, TrainConfig()
+    for name in IGNORED[objective]:
+        if getattr(settings, name) != getattr(default, name):
+            raise ConfigError(f'{name} with objective {objective}, which ignores it; leave it out')
+    for name in STATE_LOSSES['consistency']:
+        read = name in STATE_LOSSES.get(objective, ())
+        if not read and getattr(settings.loss, name) != getattr(default.loss, name):
+            raise ConfigError(
+                f'loss.{name} with objective {objective}, which ignores it; leave it out'
+            )
+    if settings.new != default.new and settings.model != 'new':
+        raise ConfigError(
+            f'new with model {settings.model or "(default)"}, which is not new; write model: new'
+        )
+
+
+def check_length(settings: TrainConfig) -> None:
+    """Raises ConfigError if samples may be longer than the model has positions."""
+    positions = architecture(settings).max_positions
+    if settings.max_length > positions:
+        raise ConfigError(
+            f'max_length {settings.max_length}: the model has {positions} positions; use at most '
+            'as many'
         )
 
 

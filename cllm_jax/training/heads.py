@@ -49,9 +49,9 @@ class HeadsConfig:
     own_table: bool = True
     """Medusa, ReDrafter: an output table of its own (of each head), instead of the model's."""
     joint: bool = False
-    """Medusa: train the model too (Medusa-2)."""
+    """Medusa, ReDrafter, EAGLE: train the model too (Medusa-2)."""
     joint_weight: float = 0.2
-    """Weight of the heads' loss beside the model's, if joint."""
+    """Weight of the drafter's loss beside the model's, if joint."""
 
     def __post_init__(self):
         at_least(self, nodes=2, ahead=1, beams=1, layers=0, joint_weight=0)

@@ -25,10 +25,11 @@ from cllm_jax.parallel.distributed import fetch, is_main
 from cllm_jax.parallel.rules import place_batch
 from cllm_jax.rundir import append_metrics, read_metrics, rewind_metrics, settle
 from cllm_jax.training.batches import Noise, Sample, make_batch
-from cllm_jax.training.checkpoint import open_checkpoints, restore, save
+from cllm_jax.training.checkpoint import Checkpoints, open_checkpoints, restore, save
 from cllm_jax.training.objective import Objective, Trained, keep
 from cllm_jax.training.step import (
     OptimizerConfig,
+    TrainState,
     make_optimizer,
     make_step,
     new_state,
@@ -41,14 +42,19 @@ COLLAPSE = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The test on held-out prompts during training; it chooses the checkpoint that is kept."""
+    """The test on held-out prompts during training; it chooses the checkpoint that is kept.
+
+    Objective ar keeps the one with the most right answers, and the last one where answers cannot be
+    checked.
+    """
 
     every: int = 500
     """Steps between two tests."""
     prompts: int = 64
     """Held-out prompts per test."""
     seed: int = 1000
-    """Which held-out prompts; not those of `evaluate`, whose seeds are small."""
+    """Which held-out prompts. Those of generated tasks are not those of `evaluate`, whose seeds are
+    small; of a file both choose from the same twentieth of its rows."""
     max_tokens: int = 128
     """Longest answer."""
     block: int = 16
@@ -102,10 +108,14 @@ def held_out_test(
     }
 
 
-def score(found: dict, first_quality: float, faster: bool, test: HeldOut) -> float:
-    """Which checkpoint is best: tokens/forward where quality holds, if they are what is wanted."""
+def score(found: dict, first_quality: float, faster: bool, judged: bool, test: HeldOut) -> float:
+    """Which checkpoint is best, the later one of equals.
+
+    That is by tokens/forward where quality holds, if they are what is wanted; else by quality if
+    answers are judged. Agreement with the model before would choose the one that learnt least.
+    """
     if not faster:
-        return found['quality']
+        return found['quality'] if judged else 0.0
     lost = max(first_quality - test.tolerance - found['quality'], 0.0)
     return found['tokens_per_forward'] * (1 - lost) ** 20
 
@@ -145,82 +155,115 @@ def train(
       NumericalError: too many updates in a row were not finite; no checkpoint is overwritten.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
-    log = directory / 'metrics.jsonl'
-    lost = DataError(
-        f'{directory}: was begun, but its checkpoints are damaged or gone; it is left as it is: '
-        'move or remove it to begin again'
-    )
+    run = _Run(directory, objective, source, plan, report, note)
     # Opening makes the directory: after that, one without checkpoints is that of an early kill.
-    if not (directory / 'checkpoints').is_dir() and any(m['step'] for m in read_metrics(log)):
-        raise lost
+    if not (directory / 'checkpoints').is_dir() and any(m['step'] for m in read_metrics(run.log)):
+        raise _lost(directory)
     for kept in ('model', 'drafter') if is_main() else ():
         settle(directory / kept)
     optimizer = make_optimizer(plan.optimizer, plan.steps)
     start = objective.params
     shardings = plan.mesh and state_places(optimizer, objective.axes, start, plan.mesh)
     state = new_state(optimizer, start, shardings)
-    test = partial(held_out_test, source=source, test=plan.held_out)
-    reference = test(objective.trained(start), reference=None)
-    progress = {'first_quality': reference['quality'], 'best': -1.0}
+    reference = held_out_test(objective.trained(start), source, plan.held_out, None)
+    step_fn = make_step(objective.loss, optimizer, plan.optimizer.accumulate, shardings)
     with (
         open_checkpoints(directory / 'checkpoints', note) as checkpoints,
         _stop_signals() as stopped,
     ):
-        if found := restore(checkpoints, state):
-            state, progress = found
-            if is_main():
-                rewind_metrics(log, int(state.step))
-        elif any(directory.glob('damaged-checkpoint-*')):
-            raise lost
-        else:
-            if is_main():
-                rewind_metrics(log, -1)
-            _record(log, report, 0, {k: v for k, v in reference.items() if k != 'tokens'})
-        step = int(state.step)
+        state, progress = _begin_or_restore(run, checkpoints, state, reference)
         if plan.steps == 0:  # the model as it is, in the form of a run
-            _test_and_keep(
-                directory, objective, state, test, reference, plan, progress, report, note
-            )
-        step_fn = make_step(objective.loss, optimizer, plan.optimizer.accumulate, shardings)
-        batch_of = partial(make_batch, samples, plan.batch, plan.seed, noise=plan.noise)
-        with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(batch_of, step)
-            begin, tokens = time.perf_counter(), 0
-            while step < plan.steps:
-                batch = following.result()
-                following = pool.submit(batch_of, step + 1)
-                placed = batch if plan.mesh is None else place_batch(batch, plan.mesh)
-                state, metrics = step_fn(state, placed, objective.frozen)
-                tokens += int((batch.segment_BT >= 0).sum())
-                step += 1
-                tested = step % plan.held_out.every == 0 or step == plan.steps
-                if step % plan.log_every == 0 or tested:
-                    numbers = {k: round(float(v), 6) for k, v in metrics.items()}
-                    _is_sound(directory, step, metrics, plan)
-                    seconds = time.perf_counter() - begin
-                    numbers['tokens_per_second'] = round(tokens / seconds)
-                    _record(log, report, step, numbers)
-                    begin, tokens = time.perf_counter(), 0
-                if tested:
-                    _test_and_keep(
-                        directory, objective, state, test, reference, plan, progress, report, note
-                    )
-                    begin, tokens = time.perf_counter(), 0
-                stop = stopped.at(step)
-                due = step % plan.save_every == 0 or step == plan.steps or stop
-                if sound := due and _is_sound(directory, step, metrics, plan):
-                    save(checkpoints, step, state, progress)
-                if stop:
-                    checkpoints.settle()
-                    done = 'saved' if sound else 'an update of NaN or Inf is not saved, stopped'
-                    raise Interrupted(f'{done} at step {step}; run the same command to continue')
-            following.cancel()
+            _test_and_keep(run, state, reference, progress)
+        _iterate(run, samples, step_fn, checkpoints, stopped, state, reference, progress)
 
 
-def _is_sound(directory: Path, step: int, metrics: dict, plan: RunPlan) -> bool:
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What stays the same from the first step to the last."""
+
+    directory: Path
+    objective: Objective
+    source: Source
+    plan: RunPlan
+    report: Callable[[dict], None]
+    note: Callable[[str], None]
+
+    @property
+    def log(self) -> Path:
+        return self.directory / 'metrics.jsonl'
+
+
+def _lost(directory: Path) -> DataError:
+    return DataError(
+        f'{directory}: was begun, but its checkpoints are damaged or gone; it is left as it is: '
+        'move or remove it to begin again'
+    )
+
+
+def _begin_or_restore(
+    run: _Run, checkpoints: Checkpoints, state: TrainState, reference: dict
+) -> tuple[TrainState, dict]:
+    """The state and the progress of the newest checkpoint, else those of a new run."""
+    if found := restore(checkpoints, state):
+        if is_main():
+            rewind_metrics(run.log, int(found[0].step))
+        return found
+    if any(run.directory.glob('damaged-checkpoint-*')):
+        raise _lost(run.directory)
+    if is_main():
+        rewind_metrics(run.log, -1)
+    _record(run, 0, {k: v for k, v in reference.items() if k != 'tokens'})
+    return state, {'first_quality': reference['quality'], 'best': -1.0}
+
+
+def _iterate(
+    run: _Run,
+    samples: Sequence[Sample],
+    step_fn: Callable,
+    checkpoints: Checkpoints,
+    stopped: '_stop_signals',
+    state: TrainState,
+    reference: dict,
+    progress: dict,
+) -> None:
+    """All steps that are left, each with what is due after it: a line, a test, a checkpoint."""
+    plan, step = run.plan, int(state.step)
+    batch_of = partial(make_batch, samples, plan.batch, plan.seed, noise=plan.noise)
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(batch_of, step)
+        begin, tokens = time.perf_counter(), 0
+        while step < plan.steps:
+            batch = following.result()
+            following = pool.submit(batch_of, step + 1)
+            placed = batch if plan.mesh is None else place_batch(batch, plan.mesh)
+            state, metrics = step_fn(state, placed, run.objective.frozen)
+            tokens += int((batch.segment_BT >= 0).sum())
+            step += 1
+            tested = step % plan.held_out.every == 0 or step == plan.steps
+            if step % plan.log_every == 0 or tested:
+                numbers = {k: round(float(v), 6) for k, v in metrics.items()}
+                _is_sound(run, step, metrics)
+                seconds = time.perf_counter() - begin
+                _record(run, step, numbers | {'tokens_per_second': round(tokens / seconds)})
+                begin, tokens = time.perf_counter(), 0
+            if tested:
+                _test_and_keep(run, state, reference, progress)
+                begin, tokens = time.perf_counter(), 0
+            stop = stopped.at(step)
+            due = step % plan.save_every == 0 or step == plan.steps or stop
+            if sound := due and _is_sound(run, step, metrics):
+                save(checkpoints, step, state, progress)
+            if stop:
+                checkpoints.settle()
+                done = 'saved' if sound else 'an update of NaN or Inf is not saved, stopped'
+                raise Interrupted(f'{done} at step {step}; run the same command to continue')
+        following.cancel()
+
+
+def _is_sound(run: _Run, step: int, metrics: dict) -> bool:
     """Whether the last update was finite; raises NumericalError after too many that were not."""
-    skipped = int(metrics['skipped'])
-    if skipped > plan.max_skipped:
+    skipped, directory = int(metrics['skipped']), run.directory
+    if skipped > run.plan.max_skipped:
         # The same settings end here again, and a run has one set of settings.
         start = f' and --model {directory}' if (directory / 'model').is_dir() else ''
         raise NumericalError(
@@ -230,28 +273,26 @@ def _is_sound(directory: Path, step: int, metrics: dict, plan: RunPlan) -> bool:
     return skipped == 0
 
 
-def _test_and_keep(
-    directory, objective, state, test, reference, plan, progress, report, note
-) -> None:
-    """Test on held-out prompts, and keep what was trained if it is the best so far."""
-    step = int(state.step)
-    trained = objective.trained(jax.tree.map(jnp.copy, state.params))
-    found = test(trained, reference=reference['tokens'])
-    found['score'] = score(found, progress['first_quality'], objective.faster, plan.held_out)
+def _test_and_keep(run: _Run, state: TrainState, reference: dict, progress: dict) -> None:
+    """Test on held-out prompts, and keep what was trained if none so far is better."""
+    step, test = int(state.step), run.plan.held_out
+    trained = run.objective.trained(jax.tree.map(jnp.copy, state.params))
+    found = held_out_test(trained, run.source, test, reference['tokens'])
+    judged = run.source.checkable and test.quality == 'check'
+    first_quality = progress['first_quality']
+    found['score'] = score(found, first_quality, run.objective.faster, judged, test)
     numbers = {k: round(float(v), 6) for k, v in found.items() if k != 'tokens'}
-    _record(
-        directory / 'metrics.jsonl', report, step, {f'held_out_{k}': v for k, v in numbers.items()}
-    )
+    _record(run, step, {f'held_out_{k}': v for k, v in numbers.items()})
     if warning := alarm(found, reference):
-        note(f'warning: step {step}: {warning}')
-    if found['score'] > progress['best']:
+        run.note(f'warning: step {step}: {warning}')
+    if found['score'] >= progress['best']:
         progress['best'] = found['score']
-        keep(directory, trained, fetch, is_main())
-    if plan.held_out.keep > 1:
+        keep(run.directory, trained, fetch, is_main())
+    if test.keep > 1:
         progress[f'score_{step}'] = found['score']
         scores = {int(k[6:]): v for k, v in progress.items() if k.startswith('score_')}
-        best = sorted(scores, key=lambda step: (-scores[step], step))
-        _keep_several(directory, trained, step, best[: plan.held_out.keep])
+        best = sorted(scores, key=lambda step: (-scores[step], -step))
+        _keep_several(run.directory, trained, step, best[: test.keep])
 
 
 def _keep_several(directory: Path, trained: Trained, step: int, best: Sequence[int]) -> None:
@@ -266,11 +307,11 @@ def _keep_several(directory: Path, trained: Trained, step: int, best: Sequence[i
             shutil.rmtree(old)
 
 
-def _record(log: Path, report: Callable[[dict], None], step: int, numbers: dict) -> None:
+def _record(run: _Run, step: int, numbers: dict) -> None:
     record = {'step': step, **numbers}
     if is_main():
-        append_metrics(log, record)
-    report(record)
+        append_metrics(run.log, record)
+    run.report(record)
 
 
 class _stop_signals:

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from cllm_jax.console import Console
 from cllm_jax.datasets.example import Example
-from cllm_jax.datasets.sources import open_source
+from cllm_jax.datasets.sources import Source, open_source
 from cllm_jax.datasets.tokens import encode_examples, train_tokenizer
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models.llama import Llama, init_params
 from cllm_jax.models.load import (
     DTYPES,
@@ -112,15 +112,41 @@ def read_examples(settings: TrainConfig, data: str, console: Console) -> list[Ex
 def text_samples(
     model: Model, examples: list[Example], console: Console, block: int = 0
 ) -> list[Sample]:
-    """Prompts with their reference answers, and no states of `block` tokens."""
+    """Prompts with their reference answers, where they have one; no states of `block` tokens."""
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
     with console.status('tokenising'):
         eos, bos = model.config.eos_ids[0], model.config.bos_id
         pairs = encode_examples(model.tokenizer, examples, eos, bos)
-    states = np.zeros((0, block), np.int32)
-    start = np.zeros(0, np.int32)
-    return [Sample(prompt, answer, states, start) for prompt, answer in pairs]
+    states, start = np.zeros((0, block), np.int32), np.zeros(0, np.int32)
+    # An end token alone is no answer: a model that learns it says nothing any more.
+    kept = [Sample(*pair, states, start) for pair in pairs if len(pair[1]) > 1]
+    if len(kept) < len(pairs):
+        console.note(f'{len(pairs) - len(kept)} rows without an answer left out')
+    return kept
+
+
+def held_out_rows(settings: TrainConfig) -> Source:
+    """The rows of the held-out tests.
+
+    Raises:
+      ConfigError: there is nothing to learn, either.
+    """
+    task, test = settings.task, settings.held_out
+    if settings.objective == 'ar' and not settings.data:
+        raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
+    if not task:
+        by_default = settings.data if settings.objective == 'ar' else settings.texts
+        task = by_default or read_manifest(Path(settings.data))['identity']['data']
+    return open_source(task, split='heldout', seed=test.seed, limit=test.prompts)
+
+
+def trained_on_too(samples: list[Sample], source: Source, model: Model) -> int:
+    """How many of the held-out prompts are prompts of samples as well."""
+    rows = [source[i] for i in range(len(source))]
+    pairs = encode_examples(model.tokenizer, rows, 0, model.config.bos_id)
+    known = {sample.prompt.tobytes() for sample in samples}
+    return sum(prompt.tobytes() in known for prompt, _ in pairs)
 
 
 def inputs_of(settings: TrainConfig, model: Model, samples: list[Sample]) -> dict[str, str]:
@@ -153,8 +179,6 @@ def prepare(
             examples = read_examples(settings, settings.texts, console)
             samples += text_samples(model, examples, console, block)
     else:
-        if not settings.data:
-            raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
         examples = read_examples(settings, settings.data, console)
         if settings.model == 'new':
             model = new_model(settings, examples, run)
@@ -166,4 +190,9 @@ def prepare(
         console.note(f'{len(samples) - len(begun)} samples without a prompt left out')
     kept = [s for s in begun if len(s) <= settings.max_length]
     console.note(f'{len(kept)} samples, {len(begun) - len(kept)} too long left out')
+    if not kept:
+        raise DataError(
+            'no training sample is left; check the data, max_length and cleaning, and remove '
+            f'{run} to begin with other settings'
+        )
     return model, kept

@@ -57,8 +57,13 @@ class OptimizerConfig:
     """Micro-batches per step; divides the batch."""
 
     def __post_init__(self):
-        at_least(self, learning_rate=0)
-        shares(self, 'warmup')
+        at_least(self, learning_rate=0, weight_decay=0)
+        shares(self, 'warmup', 'final')
+        for name in ('beta1', 'beta2'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f'{name} {getattr(self, name)}: must be from 0 to below 1')
+        if not self.clip > 0:
+            raise ConfigError(f'clip {self.clip}: must be above 0; 1e9 clips nothing')
 
 
 @struct.dataclass
@@ -76,6 +81,13 @@ def matrices(params: Any) -> Any:
     axes |= {name: MuonDimensionNumbers(0, 1) for name in ('gate', 'up', 'down')}
     axes['o'] = MuonDimensionNumbers((0, 1), 2)
     return jax.tree_util.tree_map_with_path(lambda path, _: axes.get(path[-1].key), params)
+
+
+def decayed(params: Any) -> Any:
+    """Which parameters decay: not the vectors, of which biases have heads as a second axis."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: p.ndim > 1 and not str(path[-1].key).endswith('bias'), params
+    )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -106,7 +118,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            mask=decayed,
         )
     return optax.apply_if_finite(
         optax.chain(optax.clip_by_global_norm(config.clip), rule),
