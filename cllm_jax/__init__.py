@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from cllm_jax.decoding.draft import Loaded
 from cllm_jax.decoding.generate import decode_all
@@ -22,8 +23,9 @@ from cllm_jax.drafters.draft_model import draft_model
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.lookahead import Lookahead
+from cllm_jax.drafters.named import own_drafter
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
-from cllm_jax.drafters.saved import read_drafter
+from cllm_jax.drafters.saved import KINDS, read_drafter
 from cllm_jax.errors import CllmError, ConfigError, DataError
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.llama import forward as _forward
@@ -55,7 +57,7 @@ __all__ = [
 
 def forward(model: Model, tokens_BT: jax.Array) -> jax.Array:
     """Plain causal forward: float32 logits `[B, T, V]` for int32 token ids `[B, T]`."""
-    return _forward(model.module, model.params, tokens_BT)
+    return _forward(model.module, model.params, jnp.asarray(tokens_BT))
 
 
 def decode(
@@ -109,13 +111,16 @@ def load_drafter(model: Model, directory: str, temperature: float = 0.0) -> Load
     """A drafter that was trained for `model` (Medusa, ReDrafter, EAGLE, SPACE), with its weights.
 
     Args:
-      directory: where `train` wrote it: a run directory or the `drafter` directory in it.
+      directory: where `train` wrote it: a run directory or the `drafter` directory in it; or the
+        method, such as 'medusa', of one that lies in or beside the model's own directory.
       temperature: at which it will decode: more is accepted if drafts follow the same noise.
 
     Raises:
-      ConfigError, DataError: there is none, it belongs to another model, or it is damaged.
+      ConfigError, DataError: there is none, it is damaged, or it does not fit the model: another
+        tokenizer or size. One of another model that fits is useless and does no harm.
     """
-    return read_drafter(Path(directory), model, Sampling(temperature))
+    path = own_drafter(model, directory) if directory in KINDS else Path(directory)
+    return read_drafter(path, model, Sampling(temperature))
 
 
 def _stops(stop: Sequence[str]) -> Sequence[str]:

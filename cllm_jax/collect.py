@@ -30,7 +30,7 @@ from cllm_jax.models.load import (
 )
 from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
 from cllm_jax.parallel.mesh import MeshConfig, make_mesh
-from cllm_jax.rundir import claim_inputs, open_run
+from cllm_jax.rundir import claim, open_run
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.trajectories.collect import CollectPlan, collect
 
@@ -131,7 +131,7 @@ def run() -> None:
     }
     console.dropped(source)
     with open_run(directory, identity), console.progress('collect', len(source)) as bar:
-        claim_inputs(directory, {'prompts': rows_fingerprint(source)})
+        claim(directory, identity, {'prompts': rows_fingerprint(source)})
         begin, done = time.perf_counter(), 0
 
         def advance(prompts: int, tokens: int) -> None:

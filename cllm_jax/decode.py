@@ -55,8 +55,9 @@ class DecodeConfig:
     input: str = ''
     """JSONL file (.gz too) with a prompt per line, instead of prompts."""
     output: str = ''
-    """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds.
-    It has all of them or is not written."""
+    """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds
+    (from the beginning of its batch to its end, compilation included). It has all of them or is
+    not written."""
     drafter: str = 'jacobi'
     """jacobi; ar: one token per forward; lookup: prompt lookup; lookahead, beside Jacobi;
     model:DIR: a smaller model drafts; or a trained one, medusa, redrafter, eagle, space: NAME:DIR,
@@ -142,6 +143,29 @@ def rows_of(prompts: list[str], result: DecodeResult) -> Iterator[dict]:
     return (dict(zip(names, row, strict=True)) for row in columns)
 
 
+def decode_many(
+    console: Console,
+    name: str,
+    model: Model,
+    request: Request,
+    prompts: list[str],
+    weights: Any = (),
+) -> DecodeResult:
+    """Decode all prompts, and show how far that is if they are more than a demonstration has."""
+    if len(prompts) <= DEMO_PROMPTS:
+        return decode_all(model, request, prompts, weights)
+    before = 0
+    with console.progress(name, len(prompts)) as bar:
+
+        def advance(done: int) -> None:
+            nonlocal before
+            if done > before:
+                bar(done - before)
+            before = done
+
+        return decode_all(model, request, prompts, weights, advance)
+
+
 def compare(
     console: Console,
     name: str,
@@ -155,18 +179,17 @@ def compare(
     """Autoregressive decoding beside the result: identity, tokens/forward, speed-up."""
     exact = dataclasses.replace(request.sampling, typical=0.0)
     ar = dataclasses.replace(request, drafter=AutoRegressive(), sampling=exact)
+    plain, timed = decode_many(console, 'AR', model, ar, prompts), prompts[:DEMO_PROMPTS]
     with console.status(f'AR and {name}, timed in turn'):
-        plain = decode_all(model, ar, prompts)
         ways = ar_ways('AR', model, ar, mesh)
-        speed = tokens_per_second(
-            ways | {name: Way(model, request, weights)}, prompts[:DEMO_PROMPTS]
-        )
+        speed = tokens_per_second(ways | {name: Way(model, request, weights)}, timed)
     base = max(speed[way] for way in ways)
     forward = tokens_per_forward(result)
     rows = [[way, 1.0, speed[way], speed[way] / base] for way in ways]
     rows.append([name, forward, speed[name], speed[name] / base])
     columns = ['', 'tokens/forward', 'tokens/s', 'speed-up']
-    console.out.print(table('', columns, rows))
+    which = f'the first {len(timed)} prompts' if len(timed) < len(prompts) else 'these prompts'
+    console.out.print(table(f'tokens/s: {which}, one at a time', columns, rows))
     same = share_identical(result, plain)
     verdict = 'IDENTICAL' if same == 1 else 'DIFFERENT'
     if request.sampling.typical:
@@ -250,7 +273,7 @@ def run() -> None:
             print(piece, end='', flush=True)
         print()
         return
-    result = decode_all(model, request, prompts, loaded.weights)
+    result = decode_many(console, TITLES[named.name], model, request, prompts, loaded.weights)
     if settings.output:
         _write(Path(settings.output), rows_of(prompts, result))
         console.note(f'{settings.output}: {len(prompts)} answers')

@@ -40,7 +40,7 @@ def at_least(config: Any, **least: float) -> None:
     """
     for name, bound in least.items():
         value = getattr(config, name)
-        if value == ():
+        if isinstance(value, tuple) and not value:
             raise ConfigError(f'{name}: no value is given; give one or more')
         values = value if isinstance(value, tuple) else (value,)
         if low := [v for v in values if v is not None and v < bound]:

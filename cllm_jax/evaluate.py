@@ -209,7 +209,7 @@ def report(console: Console, found: dict[str, Any]) -> None:
         [f'CLLM, {name}', quality['cllm'], forward['cllm'], speed['jacobi'], found['speedup']],
     ]
     columns = ['', 'quality', 'tokens/forward', 'tokens/s', 'speed-up']
-    title = f'{found["task"]}: {found["n"]} held-out prompts, n = {found["block"]}, batch 1'
+    title = f'{found["task"]}: {found["n"]} prompts, n = {found["block"]}, batch 1'
     console.out.print(table(title, columns, rows))
     console.result(f'CLLM: {found["models"]["cllm"]}; target: {found["models"]["target"]}')
     console.result(

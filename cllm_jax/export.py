@@ -86,12 +86,11 @@ def card(name: str, run: Path, dtype: str, parameters: int) -> str:
         if k.startswith('held_out_')
     )
     return f"""---
-license: apache-2.0
 library_name: cllm_jax
 ---
 # {name}
 
-A LLaMA of {parameters / 1e6:.2f}M parameters ({dtype}), trained by `cllm_jax` with the command
+A model of {parameters / 1e6:.2f}M parameters ({dtype}), trained by `cllm_jax` with the command
 `python -m cllm_jax.train --config RECIPE --stage {run.name}` and exported by
 `python -m cllm_jax.export`. The weights are those of step {best['step']}, chosen by the held-out
 test during training:

@@ -76,14 +76,16 @@ def settle(directory: Path) -> None:
 
 
 @contextmanager
-def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
+def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """Own a run directory for the duration of a `with` block; of several processes the first does.
+
+    The settings are noted by `claim`, when there is something to be done with them.
 
     Raises:
       ConfigError: another process works in it, or it was begun with other settings.
     """
     if not is_main():
-        yield directory
+        yield
         return
     directory.mkdir(parents=True, exist_ok=True)
     lock = open(directory / 'lock', 'a+')  # noqa: SIM115 (held open on purpose)
@@ -99,27 +101,32 @@ def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(f'process {os.getpid()} on {os.uname().nodename}')
         lock.flush()
-        _claim(directory / 'settings.json', dict(settings), 'use the old settings')
-        yield directory
+        _check(directory / 'settings.json', settings, 'use the old settings')
+        yield
     finally:
         lock.close()
 
 
-def claim_inputs(directory: Path, inputs: Mapping[str, Any]) -> None:
-    """Note what a run reads, by name and by content, as `open_run` notes its settings.
+def claim(directory: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Note the settings of a run, and what it reads, by name and by content.
 
-    A run that was begun without (by an older version) notes it when it goes on.
+    A run that was begun without inputs (by an older version) notes them when it goes on.
 
     Raises:
       ConfigError: something is not what the run was begun with.
     """
-    if is_main():
-        _claim(directory / 'inputs.json', dict(inputs), 'put back what was there')
+    if not is_main():
+        return
+    _check(directory / 'inputs.json', inputs, 'put back what was there')
+    for name, noted in (('settings', settings), ('inputs', inputs)):
+        path = directory / f'{name}.json'
+        if not path.exists():
+            write_atomic(path, (json.dumps(dict(noted), indent=2) + '\n').encode())
 
 
-def _claim(path: Path, settings: dict[str, Any], remedy: str) -> None:
+def _check(path: Path, settings: Mapping[str, Any], remedy: str) -> None:
+    """Raise ConfigError if a file notes something else; what is not there yet does not."""
     if not path.exists():
-        write_atomic(path, (json.dumps(settings, indent=2) + '\n').encode())
         return
     try:
         begun = json.loads(path.read_text('utf-8'))
@@ -128,7 +135,7 @@ def _claim(path: Path, settings: dict[str, Any], remedy: str) -> None:
     except ValueError:
         raise DataError(f'{path}: not a JSON object; remove {path.parent} to start over') from None
     begun.pop('root', None)  # runs noted where they were once; they may be moved
-    changed = [k for k in settings | begun if settings.get(k) != begun.get(k)]
+    changed = [k for k in [*settings, *begun] if settings.get(k) != begun.get(k)]
     if changed:
         key = changed[0]
         raise ConfigError(

@@ -8,9 +8,12 @@ the defaults, then stage 'target' of the recipe, then what the command line says
 import dataclasses
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -54,7 +57,7 @@ def parse(
     program: str,
     description: str,
     stage: str,
-    stages: Sequence[str] = (),
+    stages: Collection[str] | Mapping[str, Mapping[str, Any]] = (),
     meshed: bool = False,
     argv: Sequence[str] | None = None,
 ) -> tuple[C, Flags]:
@@ -63,20 +66,22 @@ def parse(
     A setting `root`, where a recipe's runs are, is by default runs/NAME of the recipe's file.
 
     `program` and `description` head --help, `stage` is what runs when --stage is not given and
-    `stages` are those the command can run; one that is `meshed` can also plan for other devices
-    than those here. `argv` defaults to the arguments of the process.
+    `stages` are those the command can run, or maps each to defaults of its own; one that is
+    `meshed` can also plan for other devices than those here. `argv` defaults to the arguments of
+    the process.
     Raises ConfigError for a bad recipe or value; a malformed command line exits with code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    own = stages if isinstance(stages, Mapping) else {}
     stages = tuple(stages) or (stage,)
     chosen = _last_value(argv, '--stage') or stage
     if chosen not in stages:
-        raise ConfigError(f'--stage {chosen!r}: {program} {no_such("stage", chosen, stages)}')
-    recipe_path = _last_value(argv, '--config')
+        raise ConfigError(f'--stage: {program} has {no_such("stage", chosen, stages)}')
+    recipe_path, defaults = _last_value(argv, '--config'), own.get(chosen, {})
     if recipe_path is None:
-        base = config_class()
+        base = config_class(**defaults)
     else:
-        base = _from_recipe(config_class, recipe_path, chosen)
+        base = _from_recipe(config_class, recipe_path, chosen, defaults)
 
     def option(annotation: Any, help_text: str, metavar: str | None = None) -> Any:
         return Annotated[annotation, tyro.conf.arg(help=help_text, metavar=metavar)]
@@ -128,6 +133,8 @@ def guard(main: Callable[[], None], stop_together: bool = False) -> None:
     The traceback is shown only if --debug is among the arguments of the process.
     `stop_together`: see `initialize`.
     """
+    usual = sys.unraisablehook
+    sys.unraisablehook = partial(_interrupt_again, usual)
     try:
         initialize(stop_together)
         main()
@@ -144,6 +151,17 @@ def guard(main: Callable[[], None], stop_together: bool = False) -> None:
         code, message = _verdict(error)
         print(message, file=sys.stderr)
         sys.exit(code)
+    finally:
+        sys.unraisablehook = usual
+
+
+def _interrupt_again(usual: Callable[[Any], Any], ignored: Any) -> None:
+    """Ctrl-C in a callback of the garbage collector, JAX has one, where Python ignores it."""
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+        main = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+    else:
+        usual(ignored)
 
 
 def _verdict(error: Exception) -> tuple[int, str]:
@@ -195,14 +213,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _from_recipe(config_class: type[C], path: str, stage: str) -> C:
+def _from_recipe(config_class: type[C], path: str, stage: str, defaults: Mapping[str, Any]) -> C:
     recipe = read_recipe(path)
     if stage not in recipe:
         raise ConfigError(
             f"{path}: no stage '{stage}' (it has {', '.join(recipe) or 'none'}); "
             f"add '{stage}: {{}}' to run it with the defaults"
         )
-    settings = recipe[stage]
+    settings = {**defaults, **recipe[stage]}
     if 'root' in {field.name for field in dataclasses.fields(config_class)}:
         settings = {'root': f'runs/{Path(path).stem}'} | settings
     return from_mapping(config_class, settings, f'{path}: {stage}')

@@ -26,11 +26,11 @@ from cllm_jax.models.hf import abstract_params
 from cllm_jax.models.load import DTYPES, Model
 from cllm_jax.parallel.mesh import make_mesh, pretend
 from cllm_jax.parallel.rules import check_batch
-from cllm_jax.rundir import claim_inputs, open_run
+from cllm_jax.rundir import claim, open_run
 from cllm_jax.settings import guard, parse, to_json
 from cllm_jax.training.batches import Noise, Sample, make_batch
 from cllm_jax.training.config import (
-    STAGES,
+    OBJECTIVES,
     TrainConfig,
     architecture,
     check_ignored,
@@ -175,7 +175,7 @@ def run() -> None:
         program='python -m cllm_jax.train',
         description=__doc__,
         stage='cllm',
-        stages=STAGES,
+        stages={name: {'objective': objective} for name, objective in OBJECTIVES.items()},
         meshed=True,
     )
     if (flags.devices or flags.compile) and not flags.plan:
@@ -214,7 +214,7 @@ def run() -> None:
                 'the tests say little of others; name another file for task'
             )
         inputs = inputs_of(settings, model, samples)
-        claim_inputs(directory, inputs | {'held_out': rows_fingerprint(held_out)})
+        claim(directory, claimed, inputs | {'held_out': rows_fingerprint(held_out)})
         console.note(
             f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '
             f'of {settings.batch} on {jax.device_count()} {jax.default_backend()} device(s)'

@@ -79,7 +79,9 @@ step() {
         {
             printf 'stopped (exit code %d):' "$code"
             printf ' %q' "${command[@]}"
-            printf '\nrun the same line again to continue: bash%s\n' "$line"
+            local what='run the same line again to continue'
+            ((code < 2 || code > 4)) || what='when that is put right, run the same line again'
+            printf '\n%s: bash%s\n' "$what" "$line"
         } >&2
         exit "$code"
     fi

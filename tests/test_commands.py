@@ -21,10 +21,10 @@ from cllm_jax.evaluation.cost import weight_bytes
 from cllm_jax.models.hf import write_model
 from cllm_jax.models.load import SHIPPED
 from cllm_jax.recipe import read_recipe
-from cllm_jax.rundir import claim_inputs, write_atomic
+from cllm_jax.rundir import claim, write_atomic
 from cllm_jax.settings import guard
 from cllm_jax.training.config import (
-    STAGES,
+    OBJECTIVES,
     TrainConfig,
     architecture,
     check_ignored,
@@ -34,6 +34,7 @@ from cllm_jax.training.config import (
 )
 from cllm_jax.training.samples import held_out_rows, inputs_of
 from cllm_jax.training.step import check_accumulation
+from cllm_jax.trajectories.clean import Cleaning
 from cllm_jax.trajectories.store import open_manifest
 from tests.tiny import byte_tokenizer, model_directory, random_model, text_config
 
@@ -64,8 +65,7 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
     fast = ('--optimizer.kind', 'adamw')  # to compile
     call(monkeypatch, train, *common, *fast, '--stage', 'target')
     call(monkeypatch, collect, *common)
-    keep = ('--cleaning.no-truncated', '--cleaning.no-repetitive')
-    call(monkeypatch, train, *common, *fast, *keep)
+    call(monkeypatch, train, *common, *fast)
     call(monkeypatch, export, *common)
     call(monkeypatch, evaluate, *common, '--task', 'sql', '--json', tmp_path / 'result.json')
     assert not (tmp_path / 'evaluate.json').exists()  # --quick is no result of the run
@@ -112,7 +112,7 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
     from cllm_jax.export import ExportConfig
     from cllm_jax.settings import parse
 
-    classes = dict.fromkeys(STAGES, TrainConfig)
+    classes = dict.fromkeys(OBJECTIVES, TrainConfig)
     classes |= dict.fromkeys(('collect', 'recollect'), CollectConfig)
     classes |= {'export': ExportConfig, 'evaluate': EvaluateConfig}
     stages = read_recipe(CONFIGS / config)
@@ -127,6 +127,8 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
             assert found.dtype == 'float32', 'small updates would be lost'
             check_ignored(found)
             tiny = check_losses(quick(found))
+            assert tiny.cleaning == Cleaning(repetitive=False, truncated=False)
+            assert found.objective == OBJECTIVES[stage]
             check_accumulation(tiny.batch, tiny.optimizer.accumulate)
             assert found.model != 'new' or architecture(tiny).dim < architecture(found).dim
 
@@ -228,9 +230,14 @@ def test_a_resumed_run_has_the_data_and_the_tokenizer_that_it_began_with(tmp_pat
         '--new.dim', 8, '--new.layers', 1, '--new.mlp-dim', 8, '--held-out.prompts', 1,
         '--held-out.max-tokens', 2, '--held-out.block', 2,
     ]  # fmt: skip
+    write_rows(data, 'none of these')
+    with pytest.raises(DataError, match='no training sample is left'):
+        call(monkeypatch, train, *arguments, '--max-length', 1)
+    claimed_nothing = (run / 'tokenizer/tokenizer.json').read_bytes()
     write_rows(data, 'question')
     call(monkeypatch, train, *arguments)
     tokenizer = (run / 'tokenizer/tokenizer.json').read_bytes()
+    assert tokenizer != claimed_nothing
     assert (run / 'model/tokenizer.json').read_bytes() == tokenizer
     write_rows(data, 'another')
     with pytest.raises(ConfigError, match=r'begun with samples = .* sha256 .*put back'):
@@ -249,20 +256,20 @@ def test_a_resumed_run_has_the_model_that_it_began_with(tmp_path, sums):
     place, settings = tmp_path / 'target', TrainConfig(objective='ar', root=str(tmp_path))
     settings = dataclasses.replace(settings, model=f'{tmp_path}/target')
 
-    def claim(seed: int, layers: int) -> None:
+    def begin(seed: int, layers: int) -> None:
         model = random_model(seed, dataclasses.replace(config, layers=layers), tokenizer)
         write_model(place, model.config, model.params, tokenizer, sums=sums)
-        claim_inputs(tmp_path, inputs_of(settings, model, []))
+        claim(tmp_path, {}, inputs_of(settings, model, []))
 
-    claim(0, 1)
-    claim(0, 1)
+    begin(0, 1)
+    begin(0, 1)
     for seed, layers in ((1, 1), (0, 2)):
         if sums or layers == 2:
             with pytest.raises(ConfigError, match='begun with model_files'):
-                claim(seed, layers)
+                begin(seed, layers)
     settings = dataclasses.replace(settings, model='embedded-target')
     with pytest.raises(ConfigError, match="begun with model = 'ROOT/target', now 'embedded-target"):
-        claim(0, 1)
+        begin(0, 1)
 
 
 def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypatch):
@@ -336,6 +343,7 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
         (train, ['--objective', 'ar', '--loss.ar-weight', '0', '--root', 'ROOT'], 2, 'no other'),
         (train, ['--tokenizer', 'embedded', '--root', 'ROOT'], 2, 'set model: new'),
         (train, ['--optimizer.accumulate', '3', '--root', 'ROOT'], 2, 'accumulate 3'),
+        (train, ['--stage', 'medusa', '--noise.decay', '3'], 2, 'noise with objective medusa'),
         (train, ['--objective', 'ar', '--noise.fresh', '0.5'], 2, 'noise with objective ar, which'),
         (train, ['--objective', 'ar', '--cleaning.wrong'], 2, 'cleaning with objective ar, which'),
         (train, ['--objective', 'eagle', '--noise.decay', '3'], 2, 'noise with objective eagle'),

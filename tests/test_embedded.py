@@ -1,6 +1,9 @@
 """The models that ship with the package are there, small, and decode exactly."""
 
+import re
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import cllm_jax as cllm
@@ -56,3 +59,35 @@ def test_streamed_text_is_the_decoded_text(model):
     pieces = list(cllm.stream(model, prompt, cllm.Jacobi(block=3), max_tokens=24))
     assert ''.join(pieces) == cllm.decode(model, [prompt], max_tokens=24).texts[0]
     assert len(pieces) > 1
+
+
+def test_numbers_and_ids_may_be_numpys_or_jaxs(model):
+    ids = model.tokenizer('Question: 1')['input_ids']
+    wanted = cllm.decode(model, [ids], cllm.Jacobi(4), max_tokens=4, batch=2).tokens
+    for kind in (np.asarray, jnp.asarray):
+        drafter = cllm.Jacobi(np.int64(4))
+        whole = {'max_tokens': np.int64(4), 'batch': np.int32(2), 'seed': np.int64(0)}
+        options = {'top_k': np.int64(0), 'temperature': np.float32(0), **whole}
+        assert cllm.decode(model, [kind(ids)], drafter, **options).tokens == wanted
+    for bad, words in (
+        ([None], 'prompts[0]: prompt None'),
+        (['a', [0.5]], 'prompts[1]: token ids [0.5]'),
+        (['a', ''], 'prompts[1]: empty prompt'),
+    ):
+        with pytest.raises(cllm.ConfigError, match=re.escape(words)):
+            cllm.decode(model, bad)
+    with pytest.raises(cllm.ConfigError, match='must be a number'):
+        cllm.decode(model, ['a'], temperature='0.8')
+
+
+def test_a_model_is_shown_in_a_line(model):
+    assert len(repr(model)) < 500 and 'embedded' in repr(model)
+
+
+def test_a_shipped_drafter_opens_by_its_name():
+    target = cllm.load('embedded-target')
+    named, found = (
+        cllm.load_drafter(target, 'medusa'),
+        cllm.load_drafter(target, SHIPPED / 'medusa'),
+    )
+    assert named.drafter == found.drafter

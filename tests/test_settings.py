@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -237,7 +238,10 @@ def test_a_bad_command_line_exits_with_2_and_names_the_option(capsys, line, said
 @pytest.mark.parametrize(
     ('line', 'said'),
     [
-        ('--stage clm', "'clm': python -m cllm_jax.train no stage 'clm'; did you mean 'cllm'?"),
+        (
+            '--stage clm',
+            "--stage: python -m cllm_jax.train has no stage 'clm'; did you mean 'cllm'?",
+        ),
         ('--stage collect', 'there are target, cllm'),
         ('--optimizer.learning-rate nan', 'learning_rate is nan; a setting must be a finite'),
         ('--optimizer.learning-rate -1', 'learning_rate is -1.0; it must not be negative'),
@@ -367,6 +371,24 @@ def test_guard_returns_after_success_and_leaves_usage_errors_alone():
     with pytest.raises(SystemExit) as caught:
         guard(raises(SystemExit(2)))
     assert caught.value.code == 2
+
+
+def test_an_interrupt_that_a_callback_swallows_comes_again(capsys, monkeypatch):
+    class Collected:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def main():
+        Collected()
+        for _ in range(500):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(sys, 'argv', ['prog'])
+    hook = sys.unraisablehook
+    with pytest.raises(SystemExit) as caught:
+        guard(main)
+    assert caught.value.code == 130 and sys.unraisablehook is hook
+    assert capsys.readouterr().err == ''
 
 
 CLOSED_PIPE = """

@@ -20,7 +20,7 @@ from cllm_jax.models.attention import NEVER, attend
 from cllm_jax.models.linear import linear
 from cllm_jax.models.llama import Llama, forward, init_params
 from cllm_jax.models.load import Model, load
-from cllm_jax.rundir import open_run, read_metrics, rewind_metrics
+from cllm_jax.rundir import claim, open_run, read_metrics, rewind_metrics
 from cllm_jax.sums import SUMS
 from cllm_jax.training import run as training_run
 from cllm_jax.training.batches import Noise, Sample, make_batch, samples_of_step
@@ -540,8 +540,11 @@ def test_a_run_directory_has_one_owner_and_one_set_of_settings(tmp_path):
         open_run(tmp_path, {'a': 1}),
     ):
         pass
+    for a in (2, 1):  # what ended before it began claims nothing
+        with open_run(tmp_path, {'a': a}):
+            pass
     with open_run(tmp_path, {'a': 1}):
-        pass
+        claim(tmp_path, {'a': 1}, {})
     with pytest.raises(ConfigError, match='begun with a = 1, now 2'), open_run(tmp_path, {'a': 2}):
         pass
     assert json.loads((tmp_path / 'settings.json').read_text()) == {'a': 1}

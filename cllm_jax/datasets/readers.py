@@ -37,6 +37,8 @@ _MODEL = ('gpt', 'chatgpt', 'assistant', 'bing', 'bard')
 def read_jsonl(path: str | Path) -> list[Example]:
     """Rows `{"prompt": str, "answer": str, "id": str}`; answer (then '') and id are optional.
 
+    An id may be a whole number too.
+
     Prompt and answer are used as they stand. Ids must differ, since results are kept by id.
     """
     examples: list[Example] = []
@@ -44,7 +46,10 @@ def read_jsonl(path: str | Path) -> list[Example]:
     for where, number, row in rows(path):
         prompt = text_field(row, 'prompt', where)
         answer = text_field(row, 'answer', where) if 'answer' in row else ''
-        name = text_field(row, 'id', where) if 'id' in row else f'jsonl-{number}'
+        name = f'jsonl-{number}'
+        if 'id' in row:
+            number_id = type(row['id']) is int
+            name = str(row['id']) if number_id else text_field(row, 'id', where)
         if name in line_of:
             first = line_of[name]
             raise DataError(

@@ -1,6 +1,7 @@
 """What is asked for: prompts as token ids, how they are decoded, and the shapes that gives."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +80,13 @@ def encode_each(
     """
     if isinstance(prompts, str):
         raise ConfigError(f'{name} {prompts[:40]!r}: must be a list of texts; write [{name}]')
-    return [encode(model, prompt) for prompt in prompts]
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        try:
+            encoded.append(encode(model, prompt))
+        except ConfigError as e:
+            raise ConfigError(f'{name}[{i}]: {e}') from None
+    return encoded
 
 
 def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
@@ -89,13 +96,15 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
       ConfigError: text without a tokenizer or that is no Unicode, no token at all, or an id that is
         no whole number of the vocabulary.
     """
-    if isinstance(prompt, int):
-        raise ConfigError(f'prompt {prompt}: must be a text or a list of token ids')
     if not isinstance(prompt, str):
-        ids = list(prompt)
-        if bad := [i for i in ids if not isinstance(i, int | np.integer)]:
-            raise ConfigError(f'token id {bad[0]!r}: must be a whole number')
-        ids = [int(i) for i in ids]
+        try:
+            ids = list(prompt)
+        except TypeError:
+            raise ConfigError(f'prompt {prompt!r}: must be a text or a list of token ids') from None
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise ConfigError(f'token ids {ids[:4]!r}: must be whole numbers') from None
     elif model.tokenizer is None:
         raise ConfigError(f'{model.source} has no tokenizer; pass lists of token ids')
     else:

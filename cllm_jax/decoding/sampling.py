@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cllm_jax.errors import ConfigError
 
@@ -31,11 +32,14 @@ class Sampling:
     """LOSSY: also accept drafted tokens that are likely enough, with this epsilon; 0 is exact."""
 
     def __post_init__(self):
+        for name in ('temperature', 'top_p', 'typical'):
+            if not isinstance(value := getattr(self, name), int | float | np.number):
+                raise ConfigError(f'{name} {value!r}: must be a number')
         if self.temperature != 0 and not COLDEST <= self.temperature < float('inf'):
             raise ConfigError(
                 f'temperature {self.temperature}: must be 0 (greedy) or at least {COLDEST}'
             )
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if not isinstance(self.top_k, int | np.integer) or self.top_k < 0:
             raise ConfigError(f'top_k {self.top_k}: must be 0 (off) or the number of tokens kept')
         if not 0 < self.top_p <= 1:
             raise ConfigError(f'top_p {self.top_p}: must be in (0, 1]; 1 keeps every token')

@@ -59,7 +59,7 @@ class Jacobi:
     lookup: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.block, int) or not 1 <= self.block <= MAX_BLOCK:
+        if not isinstance(self.block, int | np.integer) or not 1 <= self.block <= MAX_BLOCK:
             raise ConfigError(f'block {self.block}: must be 1 (autoregressive) to {MAX_BLOCK}')
         if self.mode not in ('sliding', 'block'):
             raise ConfigError(f"mode {self.mode!r}: must be 'sliding' or 'block'")

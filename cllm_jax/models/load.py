@@ -37,8 +37,8 @@ class Model:
     """A model ready to run: its config, its weights as a plain pytree, and its tokenizer."""
 
     config: LlamaConfig
-    params: Any
-    tokenizer: Any
+    params: Any = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(repr=False)
     """A `transformers` tokenizer, or None if the directory has none."""
     source: str
     """What the user called it."""

@@ -13,9 +13,18 @@ from cllm_jax.training.run import HeldOut
 from cllm_jax.training.step import LossWeights, OptimizerConfig
 from cllm_jax.trajectories.clean import Cleaning
 
-STAGES = (
-    'target', 'cllm', 'refine', 'draft', 'medusa', 'medusa2', 'redrafter', 'eagle', 'space',
-)  # fmt: skip
+OBJECTIVES = {
+    'target': 'ar',
+    'cllm': 'consistency',
+    'refine': 'consistency',
+    'draft': 'ar',
+    'medusa': 'medusa',
+    'medusa2': 'medusa',
+    'redrafter': 'redrafter',
+    'eagle': 'eagle',
+    'space': 'space',
+}
+"""What a stage trains if its recipe does not say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +58,7 @@ class TrainConfig:
     """Directory of the recipe's runs, runs/NAME of its file; this run is ROOT/STAGE."""
     objective: Literal['ar', 'consistency', 'medusa', 'redrafter', 'eagle', 'space'] = 'consistency'
     """Learn texts; or learn to jump from any Jacobi state to its fixed point; or train a drafter
-    of that kind on the answers of a model."""
+    of that kind on the answers of a model. By default that of the stage."""
     model: str = ''
     """Model to start from or to draft for; 'new' for random weights. Default of objective ar is
     embedded-target, of others ROOT/target, of stage refine ROOT/cllm; for the embedded recipe,
@@ -122,6 +131,8 @@ def quick(settings: TrainConfig) -> TrainConfig:
         save_every=3,
         log_every=2,
         optimizer=dataclasses.replace(settings.optimizer, accumulate=1),
+        # After six steps no answer is right, and few end.
+        cleaning=Cleaning(repetitive=False, truncated=False),
         new=dataclasses.replace(settings.new, dim=16 * settings.new.heads, layers=2, mlp_dim=128),
         held_out=dataclasses.replace(settings.held_out, every=3, prompts=4, max_tokens=48),
     )

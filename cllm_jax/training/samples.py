@@ -57,7 +57,8 @@ def new_model(settings: TrainConfig, examples: list[Example], run: Path) -> Mode
 def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> Any:
     """Trained on the examples when a run begins, and kept in `run/tokenizer` for its resumption."""
     places = [run / 'tokenizer', run / 'model']  # the latter in runs of older versions
-    if is_main() and not any(place.is_dir() for place in places):
+    begun = (run / 'settings.json').exists() and any(place.is_dir() for place in places)
+    if is_main() and not begun:
         # A random choice: a regular one could miss a task of a mixture altogether.
         rows = min(len(examples), TOKENIZER_ROWS)
         chosen = random.Random(settings.seed).sample(examples, rows)
@@ -192,7 +193,6 @@ def prepare(
     console.note(f'{len(kept)} samples, {len(begun) - len(kept)} too long left out')
     if not kept:
         raise DataError(
-            'no training sample is left; check the data, max_length and cleaning, and remove '
-            f'{run} to begin with other settings'
+            'no training sample is left; check the data and their answers, max_length and cleaning'
         )
     return model, kept
