@@ -128,6 +128,8 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
             check_ignored(found)
             tiny = check_losses(quick(found))
             assert tiny.cleaning == Cleaning(repetitive=False, truncated=False)
+            taken = quick(dataclasses.replace(found, steps=0))  # the model as it is
+            assert taken.steps == 0 and tiny.steps == min(found.steps, 6)
             assert found.objective == OBJECTIVES[stage]
             check_accumulation(tiny.batch, tiny.optimizer.accumulate)
             assert found.model != 'new' or architecture(tiny).dim < architecture(found).dim

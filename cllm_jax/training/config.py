@@ -126,7 +126,7 @@ def quick(settings: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         settings,
         examples=400,
-        steps=6,
+        steps=min(settings.steps, 6),
         batch=8,
         save_every=3,
         log_every=2,
