@@ -59,9 +59,9 @@ def compiled(model) -> list[str]:
     lengths, keys = np.ones(rows, np.int32), jax.random.split(jax.random.key(0), rows)
     prompts = np.ones((rows, 16), np.int32)
     texts = []
-    for drafter in (Jacobi(8), AutoRegressive()):
+    for drafter, weights in ((Jacobi(8), ()), (batching.FINDER, prompts)):
         run = batching._decoder(model.module, drafter, mesh, 64, 32)
-        args = (model.params, stop_ids(model), prompts, lengths, lengths, keys)
+        args = (model.params, stop_ids(model), prompts, lengths, lengths, keys, weights)
         texts.append(run.lower(*args).compile().as_text())
     sequences, cache, *_ = run(*args)
     follow = batching._follower(model.module, mesh, 8, 2, 64)
@@ -147,13 +147,46 @@ def test_block_states_are_those_of_decoding_block_by_block(block, tmp_path, monk
     collect(tmp_path, MODEL, source(), plan, identity(plan))
     lengths = set()
     for i, record in enumerate(read_records(tmp_path)):
-        key = batching.prompt_key(plan.seed, record.id)
+        key = batching.prompt_keys(plan.seed, [record.id])[0]
         states, starts, forwards = as_decoded(source()[i].prompt, key, block)
         assert record.states.tolist() == states
         assert record.start.tolist() == starts
         assert record.forwards == forwards
         lengths.add(len(record.answer))
     assert 1 in lengths and 30 in lengths and len(lengths) > 5
+
+
+def test_references_find_answers_sooner_and_change_nothing(monkeypatch):
+    prompts = [np.asarray(encode(MODEL, source()[i].prompt), np.int32) for i in range(6)]
+    keys = batching.prompt_keys(3, [f'row-{i}' for i in range(6)])
+    answers = decode_all(MODEL, Request(AutoRegressive(), max_tokens=30), prompts).tokens
+    beside = [[*answer[:3], 259, *answer[3:]] for answer in answers]
+    decoder, forwards = batching._decoder, []
+
+    def counting(*shape):
+        def run(*args):
+            decoded = decoder(*shape)(*args)
+            forwards.append(np.asarray(decoded[2])[:6])
+            return decoded
+
+        return run
+
+    monkeypatch.setattr(batching, '_decoder', counting)
+    shape = {'block': 8, 'mode': 'block', 'max_tokens': 30, 'rows': 8, 'width': 32}
+    plain, *others = (
+        batching.trajectories(MODEL, prompts, keys, texts, **shape)
+        for texts in ([[]] * 6, answers, beside, [answer * 9 for answer in answers])
+    )
+    assert [found.answer.tolist() for found in plain] == answers
+    for other in others:
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            *([dataclasses.asdict(x) for x in found] for found in (plain, other)),
+        )
+    length = np.asarray(list(map(len, answers)))
+    assert (forwards[1] == -(-length // batching.FINDER.block)).all()
+    assert (forwards[2] <= forwards[1] + 2).all() and (forwards[3] == forwards[1]).all()
+    assert forwards[1].sum() < 0.5 * forwards[0].sum()
 
 
 def test_sliding_states_begin_at_the_pending_token(tmp_path):

@@ -27,7 +27,8 @@ class PromptLookup:
 
     A match of `ngram` tokens is preferred to one of fewer, down to a single token, and one in the
     text so far to one in a reference. Where the match is closer than `block` tokens, the text from
-    it on is taken as a pattern that goes on. Its weights are the tokens of the references, if any.
+    it on is taken as a pattern that goes on. Its weights are the tokens of the references, if any:
+    `[R]` for all prompts, or `[B, R]`, a row for each of a batch that is not refilled.
     """
 
     block: int = 8
@@ -41,14 +42,15 @@ class PromptLookup:
         return self.block
 
     def init(self, weights, sequences):
-        return ()
+        if not len(weights):
+            return ()
+        return jnp.broadcast_to(weights, (len(sequences.tokens_BS), weights.shape[-1]))
 
     def draft(self, weights, state, sequences):
         tokens_BS, length_B1 = sequences.tokens_BS, sequences.length_B[:, None]
         if len(weights):
-            weights_BR = jnp.broadcast_to(weights[None], (len(tokens_BS), len(weights)))
-            tokens_BS = jnp.concatenate([weights_BR, tokens_BS], axis=1)
-            length_B1 = length_B1 + len(weights)
+            tokens_BS = jnp.concatenate([state, tokens_BS], axis=1)
+            length_B1 = length_B1 + state.shape[1]
         slots_1S = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
         same_BS = slots_1S < length_B1
         matched_BS = jnp.zeros_like(tokens_BS)
@@ -79,7 +81,20 @@ def with_references(
       ConfigError: a reference that is empty or has no tokens of this model.
     """
     encoded = encode_each(model, references, 'references')
-    ids = [i for text in encoded for i in (*text, BETWEEN)]
-    padded = np.full(bucket(len(ids)), BETWEEN, np.int32)  # few lengths to compile
-    padded[len(padded) - len(ids) :] = ids
+    ids = [i for text in encoded for i in (*text, BETWEEN)][:-1]
+    (padded,) = reference_rows([ids], 1, bucket(len(ids) + 1))  # few lengths to compile
     return Loaded(PromptLookup(block, ngram), jnp.asarray(padded))
+
+
+def reference_rows(texts: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:
+    """A reference per prompt for `PromptLookup`, int32 `[rows, width]`; rows beyond have none.
+
+    Args:
+      texts: token ids. With the end of its prompt before it, a reference is found from the start.
+      rows: at least as many.
+      width: more than the longest has.
+    """
+    reference_BR = np.full((rows, width), BETWEEN, np.int32)
+    for row, text in zip(reference_BR, texts, strict=False):
+        row[: len(text)] = text
+    return reference_BR

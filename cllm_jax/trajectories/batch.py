@@ -11,17 +11,16 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cllm_jax.decoding.draft import Sequences
 from cllm_jax.decoding.generate import stop_ids
 from cllm_jax.decoding.loop import prefill
-from cllm_jax.decoding.request import bucket, cache_slots
+from cllm_jax.decoding.request import bucket, cache_slots, row_keys
 from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.prompt_lookup import PromptLookup, reference_rows
 from cllm_jax.models.cache import Cache
 from cllm_jax.models.llama import Llama
 from cllm_jax.models.load import Model
@@ -30,6 +29,10 @@ from cllm_jax.trajectories.blocks import follow
 
 TOGETHER = 4096
 """Most tokens of blocks in a device's forward: enough to keep it busy, and a bound on memory."""
+
+FINDER = PromptLookup(block=4, ngram=8)
+"""Finds the answers whose blocks are followed, by trying what the dataset says: a model that was
+trained on it often says the same. Four tokens cost little where it does not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +53,17 @@ def mesh_of(model: Model) -> Mesh:
     return make_mesh(MeshConfig(), jax.local_devices())
 
 
-def prompt_key(seed: int, name: str) -> jax.Array:
-    """The PRNG key of a prompt: a hash of the run's seed and the prompt's id."""
-    digest = hashlib.sha256(f'{seed}/{name}'.encode()).digest()
-    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest[:4], 'big'))
+def prompt_keys(seed: int, names: Sequence[str]) -> jax.Array:
+    """The PRNG key of each prompt: a hash of the run's seed and the prompt's id."""
+    digests = [hashlib.sha256(f'{seed}/{name}'.encode()).digest() for name in names]
+    return row_keys(seed, [int.from_bytes(digest[:4], 'big') for digest in digests])
 
 
 def trajectories(
     model: Model,
     prompts: Sequence[np.ndarray],
-    keys: Sequence[jax.Array],
+    keys: jax.Array,
+    references: Sequence[np.ndarray],
     *,
     block: int,
     mode: Literal['block', 'sliding'],
@@ -73,9 +77,10 @@ def trajectories(
       model: greedy decoding of it is the answer.
       prompts: token ids.
       keys: one PRNG key per prompt, of its random guesses.
+      references: what the answers may be. They never change one, only how soon it is found.
       block: tokens per state (n).
       mode: `sliding` states are the windows of sliding decoding; `block` ones are those of every
-        block of the answer, which autoregressive decoding finds first (`blocks.py`).
+        block of the answer, which is found first (`blocks.py`).
       max_tokens: longest answer.
       rows: size of the batch, at least that of `prompts`; the rest is padding.
       width: length to which prompts are padded.
@@ -87,11 +92,18 @@ def trajectories(
     for i, prompt in enumerate(prompts):
         prompt_BP[i, : len(prompt)] = prompt
         prompt_len_B[i], max_tokens_B[i] = len(prompt), max_tokens
-    keys_B = jnp.stack([*keys, *keys[:1] * (size - len(prompts))])
-    drafter = Jacobi(block, mode) if mode == 'sliding' else AutoRegressive()
+    keys_B = keys[np.minimum(np.arange(size), len(prompts) - 1)]
+    drafter, weights = Jacobi(block, mode), ()
+    if mode == 'block':
+        drafter = FINDER
+        texts = [
+            [*prompt[-drafter.ngram :], *reference[:max_tokens]]
+            for prompt, reference in zip(prompts, references, strict=True)
+        ]
+        weights = reference_rows(texts, size, bucket(drafter.ngram + max_tokens + 1))
     run = _decoder(model.module, drafter, mesh, cache_slots(width, steps, block), steps)
     sequences, cache, forwards_B, trace = run(
-        model.params, stop_ids(model), prompt_BP, prompt_len_B, max_tokens_B, keys_B
+        model.params, stop_ids(model), prompt_BP, prompt_len_B, max_tokens_B, keys_B, weights
     )
     tokens_BS, length_B = jax.device_get((sequences.tokens_BS, sequences.length_B))
     answers = [tokens_BS[i, len(p) : length_B[i] + 1] for i, p in enumerate(prompts)]
@@ -110,14 +122,17 @@ def trajectories(
 
 @lru_cache
 def _decoder(module: Llama, drafter: Any, mesh: Mesh, slots: int, steps: int) -> Callable:
-    """A compiled `(params, stop_ids, prompts, lengths, max_tokens, keys) -> decoded rows`."""
+    """A compiled `(params, stop_ids, prompts, lengths, max_tokens, keys, weights) -> decoded rows`.
 
-    def decode(params, stop_ids_E, prompt_BP, prompt_len_B, max_tokens_B, keys_B):
+    What the drafter has for weights has a row per prompt.
+    """
+
+    def decode(params, stop_ids_E, prompt_BP, prompt_len_B, max_tokens_B, keys_B, weights):
         state = prefill(
             module,
             params,
             drafter,
-            (),
+            weights,
             Sampling(),
             prompt_BP,
             prompt_len_B,
@@ -131,7 +146,7 @@ def _decoder(module: Llama, drafter: Any, mesh: Mesh, slots: int, steps: int) ->
         )
         return state.sequences, state.cache, state.forwards_B, state.trace
 
-    return _on_rows(decode, mesh, whole=2, rows=4)
+    return _on_rows(decode, mesh, whole=2, rows=5)
 
 
 @lru_cache
@@ -177,11 +192,13 @@ def _blocks(
         nothing = np.zeros((0, block), np.int32), np.zeros(0, np.int32)
         return [Found(answer, *nothing, forwards=1) for answer in answers]
     own_rows = len(sequences.length_B) // mesh.shape['data']
-    calls = -(-count // max(1, TOGETHER // (own_rows * block)))
-    together = -(-count // calls)
-    slots = cache_slots(width, count * block, 0)
-    run = _follower(model.module, mesh, block, together, slots)
-    parts = [run(model.params, np.int32(i * together), sequences, cache) for i in range(calls)]
+    most = max(1, TOGETHER // (own_rows * block))
+    slots, first, parts = -(-(width + count * block) // 64) * 64, 0, []
+    while first < count:  # in powers of two, so that there are few programs to compile
+        together = 1 << min(count - first, most).bit_length() - 1
+        run = _follower(model.module, mesh, block, together, slots)
+        parts.append(run(model.params, np.int32(first), sequences, cache))
+        first += together
     states_BMIn, forwards_BM = (
         np.concatenate(part, axis=1) for part in zip(*jax.device_get(parts), strict=True)
     )

@@ -7,8 +7,9 @@ guesses together, each behind the true tokens, and one forward verifies a window
 are those of decoding with `Jacobi(n, 'block')`, and so are the forwards that each block takes; in
 low precision a guess may differ where two scores are next to equal, the fixed point never does.
 
-What has converged is in the cache, so a forward computes no more tokens of a block than the slowest
-of them has left, in a few sizes: two thirds of what decoding would compute.
+What has converged is in the cache, what the model says behind it is known, and what it says behind
+the last guess belongs to the next block. So a forward computes only the guesses between them, those
+of the slowest block, in a few sizes: half of what decoding would compute.
 
 M is blocks, and W tokens of a block's window.
 """
@@ -27,7 +28,7 @@ from cllm_jax.drafters.jacobi import initial_guesses
 from cllm_jax.models.cache import Cache, with_room
 from cllm_jax.models.llama import Llama
 
-SIZES = 4
+SIZES = 7
 """Sizes of the window; each is a copy of the loop to compile."""
 
 
@@ -39,7 +40,7 @@ class BlocksState:
     """The answers' own keys and values, and behind them room for the windows."""
     guess_BMn: jax.Array
     at_BM: jax.Array
-    """A block's first `at + 1` tokens are right; the last of them is the next to be computed."""
+    """A block's first `at + 1` tokens are right; the next forward says one more, or more."""
     forwards_BM: jax.Array
     state_IBMn: jax.Array
     """The guesses before each forward."""
@@ -85,17 +86,18 @@ def follow(
         for source_BS in (tokens_BS, initial_guesses(sequences))
     )
     guess_BMn = jnp.where(offset_11n == 0, truth_BMn, guess_BMn)
+    longest = max(block - 2, 0)
     state = BlocksState(
-        cache=with_room(cache, answers, blocks * block, model.compute or model.dtype),
+        cache=with_room(cache, answers, blocks * longest, model.compute or model.dtype),
         guess_BMn=guess_BMn,
         at_BM=jnp.zeros_like(begin_BM),
         forwards_BM=jnp.zeros_like(begin_BM),
         state_IBMn=jnp.zeros((block, *guess_BMn.shape), jnp.int32),
     )
 
-    def iterate(width: int, state: BlocksState) -> BlocksState:
-        at_BM1, live_BM = state.at_BM[..., None], state.at_BM < end_BM
-        offset_BMW = at_BM1 + jnp.arange(width, dtype=jnp.int32)[None, None]
+    def say(width: int, state: BlocksState) -> tuple[jax.Array, Cache]:
+        """What the model chooses behind the first `width` wrong guesses of each block."""
+        offset_BMW = state.at_BM[..., None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, None]
         window_BMW = jnp.take_along_axis(
             state.guess_BMn, jnp.minimum(offset_BMW, block - 1), axis=2
         )
@@ -110,15 +112,20 @@ def follow(
         )
         logits_BTV = model.apply({'params': params}, hidden_BTD, method='logits')
         y_BT = choose(logits_BTV, sequences.keys_B, _flat(position_BMW) + 1, Sampling())
-        y_BMW = y_BT.reshape(window_BMW.shape)
+        return y_BT.reshape(window_BMW.shape), cache
 
+    def iterate(width: int, state: BlocksState) -> BlocksState:
+        at_BM1, live_BM = state.at_BM[..., None], state.at_BM < end_BM
         right_BMn = (state.guess_BMn == truth_BMn) | (offset_11n <= at_BM1)
         right_BM = jnp.cumprod(right_BMn.astype(jnp.int32), axis=2).sum(2)
         at_BM = jnp.where(live_BM, jnp.minimum(right_BM, end_BM), state.at_BM)
-        since_BMn = offset_11n - at_BM1 - 1
-        said_BMn = jnp.take_along_axis(y_BMW, jnp.clip(since_BMn, 0, width - 1), axis=2)
-        said_BMn = jnp.where(offset_11n <= at_BM[..., None], truth_BMn, said_BMn)
-        new_BMn = (since_BMn >= 0) & live_BM[..., None]
+        said_BMn, cache = truth_BMn, state.cache
+        if width:
+            y_BMW, cache = say(width, state)
+            since_BMn = jnp.clip(offset_11n - at_BM1 - 2, 0, width - 1)
+            said_BMn = jnp.take_along_axis(y_BMW, since_BMn, axis=2)
+            said_BMn = jnp.where(offset_11n <= at_BM[..., None], truth_BMn, said_BMn)
+        new_BMn = (offset_11n > at_BM1) & live_BM[..., None]
         return BlocksState(
             cache=cache,
             guess_BMn=jnp.where(new_BMn, said_BMn, state.guess_BMn),
@@ -129,10 +136,11 @@ def follow(
         )
 
     def needs_more_than(width: int, state: BlocksState) -> jax.Array:
-        return ((state.at_BM < end_BM) & (block - state.at_BM > width)).any()
+        need_BM = jnp.maximum(block - 2 - state.at_BM, 0)
+        return ((state.at_BM < end_BM) & (need_BM > width)).any()
 
-    sizes = sorted({-(-block * i // SIZES) for i in range(SIZES + 1)}, reverse=True)
-    for size, smaller in pairwise(sizes):
+    sizes = sorted({-(-longest * i // SIZES) for i in range(SIZES + 1)}, reverse=True)
+    for size, smaller in pairwise([*sizes, -1]):
         state = jax.lax.while_loop(partial(needs_more_than, smaller), partial(iterate, size), state)
     return state.state_IBMn, state.forwards_BM
 

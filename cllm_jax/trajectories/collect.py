@@ -24,7 +24,7 @@ from cllm_jax.evaluation.quality import is_repetitive
 from cllm_jax.models.load import Model
 from cllm_jax.parallel.cores import side_by_side, useful_threads
 from cllm_jax.parallel.distributed import barrier, is_main
-from cllm_jax.trajectories.batch import Found, mesh_of, prompt_key, trajectories
+from cllm_jax.trajectories.batch import Found, mesh_of, prompt_keys, trajectories
 from cllm_jax.trajectories.store import (
     UNKNOWN,
     Record,
@@ -139,7 +139,8 @@ def collect_records(
         return trajectories(
             model,
             [pairs[i][0] for i in chosen],
-            [prompt_key(plan.seed, examples[i].id) for i in chosen],
+            prompt_keys(plan.seed, [examples[i].id for i in chosen]),
+            [pairs[i][1] for i in chosen],
             block=plan.block,
             mode=plan.mode,
             max_tokens=plan.max_tokens,
