@@ -96,5 +96,6 @@ def reference_rows(texts: Sequence[Sequence[int]], rows: int, width: int) -> np.
     """
     reference_BR = np.full((rows, width), BETWEEN, np.int32)
     for row, text in zip(reference_BR, texts, strict=False):
-        row[: len(text)] = text
+        # Nothing stands before a short prompt either, which makes it a longer match.
+        row[width - 1 - len(text) : -1] = text
     return reference_BR
