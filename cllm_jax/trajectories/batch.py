@@ -101,7 +101,7 @@ def trajectories(
             for prompt, reference in zip(prompts, references, strict=True)
         ]
         weights = reference_rows(texts, size, bucket(drafter.ngram + max_tokens + 1))
-    run = _decoder(model.module, drafter, mesh, cache_slots(width, steps, block), steps)
+    run = _decoder(model.module, drafter, mesh, cache_slots(width, steps, drafter.nodes), steps)
     sequences, cache, forwards_B, trace = run(
         model.params, stop_ids(model), prompt_BP, prompt_len_B, max_tokens_B, keys_B, weights
     )

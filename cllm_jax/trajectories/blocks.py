@@ -1,7 +1,7 @@
 """The Jacobi trajectories of all blocks of an answer at once, when the answer is known.
 
 The block schedule waits: a block begins with a token that the model says only when the block before
-has converged. An answer that autoregressive decoding has found already, at a fraction of the cost,
+has converged. An answer that has been found already, at a fraction of the cost,
 says where every block begins and what it converges to. So all blocks start from their random
 guesses together, each behind the true tokens, and one forward verifies a window of each. The states
 are those of decoding with `Jacobi(n, 'block')`, and so are the forwards that each block takes; in
