@@ -91,11 +91,10 @@ def test_a_draft_model_with_another_vocabulary_is_refused():
         cllm.draft_model(target, same_size)
 
 
-def test_a_new_draft_model_takes_the_tokenizer_of_its_target(tmp_path):
+def test_a_new_draft_model_takes_the_tokenizer_of_its_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run takes the place of the embedded target
     small = NewModel(dim=32, layers=1, heads=2, kv_heads=2, mlp_dim=32)
-    settings = TrainConfig(
-        root=str(tmp_path), objective='ar', model='new', new=small, data='sql', examples=8
-    )
+    settings = TrainConfig(objective='ar', model='new', new=small, data='sql', examples=8)
     settings = with_names(settings, 'draft')
     model, samples = prepare(settings, None, Console(), tmp_path)
     target = cllm.load('embedded-target', 'float32')

@@ -194,7 +194,7 @@ def test_prompts_and_tokenizers_that_do_not_fit_are_refused():
         ([[1], []], {}, 'empty prompt'),
         ([[1], [29]], {}, r'token id 29: outside the vocabulary 0\.\.28'),
         ([[-1]], {}, 'token id -1'),
-        ([[1.5]], {}, r'token id 1\.5: must be a whole number'),
+        ([[1.5]], {}, r'prompts\[0\]: token ids \[1\.5\]: must be whole numbers'),
         ([1, 2], {}, 'prompt 1: must be a text or a list'),
         ('text', {}, r"prompts 'text': must be a list"),
         (['text'], {}, 'no tokenizer'),
