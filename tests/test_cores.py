@@ -11,13 +11,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cllm_jax.decoding import generate
-from cllm_jax.decoding.generate import _decode, decode_all
-from cllm_jax.decoding.loop import prefill
+from cllm_jax.decoding.generate import _decode, advance_of, decode_all, start, stop_ids
+from cllm_jax.decoding.loop import advance, prefill_by_eigen
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
-from cllm_jax.parallel.cores import CACHED, side_by_side, useful_threads
+from cllm_jax.models.load import mixed
+from cllm_jax.parallel import cores as choice
+from cllm_jax.parallel.cores import CACHED, by_eigen, side_by_side, useful_threads
 from cllm_jax.parallel.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories import collect as collecting
 from cllm_jax.trajectories.collect import CollectPlan, collect
@@ -91,7 +93,7 @@ def test_parts_share_one_compilation(cores, parts):
         decode_all(MODEL, Request(Jacobi(5), 20), [*PROMPTS, PROMPTS[0] * 40])
     finally:
         jax.monitoring.clear_event_listeners()
-    assert len(parts) == 3 and prefill._cache_size() == 1
+    assert len(parts) == 3 and prefill_by_eigen._cache_size() == 1
     names = [about['fun_name'] for about in compiled]
     assert names.count('jit(prefill)') == 1, names
 
@@ -178,3 +180,33 @@ def test_an_error_in_one_part_ends_the_others(cores, monkeypatch):
     failed.set()
     wait_for_threads()
     assert len(reports) <= 1
+
+
+def test_small_float32_models_are_multiplied_by_eigen(monkeypatch):
+    """The answers are the same, and the compiled loop has nothing of the other library."""
+    request = Request(Jacobi(5), 20)
+    state = start(MODEL, request, [[1, 2]], row_keys(0, [0]), ())
+    bound = stop_ids(MODEL), np.int32(20), np.int32(1), state
+
+    def other_library() -> int:
+        how = (request.drafter, (), request.sampling)
+        lowered = advance_of(MODEL).lower(MODEL.module, MODEL.params, *how, *bound)
+        return lowered.compile().as_text().count('ynn_fusion')
+
+    fast, fusions = decode_all(MODEL, request, PROMPTS[:3]), other_library()
+    monkeypatch.setattr(choice, 'CACHED', 0)
+    assert advance_of(MODEL) is advance
+    plain = decode_all(MODEL, request, PROMPTS[:3])
+    assert (fast.tokens, fast.accepted) == (plain.tokens, plain.accepted)
+    if choice.EIGEN:
+        assert fusions == 0 < other_library()
+
+
+def test_what_eigen_would_be_slow_with_is_left_as_it_is():
+    assert by_eigen(MODEL.params)
+    assert not by_eigen(mixed(MODEL.params))
+    weights = jax.numpy.ones(CACHED // 4)
+    assert by_eigen(weights) and not by_eigen((weights, jax.numpy.ones(1)))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    shared = jax.device_put(MODEL.params, NamedSharding(mesh, PartitionSpec()))
+    assert not by_eigen(shared)

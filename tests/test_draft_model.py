@@ -11,14 +11,20 @@ from cllm_jax.console import Console
 from cllm_jax.datasets.tokens import train_tokenizer
 from cllm_jax.decoding.draft import Sequences
 from cllm_jax.decoding.generate import decode_all
-from cllm_jax.decoding.loop import advance
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import DraftModel
 from cllm_jax.training.config import NewModel, TrainConfig, with_names
 from cllm_jax.training.samples import prepare
-from tests.tiny import byte_tokenizer, ragged_prompts, random_model, text_config, tiny_config
+from tests.tiny import (
+    byte_tokenizer,
+    compilations,
+    ragged_prompts,
+    random_model,
+    text_config,
+    tiny_config,
+)
 
 PROMPTS = ragged_prompts(0, (1, 2, 9, 5))
 
@@ -73,9 +79,9 @@ def test_batches_of_one_shape_share_a_compilation():
     target, *others = (random_model(seed, shallow) for seed in (0, 5, 6))
     drafter = DraftModel(target.module, 4)
     answers(target, drafter, Sampling(), others[0].params)
-    before = advance._cache_size()
+    before = compilations()
     answers(target, drafter, Sampling(), others[1].params)
-    assert advance._cache_size() == before
+    assert compilations() == before
 
 
 def test_a_draft_model_with_another_vocabulary_is_refused():

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from scipy.stats import chisquare
 
-from cllm_jax.decoding.generate import decode_all, start, stop_ids
-from cllm_jax.decoding.loop import advance
+from cllm_jax.decoding.generate import advance_of, decode_all, start, stop_ids
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.autoregressive import AutoRegressive
@@ -29,7 +28,7 @@ from cllm_jax.drafters.space import Space
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.models.llama import forward
 from cllm_jax.training.heads import redrafter_loss
-from tests.tiny import ragged_prompts, random_model, tiny_config
+from tests.tiny import compilations, ragged_prompts, random_model, tiny_config
 
 MODEL = random_model(config=tiny_config(layers=1, eos_ids=(3, 20)))
 PROMPTS = ragged_prompts(0, (1, 2, 9, 5, 14))
@@ -70,9 +69,9 @@ def check_identity(drafter, weights, sampling, batch) -> None:
 def test_the_answer_is_that_of_the_target(name):
     drafter, sampling = DRAFTERS[name], FREE if 'sampled' in name else Sampling()
     check_identity(drafter, weights_of(drafter), sampling, 8)
-    compiled = advance._cache_size()
+    compiled = compilations()
     check_identity(drafter, weights_of(drafter, seed=1), sampling, 8)
-    assert advance._cache_size() == compiled, 'other weights of the same shapes'
+    assert compilations() == compiled, 'other weights of the same shapes'
     # Nothing moves between host and device inside of the loop.
     request = Request(drafter, 20, sampling)
     keys = row_keys(0, range(len(PROMPTS)))
@@ -81,7 +80,9 @@ def test_the_answer_is_that_of_the_target(name):
     until, idle = jnp.int32(20), jnp.int32(8)
     with jax.transfer_guard('disallow'):
         params, weights, ends = given
-        advance(MODEL.module, params, drafter, weights, sampling, ends, until, idle, state)
+        advance_of(MODEL)(
+            MODEL.module, params, drafter, weights, sampling, ends, until, idle, state
+        )
 
 
 @pytest.mark.exhaustive

@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 
 from cllm_jax.decoding.generate import decode_all, decode_batch, run_until, start
-from cllm_jax.decoding.loop import advance, prefill, replace_rows
+from cllm_jax.decoding.loop import replace_rows
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.draft_model import DraftModel
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
-from tests.tiny import byte_tokenizer, ragged_prompts, random_model, text_config, tiny_config
+from tests.tiny import (
+    byte_tokenizer,
+    compilations,
+    ragged_prompts,
+    random_model,
+    text_config,
+    tiny_config,
+)
 
 MODEL = random_model(config=tiny_config(layers=1, eos_ids=(3, 7, 12, 20)))
 LENGTHS = (1, 9, 3, 14, 2, 5, 16, 8)
@@ -50,19 +57,18 @@ def test_refilled_rows_decode_as_if_alone(drafter, sampling):
 def test_refilling_compiles_once_for_any_number_of_prompts():
     request = Request(Jacobi(4), 24, batch=4)
     decode_all(MODEL, request, ragged_prompts(0, LENGTHS[:6]))
-    jitted = (prefill, advance, replace_rows)
-    compiled = [f._cache_size() for f in jitted]
+    compiled = compilations()
     result = decode_all(MODEL, request, ragged_prompts(1, LENGTHS[:6] * 4))
-    assert [f._cache_size() for f in jitted] == compiled
+    assert compilations() == compiled
     assert len(result.tokens) == 24 and all(map(len, result.tokens))
 
 
 def test_a_batch_of_one_compiles_nothing_that_a_single_prompt_does_not():
-    request, jitted = Request(Jacobi(5), 24, batch=1), (prefill, advance, replace_rows)
+    request = Request(Jacobi(5), 24, batch=1)
     decode_all(MODEL, request, ragged_prompts(0, LENGTHS[:1]))
-    compiled = [f._cache_size() for f in jitted]
+    compiled = compilations()
     decode_all(MODEL, request, ragged_prompts(1, LENGTHS))
-    assert [f._cache_size() for f in jitted] == compiled
+    assert compilations() == compiled
 
 
 def test_rows_that_end_at_a_stop_string_are_refilled_too():

@@ -11,7 +11,6 @@ import pytest
 import cllm_jax as cllm
 from cllm_jax.decoding import generate
 from cllm_jax.decoding.generate import decode_all, stream
-from cllm_jax.decoding.loop import advance, prefill
 from cllm_jax.decoding.request import Request, bucket, encode
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.drafters.jacobi import Jacobi
@@ -21,6 +20,7 @@ from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.load import Model
 from tests.tiny import (
     byte_tokenizer,
+    compilations,
     copy_model,
     fallback_tokenizer,
     random_model,
@@ -115,9 +115,9 @@ def test_pieces_of_random_bytes_join_to_the_text(tokenizer):
             request = dataclasses.replace(REQUEST, stop=(words[-1][-2:], words[0][-2:]))
             result = decode_all(model, request, [[5, seed]])
             assert joined(model, request, [5, seed]) == result.texts[0] != text
-        compiled = compiled or (prefill._cache_size(), advance._cache_size())
+        compiled = compiled or compilations()
     assert invalid > 6
-    assert (prefill._cache_size(), advance._cache_size()) == compiled
+    assert compilations() == compiled
 
 
 def test_the_stop_token_is_no_text_and_other_special_tokens_are(tokenizer):
@@ -203,10 +203,10 @@ def test_prompts_and_tokenizers_that_do_not_fit_are_refused():
     ],
 )
 def test_what_cannot_be_decoded_is_refused_before_any_work(prompts, changes, message):
-    compiled = prefill._cache_size()
+    compiled = compilations()
     with pytest.raises(ConfigError, match=message):
         decode_all(random_model(), Request(Jacobi(8), **changes), prompts)
-    assert prefill._cache_size() == compiled
+    assert compilations() == compiled
 
 
 @pytest.mark.parametrize(

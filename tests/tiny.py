@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cllm_jax.decoding import loop
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.hf import write_model
 from cllm_jax.models.llama import Llama, init_params
@@ -133,3 +134,9 @@ def ragged_prompts(seed: int, lengths: Sequence[int], vocab: int = 29) -> list[l
     """Random prompts of the given lengths."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocab, n).tolist() for n in lengths]
+
+
+def compilations() -> int:
+    """How often the functions that decode have been compiled, whoever multiplies."""
+    ways = loop.prefill, loop.prefill_by_eigen, loop.advance, loop.advance_by_eigen
+    return sum(way._cache_size() for way in (*ways, loop.replace_rows))

@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cllm_jax.decoding.loop import DecodeState, advance, fits, grow, prefill, replace_rows
+from cllm_jax.decoding.loop import (
+    DecodeState,
+    advance,
+    advance_by_eigen,
+    fits,
+    grow,
+    prefill,
+    prefill_by_eigen,
+    replace_rows,
+)
 from cllm_jax.decoding.request import (
     FIRST_ROOM,
     Request,
@@ -27,7 +36,7 @@ from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.text import cut, find_stop, settled, text_of
 from cllm_jax.errors import ConfigError
 from cllm_jax.models.load import Model
-from cllm_jax.parallel.cores import side_by_side, useful_threads
+from cllm_jax.parallel.cores import by_eigen, side_by_side, useful_threads
 from cllm_jax.parallel.distributed import fetch, keys_beside
 
 LEAST_ROWS = 2
@@ -71,7 +80,8 @@ def start(
     if rows > len(prompts):
         keys = keys[np.minimum(np.arange(rows), len(prompts) - 1)]
     keys = keys_beside(model.params, keys)
-    return prefill(
+    run = prefill_by_eigen if by_eigen(model.params) else prefill
+    return run(
         model.module,
         model.params,
         request.drafter,
@@ -115,10 +125,16 @@ def run_until(
     """
     until, idle = np.int32(until), np.int32(idle or len(state.finished_B))
     how = (request.drafter, weights, request.sampling, stop_ids(model))
-    state = advance(model.module, model.params, *how, until, idle, state)
+    run = advance_of(model)
+    state = run(model.module, model.params, *how, until, idle, state)
     while _lacks_room(request, state):
-        state = advance(model.module, model.params, *how, until, idle, _with_more_room(state))
+        state = run(model.module, model.params, *how, until, idle, _with_more_room(state))
     return state
+
+
+def advance_of(model: Model) -> Callable[..., DecodeState]:
+    """`advance`, as it is compiled for the model."""
+    return advance_by_eigen if by_eigen(model.params) else advance
 
 
 def _lacks_room(request: Request, state: DecodeState) -> bool:

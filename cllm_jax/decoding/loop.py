@@ -25,6 +25,7 @@ from cllm_jax.decoding.sampling import Sampling, choose, likely_enough
 from cllm_jax.decoding.tree import Layout, accept, before, layout, mask
 from cllm_jax.models.cache import Cache, compact, init_cache
 from cllm_jax.models.llama import Llama, taken
+from cllm_jax.parallel.cores import EIGEN
 
 
 @struct.dataclass
@@ -57,9 +58,8 @@ def _is_stop(tokens_BN: jax.Array, stop_ids_E: jax.Array) -> jax.Array:
     return (tokens_BN[:, :, None] == stop_ids_E[None, None]).any(-1)
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
+_PREFILL: dict[str, Any] = {
+    'static_argnames': (
         'model',
         'drafter',
         'sampling',
@@ -68,8 +68,15 @@ def _is_stop(tokens_BN: jax.Array, stop_ids_E: jax.Array) -> jax.Array:
         'steps',
         'trace',
         'to_the_end',
-    ),
-)
+    )
+}
+_ADVANCE: dict[str, Any] = {
+    'static_argnames': ('model', 'drafter', 'sampling'),
+    'donate_argnames': 'state',
+}
+
+
+@partial(jax.jit, **_PREFILL)
 def prefill(
     model: Llama,
     params: Any,
@@ -225,7 +232,7 @@ def _commit(
     )
 
 
-@partial(jax.jit, static_argnames=('model', 'drafter', 'sampling'), donate_argnames='state')
+@partial(jax.jit, **_ADVANCE)
 def advance(
     model: Llama,
     params: Any,
@@ -264,6 +271,10 @@ def advance(
         )
 
     return jax.lax.while_loop(unfinished, iterate, state)
+
+
+prefill_by_eigen = jax.jit(prefill.__wrapped__, compiler_options=EIGEN, **_PREFILL)
+advance_by_eigen = jax.jit(advance.__wrapped__, compiler_options=EIGEN, **_ADVANCE)
 
 
 NARROWEST = 8

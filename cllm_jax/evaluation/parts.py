@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cllm_jax.decoding.generate import run_until, start, stop_ids
-from cllm_jax.decoding.loop import advance
+from cllm_jax.decoding.generate import advance_of, run_until, start, stop_ids
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.evaluation.cost import ITERATIONS, Stall, endless
 from cllm_jax.models.load import Model
@@ -47,7 +46,7 @@ def parts(model: Model, nodes: int, prompt: int = 64) -> dict[str, float]:
     state = begin()
     bound = (np.int32(ITERATIONS + 1), np.int32(1))
     fixed = (model.module, model.params, request.drafter, (), request.sampling, stop_ids(model))
-    program = advance.lower(*fixed, *bound, state).compile().as_text()
+    program = advance_of(model).lower(*fixed, *bound, state).compile().as_text()
     jax.block_until_ready(run_until(model, request, (), state, ITERATIONS + 1))
     state = begin()
     with tempfile.TemporaryDirectory() as directory:

@@ -1,4 +1,4 @@
-"""Work for the cores of a CPU side by side: threads that each call compiled functions.
+"""What suits a small model on a CPU: a thread per core, and products by Eigen.
 
 XLA divides a single operation among cores, and those of a small model are too small for that: one
 core computes, the others wait. Two threads with half of a batch each keep two busy.
@@ -10,22 +10,46 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import jaxlib
 
 CACHED = 32 << 20
 """Bytes that a CPU's last cache holds. Weights above that come from memory, whose speed the threads
 would have to share, each for its own reading of them."""
 
 
-def useful_threads(weights: Any) -> int:
-    """How many threads can decode with these weights side by side and be the faster for it.
+EIGEN = (
+    {'xla_cpu_experimental_ynn_fusion_type': ''} if jaxlib.__version__.startswith('0.10.') else {}
+)
+"""How to compile what XLA's CPU backend shall multiply with Eigen in place of YNNPACK: there is no
+kind of operation for which it may use that. Another jaxlib may refuse the option as unknown."""
 
-    The cores of this process if the weights, as float32, lie on a single CPU device and in its
-    cache; else 1.
+
+def by_eigen(weights: Any) -> bool:
+    """Whether decoding with these weights is faster when Eigen multiplies.
+
+    With 16 float32 rows it is, as long as the weights lie in the cache of a CPU (docs/benchmarks.md
+    has both sides). It has no bfloat16 products.
     """
+    return _in_the_cache(weights) and all(
+        leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(weights)
+    )
+
+
+def _in_the_cache(weights: Any) -> bool:
+    """Whether the weights, as float32, lie on a single CPU device and in its cache."""
     leaves = [leaf for leaf in jax.tree.leaves(weights) if isinstance(leaf, jax.Array)]
     devices = {device for leaf in leaves for device in leaf.devices()}
     on_one_cpu = len(devices) == 1 and next(iter(devices)).platform == 'cpu'
-    if not on_one_cpu or 4 * sum(leaf.size for leaf in leaves) > CACHED:
+    return on_one_cpu and 4 * sum(leaf.size for leaf in leaves) <= CACHED
+
+
+def useful_threads(weights: Any) -> int:
+    """How many threads can decode with these weights side by side and be the faster for it.
+
+    The cores of this process if they lie in the cache of a CPU, else 1.
+    """
+    if not _in_the_cache(weights):
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
