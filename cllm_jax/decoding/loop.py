@@ -58,8 +58,9 @@ def _is_stop(tokens_BN: jax.Array, stop_ids_E: jax.Array) -> jax.Array:
     return (tokens_BN[:, :, None] == stop_ids_E[None, None]).any(-1)
 
 
-_PREFILL: dict[str, Any] = {
-    'static_argnames': (
+_compiled_prefill = partial(
+    jax.jit,
+    static_argnames=(
         'model',
         'drafter',
         'sampling',
@@ -68,15 +69,14 @@ _PREFILL: dict[str, Any] = {
         'steps',
         'trace',
         'to_the_end',
-    )
-}
-_ADVANCE: dict[str, Any] = {
-    'static_argnames': ('model', 'drafter', 'sampling'),
-    'donate_argnames': 'state',
-}
+    ),
+)
+_compiled_advance = partial(
+    jax.jit, static_argnames=('model', 'drafter', 'sampling'), donate_argnames='state'
+)
 
 
-@partial(jax.jit, **_PREFILL)
+@_compiled_prefill
 def prefill(
     model: Llama,
     params: Any,
@@ -232,7 +232,7 @@ def _commit(
     )
 
 
-@partial(jax.jit, **_ADVANCE)
+@_compiled_advance
 def advance(
     model: Llama,
     params: Any,
@@ -273,8 +273,9 @@ def advance(
     return jax.lax.while_loop(unfinished, iterate, state)
 
 
-prefill_by_eigen = jax.jit(prefill.__wrapped__, compiler_options=EIGEN, **_PREFILL)
-advance_by_eigen = jax.jit(advance.__wrapped__, compiler_options=EIGEN, **_ADVANCE)
+# Compiler options belong to the outermost jit, and who multiplies depends on the weights.
+prefill_by_eigen = _compiled_prefill(prefill.__wrapped__, compiler_options=EIGEN)
+advance_by_eigen = _compiled_advance(advance.__wrapped__, compiler_options=EIGEN)
 
 
 NARROWEST = 8

@@ -47,7 +47,7 @@ def _in_the_cache(weights: Any) -> bool:
 def useful_threads(weights: Any) -> int:
     """How many threads can decode with these weights side by side and be the faster for it.
 
-    The cores of this process if they lie in the cache of a CPU, else 1.
+    The cores of this process if the weights lie in the cache of a CPU, else 1.
     """
     if not _in_the_cache(weights):
         return 1
