@@ -140,7 +140,7 @@ def as_decoded(prompt: str, key: jax.Array, n: int) -> tuple[list, list, int]:
     return states, begins, one.forwards[0]
 
 
-@pytest.mark.parametrize('block', (1, 3, 8, 40))
+@pytest.mark.parametrize('block', (1, 3, 8, 100))
 def test_block_states_are_those_of_decoding_block_by_block(block, tmp_path, monkeypatch):
     monkeypatch.setattr(batching, 'TOGETHER', 2 * block)  # two blocks of a row at a time
     plan = dataclasses.replace(PLAN, block=block)

@@ -210,7 +210,7 @@ def _harvest(
         if state.trace is not None:
             forwards = slice(1, len(accepted[i]))
             starts = position_BI[i, forwards] - prompt_len_B[i]
-            trajectory = Trajectory(states_BIN[i, forwards], starts)
+            trajectory = Trajectory(states_BIN[i, forwards].copy(), starts)  # a view keeps all rows
         found[i] = _Answer(text, tokens[i], accepted[i], now - begin, trajectory)
     return found
 

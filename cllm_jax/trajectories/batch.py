@@ -28,7 +28,8 @@ from cllm_jax.parallel.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories.blocks import follow
 
 TOGETHER = 4096
-"""Most tokens of blocks in a device's forward: enough to keep it busy, and a bound on memory."""
+"""Tokens of blocks in a device's forward: enough to keep it busy, and a bound on memory, unless one
+block of every row is more."""
 
 FINDER = PromptLookup(block=4, ngram=8)
 """Finds the answers whose blocks are followed, by trying what the dataset says: a model that was
@@ -101,7 +102,9 @@ def trajectories(
             for prompt, reference in zip(prompts, references, strict=True)
         ]
         weights = reference_rows(texts, size, bucket(drafter.ngram + max_tokens + 1))
-    run = _decoder(model.module, drafter, mesh, cache_slots(width, steps, drafter.nodes), steps)
+    # Guesses are looked up in the same buffer as tokens: the last block's have to be in it too.
+    slots = cache_slots(width, steps, max(drafter.nodes, block))
+    run = _decoder(model.module, drafter, mesh, slots, steps)
     sequences, cache, forwards_B, trace = run(
         model.params, stop_ids(model), prompt_BP, prompt_len_B, max_tokens_B, keys_B, weights
     )
@@ -120,7 +123,7 @@ def trajectories(
     return found
 
 
-@lru_cache
+@lru_cache(maxsize=None)
 def _decoder(module: Llama, drafter: Any, mesh: Mesh, slots: int, steps: int) -> Callable:
     """A compiled `(params, stop_ids, prompts, lengths, max_tokens, keys, weights) -> decoded rows`.
 
@@ -149,7 +152,7 @@ def _decoder(module: Llama, drafter: Any, mesh: Mesh, slots: int, steps: int) ->
     return _on_rows(decode, mesh, whole=2, rows=5)
 
 
-@lru_cache
+@lru_cache(maxsize=None)
 def _follower(module: Llama, mesh: Mesh, block: int, blocks: int, slots: int) -> Callable:
     """A compiled `(params, first, sequences, cache) -> states and forwards`, see `follow`."""
 
@@ -193,8 +196,8 @@ def _blocks(
         return [Found(answer, *nothing, forwards=1) for answer in answers]
     own_rows = len(sequences.length_B) // mesh.shape['data']
     most = max(1, TOGETHER // (own_rows * block))
-    slots, first, parts = -(-(width + count * block) // 64) * 64, 0, []
-    while first < count:  # in powers of two, so that there are few programs to compile
+    slots, first, parts = -(-bucket(width + count * block) // 64) * 64, 0, []
+    while first < count:  # powers of two and few sizes of the cache: few programs to compile
         together = 1 << min(count - first, most).bit_length() - 1
         run = _follower(model.module, mesh, block, together, slots)
         parts.append(run(model.params, np.int32(first), sequences, cache))
