@@ -111,7 +111,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
     cllm, target = (load(name, dtype, mesh) for name in (settings.model, settings.target))
     room = min(m.config.max_positions for m in (cllm, target)) - settings.max_tokens
-    source = that_fit(source, with_tokenizer(cllm).tokenizer, room)
+    source = that_fit(source, with_tokenizer(cllm).tokenizer, cllm.config.bos_id, room)
     console.dropped(source)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
     named = drafter_named(settings)

@@ -1,6 +1,6 @@
 """Run directories: who owns one, with which settings, and its log of metrics.
 
-settings.json   the settings; a resumed run must have the same
+settings.json   the settings; a run that goes on must have the same
 inputs.json     fingerprints of the data and the model that it reads; so must it these
 metrics.jsonl   one JSON object per logged step
 lock            held while a process works here
@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +23,18 @@ from cllm_jax.parallel.distributed import is_main
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace a file so that a reader or a crash sees the old bytes or the new ones, no mix.
 
-    What is no file, such as /dev/stdout, is not replaced but written to.
+    What is no file, such as a pipe, is not replaced but written to; so is where this process prints
+    (/dev/stdout), which may be a file.
     """
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
+    if path.exists():
+        if (number := _printed_to(path)) is not None:
+            sys.stdout.flush()
+            with open(number, 'wb', closefd=False) as f:
+                f.write(data)
+            return
+        if not path.is_file():
+            path.write_bytes(data)
+            return
     path = path.resolve()
     temp = path.with_name(f'.{path.name}.tmp')
     with open(temp, 'wb') as f:
@@ -35,6 +43,17 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.fsync(f.fileno())
     temp.rename(path)
     sync(path.parent)
+
+
+def _printed_to(path: Path) -> int | None:
+    """Which of this process's outputs a path is, if it is one."""
+    for number in (1, 2):
+        try:
+            if os.path.samestat(path.stat(), os.fstat(number)):
+                return number
+        except OSError:  # closed
+            continue
+    return None
 
 
 def sync(path: Path) -> None:
@@ -82,7 +101,7 @@ def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     The settings are noted by `claim`, when there is something to be done with them.
 
     Raises:
-      ConfigError: another process works in it, or it was begun with other settings.
+      ConfigError: another process works in it, or it has begun with other settings.
     """
     if not is_main():
         yield
@@ -101,26 +120,40 @@ def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f'process {os.getpid()} on {os.uname().nodename}')
         lock.flush()
-        _check(directory / 'settings.json', settings, 'use the old settings')
+        if has_begun(directory):
+            _check(directory / 'settings.json', settings, 'use the old settings')
         yield
     finally:
         lock.close()
 
 
+def has_begun(directory: Path) -> bool:
+    """Whether a run has made something: a step in its log, a checkpoint, a model, a manifest.
+
+    One that failed before that, out of memory or at a row that cannot be read, can be begun with
+    other settings.
+    """
+    made = ('model', 'drafter', 'manifest.json', 'checkpoints/*', 'damaged-checkpoint-*')
+    return any(any(directory.glob(name)) for name in made) or any(
+        record['step'] for record in read_metrics(directory / 'metrics.jsonl')
+    )
+
+
 def claim(directory: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     """Note the settings of a run, and what it reads, by name and by content.
 
-    A run that was begun without inputs (by an older version) notes them when it goes on.
+    A run that began without inputs (by an older version) notes them when it goes on.
 
     Raises:
-      ConfigError: something is not what the run was begun with.
+      ConfigError: something is not what the run began with.
     """
     if not is_main():
         return
-    _check(directory / 'inputs.json', inputs, 'put back what was there')
+    if begun := has_begun(directory):
+        _check(directory / 'inputs.json', inputs, 'put back what was there')
     for name, noted in (('settings', settings), ('inputs', inputs)):
         path = directory / f'{name}.json'
-        if not path.exists():
+        if not (begun and path.exists()):
             write_atomic(path, (json.dumps(dict(noted), indent=2) + '\n').encode())
 
 

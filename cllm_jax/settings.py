@@ -138,7 +138,8 @@ def guard(main: Callable[[], None], stop_together: bool = False) -> None:
     try:
         initialize(stop_together)
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -206,7 +206,7 @@ def run() -> None:
     with open_run(directory, claimed):
         model, samples = prepare(settings, mesh, console, directory)
         room = model.config.max_positions - test.max_tokens
-        held_out = that_fit(held_out, model.tokenizer, room)
+        held_out = that_fit(held_out, model.tokenizer, model.config.bos_id, room)
         console.dropped(held_out)
         if known := trained_on_too(samples, held_out, model):
             console.note(

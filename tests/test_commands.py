@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +22,7 @@ from cllm_jax.evaluation.cost import weight_bytes
 from cllm_jax.models.hf import write_model
 from cllm_jax.models.load import SHIPPED
 from cllm_jax.recipe import read_recipe
-from cllm_jax.rundir import claim, write_atomic
+from cllm_jax.rundir import append_metrics, claim, write_atomic
 from cllm_jax.settings import guard
 from cllm_jax.training.config import (
     OBJECTIVES,
@@ -234,7 +235,7 @@ def test_a_resumed_run_has_the_data_and_the_tokenizer_that_it_began_with(tmp_pat
     ]  # fmt: skip
     write_rows(data, 'none of these')
     with pytest.raises(DataError, match='no training sample is left'):
-        call(monkeypatch, train, *arguments, '--max-length', 1)
+        call(monkeypatch, train, *arguments, '--max-length', 3)
     claimed_nothing = (run / 'tokenizer/tokenizer.json').read_bytes()
     write_rows(data, 'question')
     call(monkeypatch, train, *arguments)
@@ -252,11 +253,32 @@ def test_a_resumed_run_has_the_data_and_the_tokenizer_that_it_began_with(tmp_pat
         call(monkeypatch, train, *arguments)
 
 
+def test_a_model_is_taken_as_it_is_without_answers_to_learn(tmp_path, monkeypatch):
+    data = tmp_path / 'prompts.jsonl'
+    data.write_text(''.join(json.dumps({'prompt': f'question {i}'}) + '\n' for i in range(40)))
+    model = model_directory(tmp_path / 'model')
+    arguments = [
+        '--stage', 'target', '--root', tmp_path, '--model', model, '--data', f'{data}#all',
+        '--steps', 0, '--held-out.prompts', 1, '--held-out.max-tokens', 2, '--max-length', 32,
+    ]  # fmt: skip
+    call(monkeypatch, train, *arguments)
+    kept, given = (cllm_jax.load(place).params for place in (str(tmp_path / 'target'), model))
+    jax.tree.map(np.testing.assert_array_equal, kept, given)
+
+
+def test_a_quick_batch_can_be_divided_among_the_devices(monkeypatch):
+    for devices, batch in ((1, 8), (6, 12), (8, 8), (12, 12), (16, 16)):
+        monkeypatch.setattr(jax, 'device_count', lambda count=devices: count)
+        assert quick(TrainConfig()).batch == batch
+
+
 @pytest.mark.parametrize('sums', [False, True])
 def test_a_resumed_run_has_the_model_that_it_began_with(tmp_path, sums):
     config, tokenizer = text_config(layers=1), byte_tokenizer()
     place, settings = tmp_path / 'target', TrainConfig(objective='ar', root=str(tmp_path))
     settings = dataclasses.replace(settings, model=f'{tmp_path}/target')
+
+    append_metrics(tmp_path / 'metrics.jsonl', {'step': 1})
 
     def begin(seed: int, layers: int) -> None:
         model = random_model(seed, dataclasses.replace(config, layers=layers), tokenizer)
@@ -297,10 +319,10 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
         (decode, ['--prompts', 'a', '--input', 'b.jsonl'], 2, 'give one of them'),
         (decode, ['--tensor', '9', '--prompts', 'a'], 2, 'tensor 9: must be 1 to 8'),
         (train, ['--devices', '8', '--root', 'ROOT'], 2, 'add --plan'),
-        (train, ['--root', 'ROOT', '--plan'], 2, '/target: no such directory; run that'),
-        (train, ['--root', 'ROOT', '--stage', 'refine'], 2, '/cllm: no such directory'),
-        (collect, ['--root', 'ROOT', '--plan'], 2, '/target: no such directory'),
-        (collect, ['--root', 'ROOT', '--stage', 'recollect'], 2, '/cllm: no such directory'),
+        (train, ['--root', 'ROOT', '--plan'], 2, '/target: has no model; run that stage'),
+        (train, ['--root', 'ROOT', '--stage', 'refine'], 2, '/cllm: has no model'),
+        (collect, ['--root', 'ROOT', '--plan'], 2, '/target: has no model'),
+        (collect, ['--root', 'ROOT', '--stage', 'recollect'], 2, '/cllm: has no model'),
         (decode, ['--block', '0', '--prompts', 'a'], 2, 'block 0'),
         (decode, ['--drafter', 'jakobi', '--prompts', 'a'], 2, "did you mean 'jacobi'"),
         (decode, ['--drafter', 'model', '--prompts', 'a'], 2, 'write model:DIR'),
@@ -352,6 +374,18 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
         (train, ['--heads.ahead', '9'], 2, 'heads with objective consistency, which'),
         (train, ['--objective', 'ar', '--loss.global-weight', '7'], 2, 'loss.global_weight with'),
         (train, ['--objective', 'ar', '--new.dim', '512'], 2, 'write model: new'),
+        (train, ['--stage', 'space', '--noise.corruption', '0.9'], 2, 'noise.corruption with'),
+        (train, ['--stage', 'space', '--heads.joint'], 2, 'heads.joint with objective space'),
+        (train, ['--examples', '10'], 2, 'examples without texts'),
+        (train, ['--stage', 'medusa', '--loss.ar-weight', '7'], 2, 'without heads.joint'),
+        (train, ['--stage', 'eagle', '--held-out.block', '4'], 2, 'held_out.block with'),
+        (train, ['--max-length', '2', '--plan'], 2, 'max_length 2: must be at least 3'),
+        (
+            train,
+            ['--stage', 'target', '--data', 'sql', '--model', 'new', '--new.vocab-size', '9'],
+            2,
+            'vocab_size 9: at least 258',
+        ),
         (train, ['--max-length', '2048', '--model', 'embedded'], 2, 'the model has 1024 positions'),
         (export, ['--root', '/no/run'], 2, '/no/run/target: no such directory; run that stage'),
         (export, ['--root', 'nothere'], 2, 'nothere/target: no such directory; run that stage'),
@@ -520,6 +554,20 @@ def test_a_pipe_and_a_link_are_written_to_and_not_replaced(tmp_path):
     write_atomic(pipe, b'text')
     assert pipe.is_fifo() and os.read(reader, 9) == b'text'
     os.close(reader)
+
+
+def test_a_file_to_which_is_printed_is_written_to_and_not_replaced(tmp_path):
+    file, program = (
+        tmp_path / 'file',
+        (
+            'from pathlib import Path; from cllm_jax.rundir import write_atomic\n'
+            "print('printed'); write_atomic(Path('/dev/stdout'), b'written'); print(' after')"
+        ),
+    )
+    file.write_text('before ')
+    with open(file, 'a') as out:
+        subprocess.run([sys.executable, '-c', program], stdout=out, check=True)
+    assert file.read_text() == 'before printed\nwritten after\n'
 
 
 def test_decode_shows_a_prompt_as_it_is(monkeypatch, capsys):

@@ -52,6 +52,7 @@ def test_refilled_rows_decode_as_if_alone(drafter, sampling):
         for here, one in zip(refilled.trajectories, alone, strict=True):
             np.testing.assert_array_equal(here.states, one.trajectories[0].states)
             np.testing.assert_array_equal(here.start, one.trajectories[0].start)
+            assert here.states.base is None, 'a view would keep those of the whole batch'
 
 
 def test_refilling_compiles_once_for_any_number_of_prompts():

@@ -20,7 +20,7 @@ from cllm_jax.models.attention import NEVER, attend
 from cllm_jax.models.linear import linear
 from cllm_jax.models.llama import Llama, forward, init_params
 from cllm_jax.models.load import Model, load
-from cllm_jax.rundir import claim, open_run, read_metrics, rewind_metrics
+from cllm_jax.rundir import append_metrics, claim, has_begun, open_run, read_metrics, rewind_metrics
 from cllm_jax.sums import SUMS
 from cllm_jax.training import run as training_run
 from cllm_jax.training.batches import Noise, Sample, make_batch, samples_of_step
@@ -353,6 +353,16 @@ def test_a_joint_training_weighs_the_loss_of_the_model():
     assert np.isclose(thrice['loss'] - once['loss'], 2 * once['ar_loss'], rtol=1e-4)
 
 
+def test_heads_may_guess_further_than_answers_reach():
+    model = Model(SHALLOW, params_of(SHALLOW), byte_tokenizer(), 'tiny')
+    batch = make_batch(samples(), 4, 0, 0, None)
+    ahead = batch.ar_weight_BA.shape[1] + 2
+    sizes = HeadsConfig(nodes=4, ahead=ahead, own_table=False)
+    objective = of_heads('medusa', sizes, model, LossWeights(), batch, seed=0)
+    _, metrics = jax.jit(objective.loss)(objective.params, model.params, batch, batch_totals(batch))
+    assert np.isfinite(metrics['loss']) and metrics[f'accuracy_{ahead}'] == 0
+
+
 def test_rows_without_a_prompt_are_not_trained_on(tmp_path, capsys):
     rows = [{'prompt': 'a question' * (i % 2), 'answer': 'an answer'} for i in range(8)]
     path = tmp_path / 'rows.jsonl'
@@ -490,7 +500,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_goes_on_from_the_one_bef
     assert without_speed(tmp_path / 'bad') == without_speed(tmp_path / 'whole')
 
 
-@pytest.mark.parametrize('how', ['damaged', 'gone'])
+@pytest.mark.parametrize('how', ['damaged', 'emptied', 'gone'])
 def test_a_run_whose_checkpoints_are_lost_is_left_as_it_is(mixed_dtypes, tmp_path, how):
     objective, data, source, plan = tiny_run()
     train(tmp_path, objective, data, source, plan)
@@ -498,12 +508,26 @@ def test_a_run_whose_checkpoints_are_lost_is_left_as_it_is(mixed_dtypes, tmp_pat
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in kept]
     for step in (tmp_path / 'checkpoints').iterdir():
         damage(step)
-    if how == 'gone':
+    if how != 'damaged':
         shutil.rmtree(tmp_path / 'checkpoints')
+    if how == 'emptied':
+        (tmp_path / 'checkpoints').mkdir()
     for _ in range(2):
         with pytest.raises(DataError, match='damaged or gone; it is left as it is'):
             train(tmp_path, objective, data, source, plan)
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in kept] == before
+
+
+def test_a_finished_run_whose_model_is_gone_makes_it_again(mixed_dtypes, tmp_path):
+    objective, data, source, plan = tiny_run(held_out=HeldOut(every=6, prompts=3, max_tokens=8))
+    train(tmp_path, objective, data, source, plan)
+    model, checkpoint = tmp_path / 'model/model.safetensors', tmp_path / 'checkpoints/6'
+    before, saved = model.read_bytes(), checkpoint.stat().st_mtime_ns
+    shutil.rmtree(model.parent)
+    notes = []
+    train(tmp_path, objective, data, source, plan, note=notes.append)
+    assert model.read_bytes() == before and checkpoint.stat().st_mtime_ns == saved
+    assert 'what was kept is gone' in notes[0]
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_path):
@@ -543,10 +567,16 @@ def test_a_run_directory_has_one_owner_and_one_set_of_settings(tmp_path):
     for a in (2, 1):  # what ended before it began claims nothing
         with open_run(tmp_path, {'a': a}):
             pass
-    with open_run(tmp_path, {'a': 1}):
-        claim(tmp_path, {'a': 1}, {})
+    for a in (2, 1):  # nor does what failed before its first step
+        with open_run(tmp_path, {'a': a}):
+            claim(tmp_path, {'a': a}, {'b': a})
+        append_metrics(tmp_path / 'metrics.jsonl', {'step': 0})
+    assert not has_begun(tmp_path)
+    append_metrics(tmp_path / 'metrics.jsonl', {'step': 1})
     with pytest.raises(ConfigError, match='begun with a = 1, now 2'), open_run(tmp_path, {'a': 2}):
         pass
+    with pytest.raises(ConfigError, match='begun with b = 1, now 2'):
+        claim(tmp_path, {'a': 1}, {'b': 2})
     assert json.loads((tmp_path / 'settings.json').read_text()) == {'a': 1}
 
 

@@ -11,6 +11,14 @@ from cllm_jax.datasets.sources import Source
 from cllm_jax.errors import ConfigError, DataError
 
 END, PAD = '<|end|>', '<|pad|>'
+SMALLEST = 256 + 2
+"""Tokens of a vocabulary of bytes and the two special ones."""
+
+
+def check_vocabulary(size: int) -> None:
+    """Raises ConfigError for fewer tokens than a new vocabulary has."""
+    if size < SMALLEST:
+        raise ConfigError(f'vocab_size {size}: at least {SMALLEST}, 256 bytes and 2 special tokens')
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -24,8 +32,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast  # slow to import
 
-    if vocab_size < 258:
-        raise ConfigError(f'vocab_size {vocab_size}: at least 258, 256 bytes and 2 special tokens')
+    check_vocabulary(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
@@ -46,22 +53,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def that_fit(source: Source, tokenizer: Any, room: int) -> Source:
-    """The rows whose prompts have at most `room` tokens; `dropped` counts the others alone.
+def that_fit(source: Source, tokenizer: Any, bos_id: int | None, room: int) -> Source:
+    """The rows whose prompts have 1 to `room` tokens; `dropped` counts the others alone.
 
     Raises:
       DataError: there is none.
     """
     rows = [source[i] for i in range(len(source))]
-    lengths = map(len, tokenizer([row.prompt for row in rows])['input_ids'])
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
+    prompts = [prompt for prompt, _ in encode_examples(tokenizer, rows, 0, bos_id)]
+    kept = [row for row, prompt in zip(rows, prompts, strict=True) if 0 < len(prompt) <= room]
     if not kept:
         raise DataError(
-            f'{source.name}: no prompt has at most {room} tokens, the positions of the model '
+            f'{source.name}: no prompt has 1 to {room} tokens, the positions of the model '
             'without max_tokens; use fewer max_tokens'
         )
-    longer = len(rows) - len(kept)
-    dropped = {f'prompt longer than {room} tokens': longer} if longer else {}
+    left_out = {
+        f'prompt longer than {room} tokens': sum(len(prompt) > room for prompt in prompts),
+        'prompt without a token': sum(len(prompt) == 0 for prompt in prompts),
+    }
+    dropped = {reason: count for reason, count in left_out.items() if count}
     return dataclasses.replace(source, rows=kept, dropped=dropped)
 
 

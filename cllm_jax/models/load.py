@@ -18,6 +18,7 @@ from cllm_jax.models.config import LlamaConfig, one_line, read_config
 from cllm_jax.models.hf import DTYPES, abstract_params, read_model
 from cllm_jax.models.llama import Llama, param_axes
 from cllm_jax.parallel.rules import param_shardings
+from cllm_jax.rundir import has_begun
 from cllm_jax.sums import SUMS, sha256
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
@@ -228,8 +229,12 @@ def named_or(name: str, run: str, embedded: str) -> str:
     Raises:
       ConfigError: no model is named, and there is none.
     """
-    if name or Path(run).is_dir():
+    if name or any((Path(run) / made).exists() for made in ('model', 'config.json')):
         return name or run
+    if has_begun(Path(run)):
+        raise ConfigError(
+            f'{run}: has no model yet; run that stage to its first test, or name another model'
+        )
     if Path(run).parent == Path(EMBEDDED_ROOT):
         return embedded
-    raise ConfigError(f'{run}: no such directory; run that stage first, or name another model')
+    raise ConfigError(f'{run}: has no model; run that stage first, or name another model')

@@ -1,8 +1,13 @@
 """The settings of a training run, and what follows from them before anything is loaded."""
 
 import dataclasses
+from collections.abc import Iterator
+from operator import attrgetter
 from typing import Literal
 
+import jax
+
+from cllm_jax.datasets.tokens import check_vocabulary
 from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.models.config import LlamaConfig
 from cllm_jax.models.load import EMBEDDED_ROOT, named_or, peek
@@ -117,17 +122,18 @@ class TrainConfig:
     """A tiny version of everything, to see that it works."""
 
     def __post_init__(self):
-        at_least(self, examples=1, steps=0, batch=1, save_every=1, log_every=1)
+        at_least(self, examples=1, max_length=3, steps=0, batch=1, save_every=1, log_every=1)
         check_seed(self)
 
 
 def quick(settings: TrainConfig) -> TrainConfig:
-    """The same run, tiny."""
+    """The same run, tiny; its batch can be divided among the devices."""
+    devices = jax.device_count()
     return dataclasses.replace(
         settings,
         examples=400,
         steps=min(settings.steps, 6),
-        batch=8,
+        batch=-(-8 // devices) * devices,
         save_every=3,
         log_every=2,
         optimizer=dataclasses.replace(settings.optimizer, accumulate=1),
@@ -147,38 +153,48 @@ def check_tokenizer(settings: TrainConfig) -> None:
         )
 
 
+OF_STATES = ('loss.global_weight', 'loss.local_weight', 'loss.state_weight')
+OF_HEADS = ('noise', 'held_out.block', *OF_STATES)
 IGNORED = {
-    'ar': ('noise', 'cleaning', 'heads'),
+    'ar': ('noise', 'cleaning', 'heads', *OF_STATES),
     'consistency': ('heads',),
-    'space': (),
-    'medusa': ('noise',),
-    'redrafter': ('noise',),
-    'eagle': ('noise',),
+    'space': (
+        'noise.fresh',
+        'noise.corruption',
+        'noise.mask',
+        'heads.joint',
+        'held_out.block',
+        *OF_STATES[:2],
+    ),
+    'medusa': OF_HEADS,
+    'redrafter': OF_HEADS,
+    'eagle': OF_HEADS,
 }
-"""Groups of settings that an objective does not read."""
-STATE_LOSSES = {
-    'consistency': ('global_weight', 'local_weight', 'state_weight'),
-    'space': ('state_weight',),
-}
-"""Losses of states that an objective has; the others have none."""
+"""Settings, and groups of them, that an objective does not read."""
+
+
+def _unread(settings: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Settings that nothing would read, and why."""
+    objective = settings.objective
+    for name in IGNORED[objective]:
+        yield name, f'with objective {objective}, which ignores it'
+    if objective != 'ar' and not settings.texts:
+        yield 'examples', 'without texts, whose rows they would be'
+    if objective in ('medusa', 'redrafter', 'eagle') and not settings.heads.joint:
+        for name in ('loss.ar_weight', 'heads.joint_weight'):
+            yield name, 'without heads.joint: the model is not trained'
+    if settings.model != 'new':
+        yield 'new', f'with model {settings.model or "(default)"}, which is not new'
 
 
 def check_ignored(settings: TrainConfig) -> None:
     """Raises ConfigError for a setting that says something and would do nothing."""
-    objective, default = settings.objective, TrainConfig()
-    for name in IGNORED[objective]:
-        if getattr(settings, name) != getattr(default, name):
-            raise ConfigError(f'{name} with objective {objective}, which ignores it; leave it out')
-    for name in STATE_LOSSES['consistency']:
-        read = name in STATE_LOSSES.get(objective, ())
-        if not read and getattr(settings.loss, name) != getattr(default.loss, name):
-            raise ConfigError(
-                f'loss.{name} with objective {objective}, which ignores it; leave it out'
-            )
-    if settings.new != default.new and settings.model != 'new':
-        raise ConfigError(
-            f'new with model {settings.model or "(default)"}, which is not new; write model: new'
-        )
+    default = TrainConfig()
+    for name, why in _unread(settings):
+        said = attrgetter(name)
+        if said(settings) != said(default):
+            remedy = 'write model: new' if name == 'new' else 'leave it out'
+            raise ConfigError(f'{name} {why}; {remedy}')
 
 
 def check_length(settings: TrainConfig) -> None:
@@ -264,6 +280,8 @@ def architecture(settings: TrainConfig) -> LlamaConfig:
     if settings.model != 'new':
         return peek(settings.model)
     new = settings.new
+    if not settings.tokenizer:
+        check_vocabulary(new.vocab_size)
     if new.dim % new.heads:
         raise ConfigError(f'dim {new.dim}: must be a multiple of the {new.heads} heads')
     return LlamaConfig(

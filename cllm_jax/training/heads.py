@@ -160,6 +160,7 @@ def _answers(hidden_BTD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array,
 
 def _later(labels_BA: jax.Array, weight_BA: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
     """The labels `by` places later, with weight 0 where the answer has ended before."""
+    by = min(by, labels_BA.shape[1])
     pad = ((0, 0), (0, by))
     return jnp.pad(labels_BA[:, by:], pad), jnp.pad(weight_BA[:, by:], pad)
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -172,9 +173,14 @@ def train(
         _stop_signals() as stopped,
     ):
         state, progress = _begin_or_restore(run, checkpoints, state, reference)
-        if plan.steps == 0:  # the model as it is, in the form of a run
+        if lost := progress['best'] >= 0 and not _has_kept(directory):
+            note(f'{directory}: what was kept is gone; the next test keeps what it finds')
+            progress['best'] = -1.0
+        # No steps: the model as it is, in the form of a run.
+        if plan.steps == 0 or (lost and int(state.step) == plan.steps):
             _test_and_keep(run, state, reference, progress)
-        _iterate(run, samples, step_fn, checkpoints, stopped, state, reference, progress)
+        if int(state.step) < plan.steps:
+            _iterate(run, samples, step_fn, checkpoints, stopped, state, reference, progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +199,12 @@ class _Run:
         return self.directory / 'metrics.jsonl'
 
 
+def _has_kept(directory: Path) -> bool:
+    """Whether a model or a drafter is there, as the process sees it that writes them."""
+    there = any((directory / name).is_dir() for name in ('model', 'drafter'))
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(there)))
+
+
 def _lost(directory: Path) -> DataError:
     return DataError(
         f'{directory}: was begun, but its checkpoints are damaged or gone; it is left as it is: '
@@ -208,7 +220,9 @@ def _begin_or_restore(
         if is_main():
             rewind_metrics(run.log, int(found[0].step))
         return found
-    if any(run.directory.glob('damaged-checkpoint-*')):
+    # A save waits for the one before, so that of two one is complete.
+    saved = any(m['step'] > 2 * run.plan.save_every for m in read_metrics(run.log))
+    if saved or any(run.directory.glob('damaged-checkpoint-*')):
         raise _lost(run.directory)
     if is_main():
         rewind_metrics(run.log, -1)

@@ -28,7 +28,7 @@ from cllm_jax.models.load import (
     with_tokenizer,
 )
 from cllm_jax.parallel.distributed import barrier, is_main
-from cllm_jax.rundir import replace_directory, temporary
+from cllm_jax.rundir import has_begun, replace_directory, temporary
 from cllm_jax.training.batches import Sample
 from cllm_jax.training.config import TrainConfig, architecture
 from cllm_jax.trajectories.clean import clean
@@ -57,7 +57,7 @@ def new_model(settings: TrainConfig, examples: list[Example], run: Path) -> Mode
 def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> Any:
     """Trained on the examples when a run begins, and kept in `run/tokenizer` for its resumption."""
     places = [run / 'tokenizer', run / 'model']  # the latter in runs of older versions
-    begun = (run / 'settings.json').exists() and any(place.is_dir() for place in places)
+    begun = has_begun(run) and any(place.is_dir() for place in places)
     if is_main() and not begun:
         # A random choice: a regular one could miss a task of a mixture altogether.
         rows = min(len(examples), TOKENIZER_ROWS)
@@ -191,7 +191,7 @@ def prepare(
         console.note(f'{len(samples) - len(begun)} samples without a prompt left out')
     kept = [s for s in begun if len(s) <= settings.max_length]
     console.note(f'{len(kept)} samples, {len(begun) - len(kept)} too long left out')
-    if not kept:
+    if settings.steps and not kept:
         raise DataError(
             'no training sample is left; check the data and their answers, max_length and cleaning'
         )

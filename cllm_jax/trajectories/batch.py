@@ -5,9 +5,9 @@ nothing is communicated, but inside a group of devices that share a model.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -123,7 +123,7 @@ def trajectories(
     return found
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _decoder(module: Llama, drafter: Any, mesh: Mesh, slots: int, steps: int) -> Callable:
     """A compiled `(params, stop_ids, prompts, lengths, max_tokens, keys, weights) -> decoded rows`.
 
@@ -152,7 +152,7 @@ def _decoder(module: Llama, drafter: Any, mesh: Mesh, slots: int, steps: int) ->
     return _on_rows(decode, mesh, whole=2, rows=5)
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _follower(module: Llama, mesh: Mesh, block: int, blocks: int, slots: int) -> Callable:
     """A compiled `(params, first, sequences, cache) -> states and forwards`, see `follow`."""
 
