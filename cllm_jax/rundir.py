@@ -47,12 +47,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def _printed_to(path: Path) -> int | None:
     """Which of this process's outputs a path is, if it is one."""
-    for number in (1, 2):
-        try:
-            if os.path.samestat(path.stat(), os.fstat(number)):
-                return number
-        except OSError:  # closed
-            continue
+    for stream in (sys.__stdout__, sys.__stderr__):
+        # None if it was closed before; its number may be another file's then.
+        if stream and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            return stream.fileno()
     return None
 
 
@@ -166,7 +164,9 @@ def _check(path: Path, settings: Mapping[str, Any], remedy: str) -> None:
         if not isinstance(begun, dict):
             raise ValueError
     except ValueError:
-        raise DataError(f'{path}: not a JSON object; remove {path.parent} to start over') from None
+        raise DataError(
+            f'{path}: not a JSON object; remove this file to go on with what is given now'
+        ) from None
     begun.pop('root', None)  # runs noted where they were once; they may be moved
     changed = [k for k in [*settings, *begun] if settings.get(k) != begun.get(k)]
     if changed:
