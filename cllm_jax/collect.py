@@ -45,7 +45,7 @@ class CollectConfig:
     """Where trajectories go; default ROOT/trajectories, of stage recollect ROOT/retrajectories."""
     model: str = ''
     """The model whose trajectories these are; default ROOT/target, of stage recollect ROOT/cllm.
-    For the embedded recipe, until it has run, embedded-target and embedded."""
+    For the embedded recipe, until it has begun, embedded-target and embedded."""
     data: str = 'sql+arithmetic'
     """Dataset whose prompts are answered (see the README)."""
     prompts: int | None = None

@@ -140,7 +140,8 @@ def has_begun(directory: Path) -> bool:
 def claim(directory: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     """Note the settings of a run, and what it reads, by name and by content.
 
-    A run that began without inputs (by an older version) notes them when it goes on.
+    What one noted that has not begun (`has_begun`) is replaced. A run that began without inputs (by
+    an older version) notes them when it goes on.
 
     Raises:
       ConfigError: something is not what the run began with.

@@ -557,12 +557,10 @@ def test_a_pipe_and_a_link_are_written_to_and_not_replaced(tmp_path):
 
 
 def test_a_file_to_which_is_printed_is_written_to_and_not_replaced(tmp_path):
-    file, program = (
-        tmp_path / 'file',
-        (
-            'from pathlib import Path; from cllm_jax.rundir import write_atomic\n'
-            "print('printed'); write_atomic(Path('/dev/stdout'), b'written'); print(' after')"
-        ),
+    file = tmp_path / 'file'
+    program = (
+        'from pathlib import Path; from cllm_jax.rundir import write_atomic\n'
+        "print('printed'); write_atomic(Path('/dev/stdout'), b'written'); print(' after')"
     )
     file.write_text('before ')
     with open(file, 'a') as out:

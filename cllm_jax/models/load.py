@@ -224,7 +224,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def named_or(name: str, run: str, embedded: str) -> str:
     """The model the user named, else the one of a run directory, ROOT/STAGE.
 
-    Only where ROOT is `EMBEDDED_ROOT`, the embedded model takes the place of one that is not there.
+    Only where ROOT is `EMBEDDED_ROOT`, the embedded model takes the place of one that is not there,
+    until its run has begun.
 
     Raises:
       ConfigError: no model is named, and there is none.

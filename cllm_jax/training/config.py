@@ -67,13 +67,13 @@ class TrainConfig:
     model: str = ''
     """Model to start from or to draft for; 'new' for random weights. Default of objective ar is
     embedded-target, of others ROOT/target, of stage refine ROOT/cllm; for the embedded recipe,
-    until it has run, embedded-target and embedded."""
+    until it has begun, embedded-target and embedded."""
     new: NewModel = NewModel()
     """The architecture if model is 'new'."""
     tokenizer: str = ''
     """Model whose tokenizer a new one takes, as a draft model must: default of stage draft is that
-    of ROOT/target (for the embedded recipe, until it has run, embedded-target). Else one is
-    trained on the dataset."""
+    of ROOT/target (for the embedded recipe, until it has begun, embedded-target). Else one
+    is trained on the dataset."""
     data: str = ''
     """Dataset (see the README) for ar; else a trajectory directory, default ROOT/trajectories
     (stage refine: ROOT/retrajectories). Drafters learn from its answers."""
