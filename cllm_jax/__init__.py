@@ -12,24 +12,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cllm_jax.decoding.draft import Loaded
-from cllm_jax.decoding.generate import decode_all
-from cllm_jax.decoding.generate import stream as _stream
+from cllm_jax.decoding.drafter import Loaded
+from cllm_jax.decoding.engine import decode_all
+from cllm_jax.decoding.engine import stream as _stream
 from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.checkpoint import KINDS, read_drafter
 from cllm_jax.drafters.draft_model import draft_model
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.lookahead import Lookahead
-from cllm_jax.drafters.named import own_drafter
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
-from cllm_jax.drafters.saved import KINDS, read_drafter
+from cllm_jax.drafters.registry import own_drafter
 from cllm_jax.errors import CllmError, ConfigError, DataError
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.llama import forward as _forward
-from cllm_jax.models.load import Model, load
+from cllm_jax.hf.load import Model, load
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.model.llama import forward as _forward
 
 __all__ = [
     'AutoRegressive',

@@ -21,22 +21,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cllm_jax.console import Console, number, print_plan, size, table
-from cllm_jax.datasets.sources import Source, open_source
+from cllm_jax.cli.console import Console, number, print_plan, size, table
+from cllm_jax.cli.settings import can_write, guard, parse, to_json
+from cllm_jax.data.sources import Source, open_source
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.checkpoint import read_drafter
 from cllm_jax.drafters.draft_model import draft_model
-from cllm_jax.drafters.heads import HeadWeights
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
-from cllm_jax.drafters.saved import read_drafter
+from cllm_jax.drafters.trained import HeadWeights
 from cllm_jax.errors import at_least, check_seed
-from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.forward_cost import bandwidth, costs, weight_bytes
 from cllm_jax.evaluation.pair import model_pair
-from cllm_jax.evaluation.parts import parts
-from cllm_jax.evaluation.pipeline import collection_speed, step_cost
-from cllm_jax.evaluation.quality import share_right
+from cllm_jax.evaluation.profile import parts
 from cllm_jax.evaluation.speed import (
     Way,
     ar_ways,
@@ -45,10 +44,9 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
+from cllm_jax.evaluation.throughput import collection_speed, step_cost
 from cllm_jax.evaluation.torch_generate import generate_speed
-from cllm_jax.models.config import read_config
-from cllm_jax.models.llama import Llama, init_params
-from cllm_jax.models.load import (
+from cllm_jax.hf.load import (
     EMBEDDED_ROOT,
     MIXED,
     Model,
@@ -58,11 +56,13 @@ from cllm_jax.models.load import (
     mixed,
     storage,
 )
-from cllm_jax.rundir import write_atomic
-from cllm_jax.settings import can_write, guard, parse, to_json
-from cllm_jax.training.batches import Noise
+from cllm_jax.model.config import read_config
+from cllm_jax.model.llama import Llama, init_params
+from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.tasks.quality import share_right
+from cllm_jax.training.packing import Noise
 from cllm_jax.training.step import LossWeights
-from cllm_jax.trajectories.collect import CollectPlan
+from cllm_jax.trajectories.collector import CollectPlan
 
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax')
 DRAFTED = {

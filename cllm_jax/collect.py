@@ -13,11 +13,12 @@ from typing import Literal
 
 import jax
 
-from cllm_jax.console import Console, print_plan, size
-from cllm_jax.datasets.sources import open_source, rows_fingerprint
+from cllm_jax.cli.console import Console, print_plan, size
+from cllm_jax.cli.settings import guard, parse, to_json
+from cllm_jax.data.sources import open_source, rows_fingerprint
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError, at_least, check_seed
-from cllm_jax.models.load import (
+from cllm_jax.hf.load import (
     EMBEDDED_ROOT,
     MIXED,
     Precision,
@@ -28,11 +29,10 @@ from cllm_jax.models.load import (
     storage,
     with_tokenizer,
 )
-from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
-from cllm_jax.parallel.mesh import MeshConfig, make_mesh
-from cllm_jax.rundir import claim, open_run
-from cllm_jax.settings import guard, parse, to_json
-from cllm_jax.trajectories.collect import CollectPlan, collect
+from cllm_jax.hf.load import tokenizer_fingerprint as vocabulary
+from cllm_jax.runs.run_dir import claim, open_run
+from cllm_jax.runtime.mesh import MeshConfig, make_mesh
+from cllm_jax.trajectories.collector import CollectPlan, collect
 
 
 @dataclasses.dataclass(frozen=True)

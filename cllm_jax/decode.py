@@ -17,15 +17,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cllm_jax.console import Console, print_plan, size, table
-from cllm_jax.datasets.readers import read_jsonl
-from cllm_jax.datasets.sources import open_source
-from cllm_jax.decoding.generate import decode_all, stream
+from cllm_jax.cli.console import Console, print_plan, size, table
+from cllm_jax.cli.settings import can_write, guard, parse, to_json
+from cllm_jax.data.formats import read_jsonl
+from cllm_jax.data.sources import open_source
+from cllm_jax.decoding.engine import decode_all, stream
 from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
-from cllm_jax.drafters.named import TITLES, Named, open_drafter
+from cllm_jax.drafters.registry import TITLES, Named, open_drafter
 from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.speed import (
     Way,
@@ -34,12 +35,11 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.models.cache import init_cache
-from cllm_jax.models.hf import abstract_params
-from cllm_jax.models.load import MIXED, Model, Precision, load, mixed, peek, storage
-from cllm_jax.parallel.mesh import tensor_mesh
-from cllm_jax.rundir import write_atomic
-from cllm_jax.settings import can_write, guard, parse, to_json
+from cllm_jax.hf.load import MIXED, Model, Precision, load, mixed, peek, storage
+from cllm_jax.hf.weights import abstract_params
+from cllm_jax.model.cache import init_cache
+from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.runtime.mesh import tensor_mesh
 
 DEMO_PROMPTS = 6
 

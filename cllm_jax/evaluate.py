@@ -17,17 +17,17 @@ from typing import Any, Literal
 
 import jax
 
-from cllm_jax.console import Console, print_plan, table
-from cllm_jax.datasets.sources import Source, open_source
-from cllm_jax.datasets.tokens import that_fit
-from cllm_jax.decoding.generate import decode_all
+from cllm_jax.cli.console import Console, print_plan, table
+from cllm_jax.cli.settings import can_write, guard, parse, to_json
+from cllm_jax.data.sources import Source, open_source
+from cllm_jax.data.tokenizer import that_fit
+from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.drafters.named import TITLES, Named, open_drafter
+from cllm_jax.drafters.registry import TITLES, Named, open_drafter
 from cllm_jax.errors import at_least, check_seed
 from cllm_jax.evaluation.pair import model_pair
-from cllm_jax.evaluation.quality import is_repetitive, share_right, token_agreement
 from cllm_jax.evaluation.speed import (
     Way,
     ar_ways,
@@ -35,10 +35,10 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.models.load import EMBEDDED_ROOT, Precision, chosen, load, with_tokenizer
-from cllm_jax.parallel.mesh import tensor_mesh
-from cllm_jax.rundir import write_atomic
-from cllm_jax.settings import can_write, guard, parse, to_json
+from cllm_jax.hf.load import EMBEDDED_ROOT, Precision, chosen, load, with_tokenizer
+from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.runtime.mesh import tensor_mesh
+from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
 
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax', 'transformers')
 

@@ -15,20 +15,19 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from cllm_jax.console import Console, print_plan, size, table
-from cllm_jax.datasets.sources import rows_fingerprint
-from cllm_jax.datasets.tokens import that_fit
+from cllm_jax.cli.console import Console, print_plan, size, table
+from cllm_jax.cli.settings import guard, parse, to_json
+from cllm_jax.data.sources import rows_fingerprint
+from cllm_jax.data.tokenizer import that_fit
 from cllm_jax.decoding.request import cache_slots
-from cllm_jax.drafters.heads import borrow
+from cllm_jax.drafters.trained import borrow
 from cllm_jax.errors import ConfigError
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.hf import abstract_params
-from cllm_jax.models.load import DTYPES, Model
-from cllm_jax.parallel.mesh import make_mesh, pretend
-from cllm_jax.parallel.rules import check_batch
-from cllm_jax.rundir import claim, open_run
-from cllm_jax.settings import guard, parse, to_json
-from cllm_jax.training.batches import Noise, Sample, make_batch
+from cllm_jax.hf.load import DTYPES, Model
+from cllm_jax.hf.weights import abstract_params
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runs.run_dir import claim, open_run
+from cllm_jax.runtime.mesh import make_mesh, pretend
+from cllm_jax.runtime.sharding import check_batch
 from cllm_jax.training.config import (
     OBJECTIVES,
     TrainConfig,
@@ -41,12 +40,13 @@ from cllm_jax.training.config import (
     quick,
     with_names,
 )
+from cllm_jax.training.data import held_out_rows, inputs_of, prepare, trained_on_too
 from cllm_jax.training.heads import drafter_of, of_heads
-from cllm_jax.training.needs import StepShape, compiled_needs, needs
+from cllm_jax.training.memory import StepShape, compiled_needs, needs
 from cllm_jax.training.objective import Objective, of_text
-from cllm_jax.training.run import RunPlan, train
-from cllm_jax.training.samples import held_out_rows, inputs_of, prepare, trained_on_too
+from cllm_jax.training.packing import Noise, Sample, make_batch
 from cllm_jax.training.step import check_accumulation
+from cllm_jax.training.trainer import RunPlan, train
 
 CALIBRATION = 64
 """Samples by which Medusa's tree is chosen."""

@@ -9,13 +9,13 @@ import jax
 import pytest
 
 from cllm_jax import bench
-from cllm_jax.console import Console
-from cllm_jax.decoding.generate import decode_all
+from cllm_jax.cli.console import Console
+from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
-from cllm_jax.evaluation.cost import Cost, Stall, bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.forward_cost import Cost, Stall, bandwidth, costs, weight_bytes
 from cllm_jax.evaluation.speed import Way
-from cllm_jax.models.config import config_json, read_config
+from cllm_jax.model.config import config_json, read_config
 from tests.tiny import model_directory, ragged_prompts, random_model, tiny_config
 
 

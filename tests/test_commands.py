@@ -15,15 +15,15 @@ import pytest
 
 import cllm_jax
 from cllm_jax import bench, collect, evaluate, export, train
-from cllm_jax.console import size
-from cllm_jax.drafters.saved import drafter_arrays
+from cllm_jax.cli.console import size
+from cllm_jax.cli.settings import guard
+from cllm_jax.drafters.checkpoint import drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.evaluation.cost import weight_bytes
-from cllm_jax.models.hf import write_model
-from cllm_jax.models.load import SHIPPED
-from cllm_jax.recipe import read_recipe
-from cllm_jax.rundir import append_metrics, claim, write_atomic
-from cllm_jax.settings import guard
+from cllm_jax.evaluation.forward_cost import weight_bytes
+from cllm_jax.hf.load import SHIPPED
+from cllm_jax.hf.weights import write_model
+from cllm_jax.runs.recipe import read_recipe
+from cllm_jax.runs.run_dir import append_metrics, claim, write_atomic
 from cllm_jax.training.config import (
     OBJECTIVES,
     TrainConfig,
@@ -33,7 +33,7 @@ from cllm_jax.training.config import (
     quick,
     with_names,
 )
-from cllm_jax.training.samples import held_out_rows, inputs_of
+from cllm_jax.training.data import held_out_rows, inputs_of
 from cllm_jax.training.step import check_accumulation
 from cllm_jax.trajectories.clean import Cleaning
 from cllm_jax.trajectories.store import open_manifest
@@ -108,10 +108,10 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize('config', sorted(p.name for p in CONFIGS.glob('*.yaml')))
 def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
+    from cllm_jax.cli.settings import parse
     from cllm_jax.collect import CollectConfig
     from cllm_jax.evaluate import EvaluateConfig
     from cllm_jax.export import ExportConfig
-    from cllm_jax.settings import parse
 
     classes = dict.fromkeys(OBJECTIVES, TrainConfig)
     classes |= dict.fromkeys(('collect', 'recollect'), CollectConfig)
@@ -559,7 +559,7 @@ def test_a_pipe_and_a_link_are_written_to_and_not_replaced(tmp_path):
 def test_a_file_to_which_is_printed_is_written_to_and_not_replaced(tmp_path):
     file = tmp_path / 'file'
     program = (
-        'from pathlib import Path; from cllm_jax.rundir import write_atomic\n'
+        'from pathlib import Path; from cllm_jax.runs.run_dir import write_atomic\n'
         "print('printed'); write_atomic(Path('/dev/stdout'), b'written'); print(' after')"
     )
     file.write_text('before ')

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import cllm_jax as cllm
-from cllm_jax.datasets.sources import open_source
-from cllm_jax.models.load import SHIPPED, tokenizer_fingerprint
+from cllm_jax.data.sources import open_source
+from cllm_jax.hf.load import SHIPPED, tokenizer_fingerprint
 
 
 @pytest.fixture(scope='module')

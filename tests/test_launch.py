@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cllm_jax.cli.settings import parse
 from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted, NumericalError
-from cllm_jax.parallel.mesh import shape
-from cllm_jax.recipe import read_recipe
-from cllm_jax.settings import parse
+from cllm_jax.runs.recipe import read_recipe
+from cllm_jax.runtime.mesh import shape
 from cllm_jax.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cllm_jax.decoding import loop
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.hf import write_model
-from cllm_jax.models.llama import Llama, init_params
-from cllm_jax.models.load import Model
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.weights import write_model
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.model.llama import Llama, init_params
 
 
 def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cllm_jax.errors import CllmError
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.hf import abstract_params, write_model
+from cllm_jax.hf.weights import abstract_params, write_model
+from cllm_jax.model.config import LlamaConfig
 
 TINY = LlamaConfig(
     vocab_size=16, dim=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_dim=8, eos_ids=(1,)

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put
+from cllm_jax.decoding.drafter import Draft, Sequences, Verdict, put
 from cllm_jax.decoding.sampling import Sampling, choose, likely_enough
 from cllm_jax.decoding.tree import Layout, accept, before, layout, mask
-from cllm_jax.models.cache import Cache, compact, init_cache
-from cllm_jax.models.llama import Llama, taken
-from cllm_jax.parallel.cores import EIGEN
+from cllm_jax.model.cache import Cache, compact, init_cache
+from cllm_jax.model.llama import Llama, taken
+from cllm_jax.runtime.backend import EIGEN
 
 
 @struct.dataclass

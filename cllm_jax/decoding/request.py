@@ -10,7 +10,7 @@ import numpy as np
 
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.errors import ConfigError, at_least, check_seed
-from cllm_jax.models.load import Model
+from cllm_jax.hf.load import Model
 
 
 @dataclasses.dataclass(frozen=True)

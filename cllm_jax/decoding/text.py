@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from cllm_jax.models.load import Model
+from cllm_jax.hf.load import Model
 
 BYTE = re.compile('<0x([0-9A-F]{2})>')
 """A token that is one byte, in vocabularies that fall back to bytes (LLaMA 1 and 2, Mistral)."""

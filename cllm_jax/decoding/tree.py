@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cllm_jax.decoding.draft import Draft
+from cllm_jax.decoding.drafter import Draft
 
 
 @struct.dataclass

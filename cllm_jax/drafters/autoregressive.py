@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from cllm_jax.decoding.draft import Draft
+from cllm_jax.decoding.drafter import Draft
 
 
 @dataclasses.dataclass(frozen=True)

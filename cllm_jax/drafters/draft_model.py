@@ -10,12 +10,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cllm_jax.decoding.draft import Draft, Loaded, Sequences, windows
+from cllm_jax.decoding.drafter import Draft, Loaded, Sequences, windows
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.models.cache import Cache, init_cache
-from cllm_jax.models.llama import Llama
-from cllm_jax.models.load import Model, tokenizer_fingerprint
+from cllm_jax.hf.load import Model, tokenizer_fingerprint
+from cllm_jax.model.cache import Cache, init_cache
+from cllm_jax.model.llama import Llama
 
 
 @dataclasses.dataclass(frozen=True)

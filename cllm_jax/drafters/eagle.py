@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put
+from cllm_jax.decoding.drafter import Draft, Sequences, Verdict, put
 from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.drafters.heads import HeadWeights, normal, perturbed
+from cllm_jax.drafters.trained import HeadWeights, normal, perturbed
 from cllm_jax.errors import at_least
-from cllm_jax.models.attention import rope_tables
-from cllm_jax.models.cache import Cache, init_cache
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.llama import Block
+from cllm_jax.model.attention import rope_tables
+from cllm_jax.model.cache import Cache, init_cache
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.model.llama import Block
 
 
 @struct.dataclass

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put, windows
+from cllm_jax.decoding.drafter import Draft, Sequences, Verdict, put, windows
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.errors import ConfigError
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put, windows
+from cllm_jax.decoding.drafter import Draft, Sequences, Verdict, put, windows
 from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.drafters.heads import last_of, perturbed
 from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
+from cllm_jax.drafters.trained import last_of, perturbed
 from cllm_jax.errors import ConfigError, at_least
 
 UNKNOWN = -1e4

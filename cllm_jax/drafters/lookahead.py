@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from cllm_jax.decoding.draft import Draft
+from cllm_jax.decoding.drafter import Draft
 from cllm_jax.drafters.jacobi import Guesses, Jacobi, initial_guesses
 from cllm_jax.errors import ConfigError, at_least
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cllm_jax.decoding.draft import Draft
+from cllm_jax.decoding.drafter import Draft
 from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.drafters.heads import (
+from cllm_jax.drafters.trained import (
     HeadWeights,
     LastHidden,
     follow,

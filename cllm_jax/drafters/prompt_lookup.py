@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from cllm_jax.decoding.draft import Draft, Loaded
+from cllm_jax.decoding.drafter import Draft, Loaded
 from cllm_jax.decoding.request import bucket, encode_each
 from cllm_jax.errors import at_least
-from cllm_jax.models.load import Model
+from cllm_jax.hf.load import Model
 
 BETWEEN = -1
 """What stands between two references; no token is equal to it."""

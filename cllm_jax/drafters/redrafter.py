@@ -11,9 +11,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cllm_jax.decoding.draft import Draft
+from cllm_jax.decoding.drafter import Draft
 from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.drafters.heads import HeadWeights, LastHidden, follow, normal, perturbed, unknown
+from cllm_jax.drafters.trained import HeadWeights, LastHidden, follow, normal, perturbed, unknown
 from cllm_jax.errors import ConfigError, at_least
 
 NEVER = -5e4

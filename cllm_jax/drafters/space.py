@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from cllm_jax.decoding.draft import Draft
-from cllm_jax.drafters.heads import last_of
+from cllm_jax.decoding.drafter import Draft
+from cllm_jax.drafters.trained import last_of
 from cllm_jax.errors import ConfigError, at_least
 
 

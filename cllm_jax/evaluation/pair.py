@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cllm_jax.errors import ConfigError
-from cllm_jax.models.load import EMBEDDED_ROOT
+from cllm_jax.hf.load import EMBEDDED_ROOT
 
 
 def model_pair(root: str, cllm: str, target: str) -> tuple[str, str]:

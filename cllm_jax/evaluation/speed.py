@@ -14,10 +14,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from cllm_jax.decoding.generate import decode_batch
+from cllm_jax.decoding.engine import decode_batch
 from cllm_jax.decoding.request import Request, encode, row_keys
 from cllm_jax.decoding.result import DecodeResult
-from cllm_jax.models.load import Model, load
+from cllm_jax.hf.load import Model, load
 
 
 @dataclasses.dataclass(frozen=True)

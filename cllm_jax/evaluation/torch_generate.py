@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cllm_jax.decoding.request import encode
-from cllm_jax.models.hf import write_model
-from cllm_jax.models.load import Model
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.weights import write_model
 
 LOOKUP_TOKENS = 10
 """Draft length of prompt lookup, the value of its documentation."""

@@ -13,8 +13,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from cllm_jax.errors import DataError
-from cllm_jax.parallel.distributed import barrier, is_main
-from cllm_jax.sums import check_sums, write_sums
+from cllm_jax.runs.checksums import check_sums, write_sums
+from cllm_jax.runtime.processes import barrier, is_main
 
 KEEP = 2
 

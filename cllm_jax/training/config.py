@@ -7,15 +7,15 @@ from typing import Literal
 
 import jax
 
-from cllm_jax.datasets.tokens import check_vocabulary
+from cllm_jax.data.tokenizer import check_vocabulary
 from cllm_jax.errors import ConfigError, at_least, check_seed
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.load import EMBEDDED_ROOT, named_or, peek
-from cllm_jax.parallel.mesh import MeshConfig
-from cllm_jax.training.batches import Noise
+from cllm_jax.hf.load import EMBEDDED_ROOT, named_or, peek
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runtime.mesh import MeshConfig
 from cllm_jax.training.heads import HeadsConfig
-from cllm_jax.training.run import HeldOut
+from cllm_jax.training.packing import Noise
 from cllm_jax.training.step import LossWeights, OptimizerConfig
+from cllm_jax.training.trainer import HeldOut
 from cllm_jax.trajectories.clean import Cleaning
 
 OBJECTIVES = {

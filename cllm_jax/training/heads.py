@@ -14,16 +14,16 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from cllm_jax.drafters.eagle import Eagle
-from cllm_jax.drafters.heads import HeadWeights, borrow
 from cllm_jax.drafters.medusa import RANKS, Medusa, tree_of, usual
 from cllm_jax.drafters.redrafter import ReDrafter
 from cllm_jax.drafters.space import Space
+from cllm_jax.drafters.trained import HeadWeights, borrow
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.models.llama import Llama, param_axes
-from cllm_jax.models.load import Model
-from cllm_jax.training.batches import Batch
+from cllm_jax.hf.load import Model
+from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.training.losses import cross_entropy
 from cllm_jax.training.objective import Objective, Trained
+from cllm_jax.training.packing import Batch
 from cllm_jax.training.step import LossWeights, text_loss, visible
 
 Kind = Literal['medusa', 'redrafter', 'eagle', 'space']

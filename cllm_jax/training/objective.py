@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from cllm_jax.decoding.draft import Drafter
+from cllm_jax.decoding.drafter import Drafter
+from cllm_jax.drafters.checkpoint import write_drafter
 from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.drafters.saved import write_drafter
-from cllm_jax.models.hf import write_model
-from cllm_jax.models.llama import Llama, param_axes
-from cllm_jax.models.load import Model
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.weights import write_model
+from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.training.step import Loss, LossWeights, text_loss
 
 
@@ -37,7 +37,7 @@ class Objective:
     params: Any
     """What is trained, as it is at first."""
     axes: Any
-    """Names of its axes (`parallel/rules.py`)."""
+    """Names of its axes (`runtime/sharding.py`)."""
     loss: Loss
     trained: Callable[[Any], Trained]
     """What parameters make."""

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from optax.contrib import MuonDimensionNumbers, muon
 
 from cllm_jax.errors import ConfigError, at_least, shares
-from cllm_jax.models.llama import Llama
-from cllm_jax.models.packed import PackedMask
-from cllm_jax.parallel.rules import param_shardings, state_shardings
-from cllm_jax.training.batches import Batch
+from cllm_jax.model.llama import Llama
+from cllm_jax.model.packed_attention import PackedMask
+from cllm_jax.runtime.sharding import param_shardings, state_shardings
 from cllm_jax.training.losses import cross_entropy, divergence
+from cllm_jax.training.packing import Batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cllm_jax.decoding.draft import Sequences
+from cllm_jax.decoding.drafter import Sequences
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.jacobi import initial_guesses
-from cllm_jax.models.cache import Cache, with_room
-from cllm_jax.models.llama import Llama
+from cllm_jax.model.cache import Cache, with_room
+from cllm_jax.model.llama import Llama
 
 SIZES = 7
 """Sizes of the window; each is a copy of the loop to compile."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from cllm_jax.errors import at_least, shares
-from cllm_jax.evaluation.quality import is_repetitive
+from cllm_jax.tasks.quality import is_repetitive
 from cllm_jax.trajectories.store import Record
 
 

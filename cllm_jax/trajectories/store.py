@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.parallel.distributed import barrier, is_main
-from cllm_jax.rundir import write_atomic
-from cllm_jax.sums import sha256
+from cllm_jax.runs.checksums import sha256
+from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.runtime.processes import barrier, is_main
 
 NAME = 'trajectories'
 MANIFEST = 'manifest.json'

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import jax
 import pytest
+from tests.training.test_trainer import tiny_run
+from tests.trajectories.test_collector import MODEL, PLAN, identity, source
 
 from cllm_jax.errors import CllmError
-from cllm_jax.models.load import load
-from cllm_jax.sums import SUMS
+from cllm_jax.hf.load import load
+from cllm_jax.runs.checksums import SUMS
 from cllm_jax.training.checkpoint import open_checkpoints
-from cllm_jax.training.run import train
-from cllm_jax.trajectories.collect import collect
+from cllm_jax.training.trainer import train
+from cllm_jax.trajectories.collector import collect
 from cllm_jax.trajectories.store import read_records
-from tests.test_training import tiny_run
-from tests.test_trajectories import MODEL, PLAN, identity, source
 
 FLIPS = 100
 CUTS = 40

@@ -1,0 +1,241 @@
+"""Opening a model by name: an embedded one, a directory, a run, or a hub id."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.hf.weights import DTYPES, abstract_params, read_model
+from cllm_jax.model.config import LlamaConfig, one_line, read_config
+from cllm_jax.model.llama import Llama, param_axes
+from cllm_jax.runs.checksums import SUMS, sha256
+from cllm_jax.runs.run_dir import has_begun
+from cllm_jax.runtime.sharding import param_shardings
+
+SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
+EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
+EMBEDDED_ROOT = 'runs/embedded'
+"""Where the embedded models would be trained again; until then they stand for its runs."""
+MIXED = 'mixed'
+Precision = Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16']
+HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
+# A repository may hold the same weights twice more, in subdirectories or as `consolidated`.
+HUB_FILES = ['*.json', '*.safetensors', 'tokenizer.model', '*.jinja', '*.txt']
+HUB_SKIP = ['*/*', 'consolidated*']
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model ready to run: its config, its weights as a plain pytree, and its tokenizer."""
+
+    config: LlamaConfig
+    params: Any = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(repr=False)
+    """A `transformers` tokenizer, or None if the directory has none."""
+    source: str
+    """What the user called it."""
+
+    @property
+    def module(self) -> Llama:
+        """The Linen module; equal for equal configs, so it shares compilations."""
+        dtype, matrices = self.params['norm'].dtype, self.params['embed'].dtype
+        return Llama(self.config, dtype, None if matrices == dtype else matrices)
+
+
+def chosen(dtype: str) -> str:
+    """What 'auto' stands for: float32 on CPU, bfloat16 on accelerators. Other names stay.
+
+    Raises:
+      ConfigError: an unknown name.
+    """
+    if dtype not in get_args(Precision):
+        known = ', '.join(get_args(Precision))
+        raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {known}')
+    if dtype != 'auto':
+        return dtype
+    return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+
+def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
+    """The local directory behind a model's name.
+
+    `embedded` and `embedded-target` ship with the package. A path never touches the network. A name
+    of the form `owner/name` that is no directory is fetched with `huggingface_hub`: those of its
+    files that match `files`.
+
+    Raises:
+      ConfigError: no such directory, and not a hub id; or the hub does not deliver it.
+      DataError: this installation lacks the embedded model.
+    """
+    if name in EMBEDDED:
+        path = SHIPPED / EMBEDDED[name]
+        if not path.is_dir():
+            raise DataError(f'model {name!r}: {path} is missing; install cllm_jax again')
+        return path
+    shown = f'model {one_line(repr(name))}'
+    try:
+        path = Path(name).expanduser()
+        if name and path.is_dir():
+            run = path / 'model'
+            return run if run.is_dir() and not (path / 'config.json').exists() else path
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as e:  # too long, a NUL, an unknown ~user
+        reason = getattr(e, 'strerror', None) or one_line(e)
+        raise ConfigError(f'{shown}: {reason}; name a readable directory') from None
+    if is_file:
+        raise ConfigError(f'{shown}: is a file; name the directory that holds config.json')
+    if not HUB_ID.fullmatch(name):
+        known = ', '.join(EMBEDDED)
+        raise ConfigError(
+            f'{shown}: no such directory; use {known}, a directory, or a hub id owner/name'
+        )
+    from huggingface_hub import snapshot_download  # network code, only for a hub id
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=HUB_SKIP))
+    except Exception as e:  # the hub client raises many types: offline, gated, absent
+        raise ConfigError(
+            f'{shown}: no such directory, and the hub did not deliver it '
+            f'({type(e).__name__}: {one_line(e, 160)}); check the name or download it yourself'
+        ) from None
+
+
+def peek(name: str) -> LlamaConfig:
+    """The architecture behind a model's name; of a hub id only that file is fetched.
+
+    Raises:
+      ConfigError, DataError: see `resolve` and `read_config`.
+    """
+    return read_config(resolve(name, ['config.json']))
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The `transformers` tokenizer of a model directory, or None if it has no tokenizer files."""
+    names = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json')
+    if not any((directory / n).exists() for n in names):
+        return None
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as e:  # tokenizers raise bare Exceptions on malformed files
+        raise ConfigError(
+            f'{directory}: unreadable tokenizer ({type(e).__name__}: {one_line(e, 160)}); '
+            'copy the tokenizer files of the original model again'
+        ) from None
+
+
+def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
+    """Open a model: `embedded`, `embedded-target`, a model or run directory, or a hub id.
+
+    Args:
+      name: see `resolve`; a run directory means its best exported checkpoint.
+      dtype: 'float32', 'bfloat16', 'float16', or 'mixed': bfloat16 matrices, cache and products,
+        float32 everywhere else. 'auto' is what suits the device.
+      mesh: devices that share the weights (`parallel/`); None for one device.
+
+    Raises:
+      ConfigError, DataError: see `resolve`, `read_config` and `read_model`.
+    """
+    dtype = chosen(dtype)
+    directory = resolve(name)
+
+    def place(config: LlamaConfig) -> Any:
+        return mesh and param_shardings(param_axes(config), abstract_params(config), mesh)
+
+    config, params = read_model(directory, storage(dtype), place)
+    if dtype == MIXED:
+        params = mixed(params)
+    return Model(config, params, read_tokenizer(directory), name)
+
+
+def with_tokenizer(model: Model) -> Model:
+    """The model, to learn or to answer texts with.
+
+    Raises:
+      ConfigError: it has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ConfigError(
+            f'{model.source} has no tokenizer; copy the tokenizer files of the original model into '
+            'its directory'
+        )
+    return model
+
+
+def storage(dtype: str) -> jnp.dtype:
+    """The dtype of norms and residuals under a name that `load` accepts."""
+    dtype = chosen(dtype)
+    return DTYPES['float32' if dtype == MIXED else dtype]
+
+
+def mixed(params: Any) -> Any:
+    """The same parameters with bfloat16 matrices; norms and biases as they are."""
+
+    def lower(path: tuple, leaf: jax.Array) -> jax.Array:
+        vector = path[-1].key.endswith(('norm', 'bias'))
+        return leaf if vector else leaf.astype(jnp.bfloat16)
+
+    return jax.tree_util.tree_map_with_path(lower, params)
+
+
+def fingerprint(model: Model) -> str:
+    """sha256 over the config and every weight: two models with one fingerprint compute the same."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    leaves = jax.tree_util.tree_flatten_with_path(model.params)[0]
+    for path, leaf in leaves:
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'.encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def files_fingerprint(directory: Path) -> str:
+    """sha256 of what a model directory says of itself, without a look at its weights.
+
+    That is its sums where it has them (`sums.py`), else config.json and the weights' names and
+    sizes.
+    """
+    if (directory / SUMS).exists():
+        return sha256(directory / SUMS)
+    digest = hashlib.sha256((directory / 'config.json').read_bytes())
+    for path in sorted(directory.glob('*.safetensors')):
+        digest.update(f'{path.name} {path.stat().st_size}\n'.encode())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 of the vocabulary: token ids mean the same under equal fingerprints."""
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()
+
+
+def named_or(name: str, run: str, embedded: str) -> str:
+    """The model the user named, else the one of a run directory, ROOT/STAGE.
+
+    Only where ROOT is `EMBEDDED_ROOT`, the embedded model takes the place of one that is not there,
+    until its run has begun.
+
+    Raises:
+      ConfigError: no model is named, and there is none.
+    """
+    if name or any((Path(run) / made).exists() for made in ('model', 'config.json')):
+        return name or run
+    if has_begun(Path(run)):
+        raise ConfigError(
+            f'{run}: has no model yet; run that stage to its first test, or name another model'
+        )
+    if Path(run).parent == Path(EMBEDDED_ROOT):
+        return embedded
+    raise ConfigError(f'{run}: has no model; run that stage first, or name another model')

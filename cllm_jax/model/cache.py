@@ -1,0 +1,122 @@
+"""The KV cache: plain arrays that travel through `while_loop`, `shard_map` and donation.
+
+Which slots count is not stored here. Whoever decodes keeps the length and builds the mask; slots
+beyond the length hold rejected guesses and are simply overwritten.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.model.precision import rounded
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values, one `[R, S, H]` array per layer, as attention multiplies them.
+
+    R = K x B, heads first: one batch axis for the products, in which a head's rows lie together.
+    XLA's CPU backend copies whatever is sliced, transposed or reshaped on the way from the loop's
+    carry to a product, in every layer of every forward: one array for all layers, tokens before
+    heads, or batch and heads as two axes each cost more than the products themselves.
+
+    On CPUs a bfloat16 cache holds the bits, as uint16: XLA's CPU backend would write a few rows by
+    converting all of them to float32 and back. It also multiplies one query with bfloat16 keys by
+    converting those; so a cache that is read by one query at a time is float32, with values that
+    bfloat16 has.
+    """
+
+    k_RSH: tuple[jax.Array, ...]
+    v_RSH: tuple[jax.Array, ...]
+
+    @property
+    def slots(self) -> int:
+        return self.k_RSH[0].shape[1]
+
+
+def init_cache(
+    config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype, one_query: bool = False
+) -> Cache:
+    """An empty cache for values of `dtype`, to be read by several queries at a time or by one.
+
+    Separate buffers throughout, since one buffer cannot be donated twice.
+    """
+    shape, dtype = (config.kv_heads * batch, slots, config.head_dim), _kept(dtype, one_query)
+    return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in 'kv'))
+
+
+def _kept(dtype: jnp.dtype, one_query: bool) -> jnp.dtype:
+    """The dtype of the arrays that hold values of `dtype`."""
+    if dtype != jnp.bfloat16 or jax.default_backend() != 'cpu':
+        return dtype
+    return jnp.float32 if one_query else jnp.uint16
+
+
+def _as_kept(x: jax.Array, dtype: jnp.dtype, kept: jnp.dtype) -> jax.Array:
+    """Values rounded to `dtype`, as a cache of `kept` holds them."""
+    if kept == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    if jnp.finfo(kept).bits > jnp.finfo(dtype).bits:
+        x = rounded(x, dtype)
+    return x.astype(kept)
+
+
+def with_room(cache: Cache, used: int, room: int, dtype: jnp.dtype) -> Cache:
+    """The first `used` slots with empty ones behind them, for several queries at a time."""
+
+    def one(cache_RSH: jax.Array) -> jax.Array:
+        used_RSH = _as_kept(read(cache_RSH[:, :used]), dtype, _kept(dtype, False))
+        return jnp.pad(used_RSH, ((0, 0), (0, room), (0, 0)))
+
+    return jax.tree.map(one, cache)
+
+
+def heads_first(x_BTKH: jax.Array) -> jax.Array:
+    """Keys or values as attention multiplies them, `[K, B, T, H]`."""
+    return x_BTKH.transpose(2, 0, 1, 3)
+
+
+@jax.named_scope('cache')
+def write(
+    cache_RSH: jax.Array, new_KBTH: jax.Array, start_B: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Put the T new rows of one layer at slots `start .. start + T` of each sequence.
+
+    They are rounded to `dtype`. A single start is that of all sequences.
+    `dynamic_update_slice` clamps: the caller guarantees `start + T <= S`.
+    """
+    new_RTH = new_KBTH.reshape(len(cache_RSH), *new_KBTH.shape[2:])
+    return _write(cache_RSH, _as_kept(new_RTH, dtype, cache_RSH.dtype), start_B)
+
+
+@jax.named_scope('cache')
+def read(cache_RSH: jax.Array) -> jax.Array:
+    """The keys or values of one layer, in the dtype in which they are multiplied."""
+    if cache_RSH.dtype != jnp.uint16:
+        return cache_RSH
+    return jax.lax.bitcast_convert_type(cache_RSH, jnp.bfloat16)
+
+
+@jax.named_scope('cache')
+def compact(cache: Cache, start_B: jax.Array, path_BP: jax.Array) -> Cache:
+    """Move the rows of an accepted path, at `start + path`, together to `start ..`."""
+
+    def one(cache_RSH: jax.Array) -> jax.Array:
+        copies = len(cache_RSH) // len(start_B)
+        at_RP = jnp.tile(start_B[:, None] + path_BP, (copies, 1))
+        new_RPH = jnp.take_along_axis(cache_RSH, at_RP[:, :, None], axis=1)
+        return _write(cache_RSH, new_RPH, start_B)
+
+    return jax.tree.map(one, cache)
+
+
+def _write(cache_RSH: jax.Array, new_RTH: jax.Array, start_B: jax.Array) -> jax.Array:
+    if len(start_B) == 1:  # mapped over rows it is a scatter, which copies
+        return jax.lax.dynamic_update_slice(cache_RSH, new_RTH, (0, start_B[0], 0))
+
+    def row(cache_SH, new_TH, start):
+        return jax.lax.dynamic_update_slice(cache_SH, new_TH, (start, 0))
+
+    start_R = jnp.tile(start_B, len(cache_RSH) // len(start_B))
+    return jax.vmap(row)(cache_RSH, new_RTH, start_R)

@@ -1,0 +1,198 @@
+"""From datasets and trajectories to the model and the samples of a training run."""
+
+import dataclasses
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cllm_jax.cli.console import Console
+from cllm_jax.data.sources import Source, open_source
+from cllm_jax.data.tokenizer import encode_examples, train_tokenizer
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.hf.load import (
+    DTYPES,
+    Model,
+    files_fingerprint,
+    load,
+    peek,
+    read_tokenizer,
+    resolve,
+    tokenizer_fingerprint,
+    with_tokenizer,
+)
+from cllm_jax.model.llama import Llama, init_params
+from cllm_jax.runs.run_dir import has_begun, replace_directory, temporary
+from cllm_jax.runtime.processes import barrier, is_main
+from cllm_jax.tasks.example import Example
+from cllm_jax.training.config import TrainConfig, architecture
+from cllm_jax.training.packing import Sample
+from cllm_jax.trajectories.clean import clean
+from cllm_jax.trajectories.store import read_manifest, read_records
+
+TOKENIZER_ROWS = 8000
+"""Rows of the dataset that a new tokenizer is trained on."""
+
+
+def new_model(settings: TrainConfig, examples: list[Example], run: Path) -> Model:
+    """Random weights, and the run's own tokenizer or that of another model."""
+    config = architecture(settings)
+    if settings.tokenizer:
+        tokenizer, special = shared_tokenizer(settings.tokenizer, config.vocab_size)
+    else:
+        tokenizer = own_tokenizer(settings, examples, run)
+        special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
+    config = dataclasses.replace(config, **special)
+    dtype = DTYPES[settings.dtype]
+    params = jax.jit(lambda key: init_params(Llama(config, dtype), key))(
+        jax.random.key(settings.seed)
+    )
+    return Model(config, params, tokenizer, 'new')
+
+
+def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> Any:
+    """Trained on the examples when a run begins, and kept in `run/tokenizer` for its resumption."""
+    places = [run / 'tokenizer', run / 'model']  # the latter in runs of older versions
+    begun = has_begun(run) and any(place.is_dir() for place in places)
+    if is_main() and not begun:
+        # A random choice: a regular one could miss a task of a mixture altogether.
+        rows = min(len(examples), TOKENIZER_ROWS)
+        chosen = random.Random(settings.seed).sample(examples, rows)
+        texts = [e.prompt + e.answer for e in chosen]
+        temp = temporary(places[0])
+        train_tokenizer(texts, settings.new.vocab_size).save_pretrained(temp)
+        replace_directory(temp, places[0])
+    barrier('tokenizer')
+    return read_tokenizer(next(place for place in places if place.is_dir()))
+
+
+def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer of a model, and the token ids that its config gives a meaning to.
+
+    Raises:
+      ConfigError: it has none, or its vocabulary has another size.
+    """
+    config, tokenizer = peek(name), read_tokenizer(resolve(name))
+    if tokenizer is None:
+        raise ConfigError(f'{name} has no tokenizer; name a model that has one')
+    if config.vocab_size != vocab_size:
+        raise ConfigError(
+            f'new.vocab_size {vocab_size}: the tokenizer of {name} has {config.vocab_size} tokens; '
+            'set the same'
+        )
+    return tokenizer, {'eos_ids': config.eos_ids, 'pad_id': config.pad_id}
+
+
+def trajectory_samples(settings: TrainConfig, model: Model, console: Console) -> list[Sample]:
+    """The cleaned trajectories of a collection; refused if made with another tokenizer."""
+    directory = Path(settings.data)
+    made_with = read_manifest(directory)['identity'].get('tokenizer')
+    if made_with != tokenizer_fingerprint(model.tokenizer):
+        raise ConfigError(
+            f'{directory}: collected with another tokenizer than that of {model.source}; '
+            'collect again with this model'
+        )
+    with console.status(f'reading {directory}'):
+        records, counts = clean(read_records(directory), settings.cleaning)
+    console.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
+    return [Sample(r.prompt, r.answer, r.states, r.start) for r in records]
+
+
+def read_examples(settings: TrainConfig, data: str, console: Console) -> list[Example]:
+    """The training rows of a dataset."""
+    source = open_source(data, split='train', seed=settings.seed, limit=settings.examples)
+    console.dropped(source)
+    with console.status(f'reading {len(source)} examples of {source.name}'):
+        return [source[i] for i in range(len(source))]
+
+
+def text_samples(
+    model: Model, examples: list[Example], console: Console, block: int = 0
+) -> list[Sample]:
+    """Prompts with their reference answers, where they have one; no states of `block` tokens."""
+    if not model.config.eos_ids:
+        raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
+    with console.status('tokenising'):
+        eos, bos = model.config.eos_ids[0], model.config.bos_id
+        pairs = encode_examples(model.tokenizer, examples, eos, bos)
+    states, start = np.zeros((0, block), np.int32), np.zeros(0, np.int32)
+    # An end token alone is no answer: a model that learns it says nothing any more.
+    kept = [Sample(*pair, states, start) for pair in pairs if len(pair[1]) > 1]
+    if len(kept) < len(pairs):
+        console.note(f'{len(pairs) - len(kept)} rows without an answer left out')
+    return kept
+
+
+def held_out_rows(settings: TrainConfig) -> Source:
+    """The rows of the held-out tests.
+
+    Raises:
+      ConfigError: there is nothing to learn, either.
+    """
+    task, test = settings.task, settings.held_out
+    if settings.objective == 'ar' and not settings.data:
+        raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
+    if not task:
+        by_default = settings.data if settings.objective == 'ar' else settings.texts
+        task = by_default or read_manifest(Path(settings.data))['identity']['data']
+    return open_source(task, split='heldout', seed=test.seed, limit=test.prompts)
+
+
+def trained_on_too(samples: list[Sample], source: Source, model: Model) -> int:
+    """How many of the held-out prompts are prompts of samples as well."""
+    rows = [source[i] for i in range(len(source))]
+    pairs = encode_examples(model.tokenizer, rows, 0, model.config.bos_id)
+    known = {sample.prompt.tobytes() for sample in samples}
+    return sum(prompt.tobytes() in known for prompt, _ in pairs)
+
+
+def inputs_of(settings: TrainConfig, model: Model, samples: list[Sample]) -> dict[str, str]:
+    """Names and fingerprints of what a run learns from; the same for a root that was moved."""
+    inputs = {'model': settings.model.replace(f'{settings.root}/', 'ROOT/', 1)}
+    if settings.model != 'new':
+        inputs['model_files'] = files_fingerprint(resolve(settings.model))[:16]
+    inputs['tokenizer'] = tokenizer_fingerprint(model.tokenizer)[:16]
+    digest = hashlib.sha256()
+    for sample in samples:
+        for array in (sample.prompt, sample.answer, sample.states, sample.start):
+            digest.update(f'{array.shape}'.encode() + array.tobytes())
+    inputs['samples'] = f'{len(samples)} samples, sha256 {digest.hexdigest()[:16]}'
+    return inputs
+
+
+def prepare(
+    settings: TrainConfig, mesh: Mesh | None, console: Console, run: Path
+) -> tuple[Model, list[Sample]]:
+    """The model to start from and its training samples, for the run of that directory."""
+    if settings.objective != 'ar':
+        model = with_tokenizer(load(settings.model, settings.dtype, mesh))
+        samples = trajectory_samples(settings, model, console)
+        block = samples[0].states.shape[1] if samples else 0
+        if settings.objective != 'consistency':  # only the answers count
+            block = settings.heads.ahead + 1
+            states, start = np.zeros((0, block), np.int32), np.zeros(0, np.int32)
+            samples = [Sample(s.prompt, s.answer, states, start) for s in samples]
+        if settings.texts and samples:
+            examples = read_examples(settings, settings.texts, console)
+            samples += text_samples(model, examples, console, block)
+    else:
+        examples = read_examples(settings, settings.data, console)
+        if settings.model == 'new':
+            model = new_model(settings, examples, run)
+        else:
+            model = with_tokenizer(load(settings.model, settings.dtype, mesh))
+        samples = text_samples(model, examples, console)
+    begun = [s for s in samples if len(s.prompt)]
+    if len(begun) < len(samples):
+        console.note(f'{len(samples) - len(begun)} samples without a prompt left out')
+    kept = [s for s in begun if len(s) <= settings.max_length]
+    console.note(f'{len(kept)} samples, {len(begun) - len(kept)} too long left out')
+    if settings.steps and not kept:
+        raise DataError(
+            'no training sample is left; check the data and their answers, max_length and cleaning'
+        )
+    return model, kept

@@ -1,0 +1,169 @@
+"""Collecting Jacobi trajectories: batch by batch (`batch.py`), into shards (`store.py`).
+
+Each process takes every n-th shard of the prompts. Shards are written as they are finished, and a
+prompt's random guesses depend on the run's seed and the prompt's id alone, so that a collection
+ends with the same bytes, whether it was interrupted or not, and however many processes shared it.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from cllm_jax.data.sources import Source
+from cllm_jax.data.tokenizer import encode_examples
+from cllm_jax.decoding.engine import text_of
+from cllm_jax.decoding.request import bucket
+from cllm_jax.errors import ConfigError
+from cllm_jax.hf.load import Model
+from cllm_jax.runtime.backend import side_by_side, useful_threads
+from cllm_jax.runtime.processes import barrier, is_main
+from cllm_jax.tasks.example import Example
+from cllm_jax.tasks.quality import is_repetitive
+from cllm_jax.trajectories.sharded import Found, mesh_of, prompt_keys, trajectories
+from cllm_jax.trajectories.store import (
+    UNKNOWN,
+    Record,
+    finish,
+    open_manifest,
+    read_manifest,
+    write_shard,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectPlan:
+    """What is collected, and in which portions."""
+
+    block: int
+    mode: Literal['block', 'sliding']
+    max_tokens: int
+    seed: int
+    batch: int
+    shard: int
+    """Prompts per shard; a shard is the unit of resumption."""
+
+
+def _record(
+    model: Model, source: Source, example: Example, prompt: np.ndarray, found: Found
+) -> Record:
+    right, answer = UNKNOWN, found.answer
+    if source.checkable:
+        right = int(source.check(example, text_of(model, answer.tolist())))
+    return Record(
+        id=example.id,
+        prompt=prompt,
+        answer=answer,
+        states=found.states,
+        start=found.start,
+        finished=int(answer[-1]) in model.config.eos_ids,
+        right=right,
+        forwards=found.forwards,
+    )
+
+
+def collect(
+    directory: Path,
+    model: Model,
+    source: Source,
+    plan: CollectPlan,
+    identity: dict[str, Any],
+    advance_by: Callable[[int, int], None] = lambda prompts, tokens: None,
+) -> Counter:
+    """Collect the trajectories of every row of `source` into `directory`; returns counts.
+
+    Finished shards of an earlier call are kept. Prompts that leave no room for `max_tokens` in the
+    model's positions are counted as `too long` and skipped, those without a token as `empty`.
+
+    Args:
+      identity: what makes two collections the same (model, dataset, settings).
+      advance_by: told of prompts done and tokens decoded.
+
+    Raises:
+      ConfigError: the directory holds another collection; the model has no stop token.
+    """
+    if not model.config.eos_ids:
+        raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
+    shards = -(-len(source) // plan.shard)
+    mine = range(jax.process_index(), shards, jax.process_count())
+    manifest = open_manifest(directory, identity, shards, mine)
+    for index in mine:
+        begin = index * plan.shard
+        size = min(plan.shard, len(source) - begin)
+        if manifest['shards'][index]:
+            advance_by(size, 0)
+            continue
+        rows = range(begin, begin + size)
+        records, left_out = collect_records(model, source, plan, rows, advance_by)
+        counts = {'prompts': size} | left_out | _count(records)
+        write_shard(directory, manifest, index, records, counts)
+    barrier('collected')
+    if is_main():
+        finish(directory)
+    barrier('finished')
+    counts = Counter()
+    for entry in read_manifest(directory)['shards']:
+        counts.update(entry['counts'])
+    return counts
+
+
+def collect_records(
+    model: Model,
+    source: Source,
+    plan: CollectPlan,
+    rows: Sequence[int],
+    advance_by: Callable[[int, int], None] = lambda prompts, tokens: None,
+) -> tuple[list[Record], dict[str, int]]:
+    """The trajectories of some rows of `source`, in order, and how many are left out, by reason.
+
+    Rows of a batch wait for the slowest, so each batch gets rows of about the same length, as the
+    reference answers tell it.
+    """
+    room = model.config.max_positions - plan.max_tokens
+    examples = [source[i] for i in rows]
+    pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0], model.config.bos_id)
+    left_out = {
+        'too long': sum(len(prompt) > room for prompt, _ in pairs),
+        'empty': sum(len(prompt) == 0 for prompt, _ in pairs),
+    }
+    order = [i for i, (prompt, _) in enumerate(pairs) if 0 < len(prompt) <= room]
+    order.sort(key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
+    width = bucket(max((len(pairs[i][0]) for i in order), default=1))
+    batches = [order[begin : begin + plan.batch] for begin in range(0, len(order), plan.batch)]
+
+    def answer(chosen: Sequence[int]) -> list[Found]:
+        return trajectories(
+            model,
+            [pairs[i][0] for i in chosen],
+            prompt_keys(plan.seed, [examples[i].id for i in chosen]),
+            [pairs[i][1] for i in chosen],
+            block=plan.block,
+            mode=plan.mode,
+            max_tokens=plan.max_tokens,
+            rows=plan.batch,
+            width=width,
+        )
+
+    records: dict[int, Record] = {}
+    threads = useful_threads(model.params) if mesh_of(model).size == 1 else 1
+    for chosen, found in zip(batches, side_by_side(answer, batches, threads), strict=True):
+        for i, one in zip(chosen, found, strict=True):
+            records[i] = _record(model, source, examples[i], pairs[i][0], one)
+        advance_by(len(chosen), sum(len(one.answer) for one in found))
+    return [records[i] for i in sorted(records)], left_out
+
+
+def _count(records: Sequence[Record]) -> dict[str, int]:
+    return {
+        'truncated': sum(not r.finished for r in records),
+        'repetitive': sum(is_repetitive(r.answer.tolist()) for r in records),
+        'right': sum(r.right == 1 for r in records),
+        'wrong': sum(r.right == 0 for r in records),
+        'tokens': sum(len(r.answer) for r in records),
+        'forwards': sum(r.forwards for r in records),
+        'states': sum(len(r.states) for r in records),
+    }

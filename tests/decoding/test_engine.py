@@ -1,0 +1,102 @@
+"""A batch whose finished rows make room for the next prompts gives what each prompt gives alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from cllm_jax.decoding.engine import decode_all, decode_batch, run_until, start
+from cllm_jax.decoding.loop import replace_rows
+from cllm_jax.decoding.request import Request, row_keys
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.drafters.draft_model import DraftModel
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.lookahead import Lookahead
+from tests.tiny import (
+    byte_tokenizer,
+    compilations,
+    ragged_prompts,
+    random_model,
+    text_config,
+    tiny_config,
+)
+
+MODEL = random_model(config=tiny_config(layers=1, eos_ids=(3, 7, 12, 20)))
+LENGTHS = (1, 9, 3, 14, 2, 5, 16, 8)
+
+
+@pytest.mark.parametrize(
+    ('drafter', 'sampling'),
+    [(Jacobi(6), Sampling()), (Lookahead(3, 3, 2), Sampling(1.0)), ('draft model', Sampling())],
+    ids=('chain', 'tree, sampled', 'draft model'),
+)
+def test_refilled_rows_decode_as_if_alone(drafter, sampling):
+    weights = ()
+    if drafter == 'draft model':  # its state is a cache, which has heads before rows
+        drafter, weights = DraftModel(MODEL.module, 3, sampling), MODEL.params
+    request = Request(drafter, 24, sampling, seed=3, trace=True)
+    prompts = ragged_prompts(2, LENGTHS)
+    alone = [
+        decode_batch(MODEL, request, [prompt], row_keys(3, [i]), weights)
+        for i, prompt in enumerate(prompts)
+    ]
+    assert len({len(one.tokens[0]) for one in alone}) > 2, 'they finish at different times'
+    for batch in (1, 3):
+        request, done = dataclasses.replace(request, batch=batch), []
+        refilled = decode_all(MODEL, request, prompts, weights, done.append)
+        assert refilled.texts == [one.texts[0] for one in alone]
+        assert refilled.tokens == [one.tokens[0] for one in alone]
+        assert refilled.accepted == [one.accepted[0] for one in alone]
+        assert done == sorted(done) and done[-1] == len(prompts)
+        for here, one in zip(refilled.trajectories, alone, strict=True):
+            np.testing.assert_array_equal(here.states, one.trajectories[0].states)
+            np.testing.assert_array_equal(here.start, one.trajectories[0].start)
+            assert here.states.base is None, 'a view would keep those of the whole batch'
+
+
+def test_refilling_compiles_once_for_any_number_of_prompts():
+    request = Request(Jacobi(4), 24, batch=4)
+    decode_all(MODEL, request, ragged_prompts(0, LENGTHS[:6]))
+    compiled = compilations()
+    result = decode_all(MODEL, request, ragged_prompts(1, LENGTHS[:6] * 4))
+    assert compilations() == compiled
+    assert len(result.tokens) == 24 and all(map(len, result.tokens))
+
+
+def test_a_batch_of_one_compiles_nothing_that_a_single_prompt_does_not():
+    request = Request(Jacobi(5), 24, batch=1)
+    decode_all(MODEL, request, ragged_prompts(0, LENGTHS[:1]))
+    compiled = compilations()
+    decode_all(MODEL, request, ragged_prompts(1, LENGTHS))
+    assert compilations() == compiled
+
+
+def test_rows_that_end_at_a_stop_string_are_refilled_too():
+    model = random_model(config=text_config(layers=1), tokenizer=byte_tokenizer())
+    prompts = ragged_prompts(4, (3, 8, 5, 2, 7, 6, 4), vocab=200)
+    request = Request(Jacobi(4), 24, batch=1)
+    stop = tuple({text[5:6] for text in decode_all(model, request, prompts).texts if text[5:6]})
+    request = dataclasses.replace(request, stop=stop)
+    alone = decode_all(model, request, prompts)
+    refilled = decode_all(model, dataclasses.replace(request, batch=3), prompts)
+    assert refilled.tokens == alone.tokens and refilled.accepted == alone.accepted
+    assert refilled.texts == alone.texts
+
+
+def test_the_rows_of_a_batch_that_go_on_are_left_as_they_are():
+    """Bit for bit: another row's refill is no event for them."""
+    request = Request(Jacobi(4), 24)
+    prompts = ragged_prompts(5, (4, 6, 3))
+    state = start(MODEL, request, prompts, row_keys(0, range(3)), (), width=16)
+    state = run_until(MODEL, request, (), state, 4)
+    before = jax.tree.map(np.array, jax.device_get((state.sequences.tokens_BS, state.cache.k_RSH)))
+    fresh = start(MODEL, request, prompts[:1], row_keys(9, [0]), (), rows=2, width=16)
+    state = replace_rows(state, np.array([1, 4], np.int32), fresh)
+    tokens_BS, k_L = jax.device_get((state.sequences.tokens_BS, state.cache.k_RSH))
+    others = [0, 2, 3]
+    np.testing.assert_array_equal(tokens_BS[others], before[0][others])
+    for old, new in zip(before[1], k_L, strict=True):
+        old_KB, new_KB = (x.reshape(2, 4, *x.shape[1:]) for x in (old, new))
+        np.testing.assert_array_equal(new_KB[:, others], old_KB[:, others])
+        assert not np.array_equal(new_KB[:, 1], old_KB[:, 1])
