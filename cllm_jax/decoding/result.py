@@ -4,16 +4,36 @@ import dataclasses
 
 import numpy as np
 
+UNKNOWN = -1
+"""`Trajectory.right` where nobody can tell."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """The drafts one row verified: `states[i]` starts at answer offset `start[i]`.
+    """How a model answered one prompt: from the collector to the batch of a training step.
 
-    Slot 0 of a state is the pending token, the rest are guesses. `states` is int32 `[I, N]`.
+    Row s of `states` (int32 `[S, n]`) is a state of the Jacobi iteration and holds guesses for the
+    answer offsets `start[s] .. start[s] + n`; its first slots are already right. In block mode the
+    states of a block begin with its random start and end with its fixed point; those of a decode
+    are the drafts that its forwards verified. With S = 0 training makes states by chance.
     """
 
     states: np.ndarray
     start: np.ndarray
+    prompt: np.ndarray
+    answer: np.ndarray
+    """The fixed point, the stop token included if it was reached (`finished`)."""
+    forwards: int = 0
+    """Calls of the model, prefill included."""
+    id: str = ''
+    finished: bool = True
+    right: int = UNKNOWN
+    """Whether the answer is correct: 1, 0, or -1 where the task cannot tell."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(self.answer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Opening a model by name: an embedded one, a directory, a run, or a hub id."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -19,6 +20,7 @@ from cllm_jax.model.config import LlamaConfig, one_line, read_config
 from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.runs.checksums import SUMS, sha256
 from cllm_jax.runs.run_dir import has_begun
+from cllm_jax.runtime.backend import Backend, backend_for, backend_of
 from cllm_jax.runtime.sharding import param_shardings
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
@@ -44,15 +46,21 @@ class Model:
     source: str
     """What the user called it."""
 
+    @functools.cached_property
+    def backend(self) -> Backend:
+        """What suits the devices that the weights live on."""
+        return backend_of(self.params)
+
     @property
     def module(self) -> Llama:
         """The Linen module; equal for equal configs, so it shares compilations."""
         dtype, matrices = self.params['norm'].dtype, self.params['embed'].dtype
-        return Llama(self.config, dtype, None if matrices == dtype else matrices)
+        compute = None if matrices == dtype else matrices
+        return Llama(self.config, dtype, compute, backend=self.backend)
 
 
 def chosen(dtype: str) -> str:
-    """What 'auto' stands for: float32 on CPU, bfloat16 on accelerators. Other names stay.
+    """What 'auto' stands for on the devices that are here (`Backend`). Other names stay.
 
     Raises:
       ConfigError: an unknown name.
@@ -62,7 +70,7 @@ def chosen(dtype: str) -> str:
         raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {known}')
     if dtype != 'auto':
         return dtype
-    return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    return backend_for(jax.devices()).default_dtype
 
 
 def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
