@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.runs.atomic import write_atomic
 from cllm_jax.runs.checksums import sha256
-from cllm_jax.runs.run_dir import write_atomic
 from cllm_jax.runtime.processes import barrier, is_main
 
 NAME = 'trajectories'
