@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from cllm_jax.cli.console import Console, number, print_plan, size, table
-from cllm_jax.cli.settings import can_write, guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.sources import Source, open_source
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
@@ -58,7 +59,8 @@ from cllm_jax.hf.load import (
 )
 from cllm_jax.model.config import read_config
 from cllm_jax.model.llama import Llama, init_params
-from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.runs.atomic import write_atomic
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.tasks.quality import share_right
 from cllm_jax.training.packing import Noise
 from cllm_jax.training.step import LossWeights

@@ -14,7 +14,8 @@ from typing import Literal
 import jax
 
 from cllm_jax.cli.console import Console, print_plan, size
-from cllm_jax.cli.settings import guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import parse
 from cllm_jax.data.sources import open_source, rows_fingerprint
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError, at_least, check_seed
@@ -30,6 +31,7 @@ from cllm_jax.hf.load import (
     with_tokenizer,
 )
 from cllm_jax.hf.load import tokenizer_fingerprint as vocabulary
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories.collector import CollectPlan, collect

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import jax
 
 from cllm_jax.cli.console import Console, print_plan, table
-from cllm_jax.cli.settings import can_write, guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.sources import Source, open_source
 from cllm_jax.data.tokenizer import that_fit
 from cllm_jax.decoding.engine import decode_all
@@ -36,7 +37,8 @@ from cllm_jax.evaluation.speed import (
     tokens_per_second,
 )
 from cllm_jax.hf.load import EMBEDDED_ROOT, Precision, chosen, load, with_tokenizer
-from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.runs.atomic import write_atomic
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runtime.mesh import tensor_mesh
 from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
 

@@ -15,12 +15,14 @@ from typing import Any, Literal
 import yaml
 
 from cllm_jax.cli.console import Console, print_plan, size
-from cllm_jax.cli.settings import guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import parse
 from cllm_jax.drafters.checkpoint import copy_drafter, drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.load import DTYPES, EMBEDDED_ROOT, load, resolve
 from cllm_jax.hf.weights import write_model
 from cllm_jax.model.config import read_config
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import read_metrics
 
 

@@ -16,7 +16,8 @@ import jax
 from jax.sharding import Mesh
 
 from cllm_jax.cli.console import Console, print_plan, size, table
-from cllm_jax.cli.settings import guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import parse
 from cllm_jax.data.sources import rows_fingerprint
 from cllm_jax.data.tokenizer import that_fit
 from cllm_jax.decoding.request import cache_slots
@@ -25,6 +26,7 @@ from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
 from cllm_jax.runtime.mesh import make_mesh, pretend
 from cllm_jax.runtime.sharding import check_batch
