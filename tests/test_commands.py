@@ -25,8 +25,8 @@ from cllm_jax.hf.weights import write_model
 from cllm_jax.runs.atomic import write_atomic
 from cllm_jax.runs.recipe import read_recipe
 from cllm_jax.runs.run_dir import append_metrics, claim
+from cllm_jax.runs.stages import OBJECTIVES, exported_run
 from cllm_jax.training.config import (
-    OBJECTIVES,
     TrainConfig,
     architecture,
     check_ignored,
@@ -181,10 +181,10 @@ def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
     ):
         found = with_names(settings, stage)
         assert (found.model, found.data) == (f'{tmp_path}/{model}', f'{tmp_path}/{data}')
-    runs = export.ExportConfig(root=str(tmp_path))
-    assert export.exported(runs) == {n: tmp_path / n for n in ('target', 'cllm')}
+    for run in ('target', 'cllm'):
+        assert exported_run(run, str(tmp_path)) == tmp_path / run
     (tmp_path / 'refine' / 'model').mkdir(parents=True)
-    assert export.exported(runs)['cllm'] == tmp_path / 'refine'
+    assert exported_run('cllm', str(tmp_path)) == tmp_path / 'refine'
 
 
 def test_heads_are_exported_without_a_model(tmp_path, monkeypatch, capsys):
