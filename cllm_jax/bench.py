@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from cllm_jax.cli.console import Console, number, print_plan, size, table
-from cllm_jax.cli.settings import can_write, guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.sources import Source, open_source
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.request import Request
@@ -35,7 +36,6 @@ from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.drafters.trained import TrainedDrafter
 from cllm_jax.errors import at_least, check_seed
 from cllm_jax.evaluation.forward_cost import bandwidth, costs, weight_bytes
-from cllm_jax.evaluation.pair import model_pair
 from cllm_jax.evaluation.profile import milliseconds_by_part
 from cllm_jax.evaluation.speed import (
     Method,
@@ -48,7 +48,6 @@ from cllm_jax.evaluation.speed import (
 from cllm_jax.evaluation.throughput import collection_speed, step_cost
 from cllm_jax.evaluation.torch_generate import generate_speed
 from cllm_jax.hf.load import (
-    EMBEDDED_ROOT,
     MIXED,
     Model,
     Precision,
@@ -59,21 +58,15 @@ from cllm_jax.hf.load import (
 )
 from cllm_jax.model.config import read_config
 from cllm_jax.model.llama import Llama, init_params
-from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.runs.atomic import write_atomic
+from cllm_jax.runs.recipe import to_json
+from cllm_jax.runs.stages import EMBEDDED_ROOT, STAGES, output_of, pair_of
 from cllm_jax.tasks.quality import share_right
 from cllm_jax.training.packing import Noise
 from cllm_jax.training.step import LossWeights
 from cllm_jax.trajectories.store import Collection
 
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax')
-DRAFTED = {
-    'medusa': 'Medusa-1',
-    'medusa2': 'Medusa-2',
-    'redrafter': 'ReDrafter',
-    'eagle': 'EAGLE',
-    'space': 'SPACE',
-}
-"""Stages of a recipe that train a drafter."""
 BATCH = 16
 """Prompts per call where batches are compared."""
 
@@ -195,14 +188,14 @@ def methods_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, M
         f'{name}, lookahead': own.with_drafter(Lookahead(5, 4, 5, block)),
     }
     small = settings.draft_model
-    if not small and (Path(settings.root) / 'draft/model').is_dir():
-        small = f'{settings.root}/draft'
+    if not small and Path(output_of('draft', settings.root), 'model').is_dir():
+        small = output_of('draft', settings.root)
     if small:
         drafter = draft_model(target, load(small, settings.dtype))
         methods['target, draft model'] = plain.with_drafter(drafter)
-    for stage, title in DRAFTED.items():
-        directory = Path(settings.root) / stage
-        if not (directory / 'drafter').is_dir():
+    for run, stage in STAGES.items():
+        directory, title = Path(output_of(run, settings.root)), stage.drafter
+        if not (title and (directory / 'drafter').is_dir()):
             continue
         joint = (directory / 'model').is_dir()  # trained with its drafter
         base = Method(load(str(directory), settings.dtype), ar) if joint else plain
@@ -370,7 +363,7 @@ def run() -> None:
     can_write('json', settings.json)
     sources: dict[str, list[Source]] = {}
     if not settings.random_weights:
-        cllm, target = model_pair(settings.root, settings.model, settings.target)
+        cllm, target = pair_of(settings.root, settings.model, settings.target)
         settings = dataclasses.replace(settings, model=cllm, target=target)
         sources = {
             split: [

@@ -16,7 +16,8 @@ import jax
 from jax.sharding import Mesh
 
 from cllm_jax.cli.console import Console, print_plan, size, table
-from cllm_jax.cli.settings import guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import parse
 from cllm_jax.data.sources import rows_fingerprint
 from cllm_jax.data.tokenizer import that_fit
 from cllm_jax.decoding.request import cache_slots
@@ -25,11 +26,12 @@ from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
+from cllm_jax.runs.stages import OBJECTIVES, output_of
 from cllm_jax.runtime.mesh import make_mesh, pretend
 from cllm_jax.runtime.sharding import check_batch
 from cllm_jax.training.config import (
-    OBJECTIVES,
     TrainConfig,
     architecture,
     check_ignored,
@@ -188,7 +190,7 @@ def run() -> None:
     check_tokenizer(settings)
     settings = check_losses(settings)
     check_accumulation(settings.batch, settings.optimizer.accumulate)
-    directory, console = Path(settings.root) / flags.stage, Console()
+    directory, console = Path(output_of(flags.stage, settings.root)), Console()
     free = ('mesh', 'remat', 'root')  # devices may change, and where the directory is
     claimed = {k: v for k, v in to_json(settings).items() if k not in free}
     settings = with_names(settings, flags.stage)

@@ -16,16 +16,17 @@ import pytest
 import cllm_jax
 from cllm_jax import bench, collect, evaluate, export, train
 from cllm_jax.cli.console import size
-from cllm_jax.cli.settings import guard
+from cllm_jax.cli.guard import guard
 from cllm_jax.drafters.checkpoint import drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.evaluation.forward_cost import weight_bytes
 from cllm_jax.hf.load import SHIPPED
 from cllm_jax.hf.weights import write_model
+from cllm_jax.runs.atomic import write_atomic
 from cllm_jax.runs.recipe import read_recipe
-from cllm_jax.runs.run_dir import append_metrics, claim, write_atomic
+from cllm_jax.runs.run_dir import append_metrics, claim
+from cllm_jax.runs.stages import OBJECTIVES, exported_run
 from cllm_jax.training.config import (
-    OBJECTIVES,
     TrainConfig,
     architecture,
     check_ignored,
@@ -180,10 +181,10 @@ def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
     ):
         found = with_names(settings, stage)
         assert (found.model, found.data) == (f'{tmp_path}/{model}', f'{tmp_path}/{data}')
-    runs = export.ExportConfig(root=str(tmp_path))
-    assert export.exported(runs) == {n: tmp_path / n for n in ('target', 'cllm')}
+    for run in ('target', 'cllm'):
+        assert exported_run(run, str(tmp_path)) == tmp_path / run
     (tmp_path / 'refine' / 'model').mkdir(parents=True)
-    assert export.exported(runs)['cllm'] == tmp_path / 'refine'
+    assert exported_run('cllm', str(tmp_path)) == tmp_path / 'refine'
 
 
 def test_heads_are_exported_without_a_model(tmp_path, monkeypatch, capsys):
@@ -559,7 +560,7 @@ def test_a_pipe_and_a_link_are_written_to_and_not_replaced(tmp_path):
 def test_a_file_to_which_is_printed_is_written_to_and_not_replaced(tmp_path):
     file = tmp_path / 'file'
     program = (
-        'from pathlib import Path; from cllm_jax.runs.run_dir import write_atomic\n'
+        'from pathlib import Path; from cllm_jax.runs.atomic import write_atomic\n'
         "print('printed'); write_atomic(Path('/dev/stdout'), b'written'); print(' after')"
     )
     file.write_text('before ')

@@ -19,14 +19,11 @@ from cllm_jax.hf.weights import DTYPES, abstract_params, read_model
 from cllm_jax.model.config import LlamaConfig, one_line, read_config
 from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.runs.checksums import SUMS, sha256
-from cllm_jax.runs.run_dir import has_begun
 from cllm_jax.runtime.backend import Backend, backend_for, backend_of
 from cllm_jax.runtime.sharding import param_shardings
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
-EMBEDDED_ROOT = 'runs/embedded'
-"""Where the embedded models would be trained again; until then they stand for its runs."""
 MIXED = 'mixed'
 Precision = Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16']
 HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
@@ -227,23 +224,3 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 of the vocabulary: token ids mean the same under equal fingerprints."""
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()
-
-
-def named_or(name: str, run: str, embedded: str) -> str:
-    """The model the user named, else the one of a run directory, ROOT/STAGE.
-
-    Only where ROOT is `EMBEDDED_ROOT`, the embedded model takes the place of one that is not there,
-    until its run has begun.
-
-    Raises:
-      ConfigError: no model is named, and there is none.
-    """
-    if name or any((Path(run) / made).exists() for made in ('model', 'config.json')):
-        return name or run
-    if has_begun(Path(run)):
-        raise ConfigError(
-            f'{run}: has no model yet; run that stage to its first test, or name another model'
-        )
-    if Path(run).parent == Path(EMBEDDED_ROOT):
-        return embedded
-    raise ConfigError(f'{run}: has no model; run that stage first, or name another model')

@@ -22,8 +22,8 @@ from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.files import INDEX, SINGLE, Stored, explain, listed, read_headers
 from cllm_jax.model.config import LlamaConfig, config_json, one_line, parse_config, read_config
 from cllm_jax.model.llama import Llama, init_params
+from cllm_jax.runs.atomic import recover_replacement, replace_directory, temporary
 from cllm_jax.runs.checksums import check_sums, write_sums
-from cllm_jax.runs.run_dir import replace_directory, settle, temporary
 
 SHARD_BYTES = 4 << 30
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
@@ -292,7 +292,7 @@ def write_model(
             f'{directory}: not written ({one_line(e)}); free some space or choose another directory'
         ) from None
     finally:
-        settle(directory)
+        recover_replacement(directory)
 
 
 def _check_replaceable(directory: Path, rewritten: Set[str]) -> None:

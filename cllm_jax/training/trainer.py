@@ -21,7 +21,8 @@ from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import DataError, Interrupted, NumericalError, at_least, check_seed
-from cllm_jax.runs.run_dir import append_metrics, read_metrics, rewind_metrics, settle
+from cllm_jax.runs.atomic import recover_replacement
+from cllm_jax.runs.run_dir import append_metrics, read_metrics, rewind_metrics
 from cllm_jax.runtime.processes import fetch, is_main
 from cllm_jax.runtime.sharding import place_batch
 from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
@@ -161,7 +162,7 @@ def train(
     if not (directory / 'checkpoints').is_dir() and any(m['step'] for m in read_metrics(run.log)):
         raise _lost(directory)
     for kept in ('model', 'drafter') if is_main() else ():
-        settle(directory / kept)
+        recover_replacement(directory / kept)
     optimizer = make_optimizer(plan.optimizer, plan.steps)
     start = objective.params
     shardings = plan.mesh and state_places(optimizer, objective.axes, start, plan.mesh)

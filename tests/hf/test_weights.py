@@ -12,8 +12,8 @@ from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import weights as hf_module
 from cllm_jax.hf.load import read_tokenizer
 from cllm_jax.hf.weights import read_model, write_model
-from cllm_jax.runs import run_dir as rundir
-from cllm_jax.runs.run_dir import settle
+from cllm_jax.runs import atomic
+from cllm_jax.runs.atomic import recover_replacement
 from tests.tiny_model import TINY, params_of, tiny_tokenizer
 
 PARAMS, OTHER = params_of(TINY, 0), params_of(TINY, 1)
@@ -100,14 +100,15 @@ def test_a_killed_write_leaves_a_model_and_the_next_one_nothing_else(tmp_path, m
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, 'rename', killed)
-        patched.setattr(hf_module, 'settle', lambda directory: None)  # killed, nothing cleans up
+        # Killed, nothing cleans up.
+        patched.setattr(hf_module, 'recover_replacement', lambda directory: None)
         if moment == 'after':
-            patched.setattr(rundir.shutil, 'rmtree', kill)
+            patched.setattr(atomic.shutil, 'rmtree', kill)
         with pytest.raises(KeyboardInterrupt):
             write_model(place, TINY, OTHER, dtype='float32')
     assert len(list(tmp_path.iterdir())) == 2
     assert place.is_dir() == (moment != 'between')
-    settle(place)
+    recover_replacement(place)
     assert [p.name for p in tmp_path.iterdir()] == ['m']
     assert same(read_model(place)[1], OTHER if moment == 'after' else PARAMS)
 
