@@ -46,6 +46,7 @@ from cllm_jax.evaluation.speed import (
 )
 from cllm_jax.evaluation.throughput import collection_speed, step_cost
 from cllm_jax.evaluation.torch_generate import generate_speed
+from cllm_jax.hf.config import read_config
 from cllm_jax.hf.load import (
     EMBEDDED_ROOT,
     MIXED,
@@ -56,7 +57,6 @@ from cllm_jax.hf.load import (
     mixed,
     storage,
 )
-from cllm_jax.model.config import read_config
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.run_dir import write_atomic
 from cllm_jax.tasks.quality import share_right

@@ -18,9 +18,9 @@ from cllm_jax.cli.console import Console, print_plan, size
 from cllm_jax.cli.settings import guard, parse, to_json
 from cllm_jax.drafters.checkpoint import copy_drafter, drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.hf.config import read_config
 from cllm_jax.hf.load import DTYPES, EMBEDDED_ROOT, load, resolve
-from cllm_jax.hf.weights import write_model
-from cllm_jax.model.config import read_config
+from cllm_jax.hf.write import write_model
 from cllm_jax.runs.run_dir import read_metrics
 
 
@@ -125,9 +125,7 @@ def run() -> None:
             text = card(name, run_dir, settings.dtype, model.config.parameters)
             write_model(
                 out / name,
-                model.config,
-                model.params,
-                model.tokenizer,
+                model,
                 dtype=settings.dtype,
                 card=text,
                 sums=True,

@@ -19,9 +19,8 @@ from cllm_jax.drafters.redrafter import ReDrafter
 from cllm_jax.drafters.space import Space
 from cllm_jax.drafters.trained import borrow
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.files import explain, listed
+from cllm_jax.hf.files import explain, listed, make_readable
 from cllm_jax.hf.load import Model, tokenizer_fingerprint
-from cllm_jax.hf.weights import make_readable
 from cllm_jax.runs.checksums import SUMS, check_sums, write_sums
 from cllm_jax.runs.recipe import from_mapping, no_such, to_json
 from cllm_jax.runs.run_dir import replace_directory, temporary, write_atomic
