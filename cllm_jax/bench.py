@@ -47,6 +47,7 @@ from cllm_jax.evaluation.speed import (
 )
 from cllm_jax.evaluation.throughput import collection_speed, step_cost
 from cllm_jax.evaluation.torch_generate import generate_speed
+from cllm_jax.hf.config import read_config
 from cllm_jax.hf.load import (
     MIXED,
     Model,
@@ -56,7 +57,6 @@ from cllm_jax.hf.load import (
     mixed,
     storage,
 )
-from cllm_jax.model.config import read_config
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import write_atomic
 from cllm_jax.runs.recipe import to_json

@@ -19,9 +19,9 @@ from cllm_jax.cli.guard import guard
 from cllm_jax.cli.settings import parse
 from cllm_jax.drafters.checkpoint import copy_drafter, drafter_arrays
 from cllm_jax.errors import DataError
+from cllm_jax.hf.config import read_config
 from cllm_jax.hf.load import DTYPES, load, resolve
-from cllm_jax.hf.weights import write_model
-from cllm_jax.model.config import read_config
+from cllm_jax.hf.write import write_model
 from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import read_metrics
 from cllm_jax.runs.stages import EMBEDDED_ROOT, exported_run, output_of
@@ -113,9 +113,7 @@ def run() -> None:
             text = card(name, run_dir, settings.dtype, model.config.parameters)
             write_model(
                 out / name,
-                model.config,
-                model.params,
-                model.tokenizer,
+                model,
                 dtype=settings.dtype,
                 card=text,
                 sums=True,

@@ -12,7 +12,7 @@ from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.drafters.checkpoint import write_drafter
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.hf.load import Model
-from cllm_jax.hf.weights import write_model
+from cllm_jax.hf.write import write_model
 from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.training.step import Loss, LossWeights, text_loss
 
@@ -80,6 +80,6 @@ def keep(directory: Path, trained: Trained, fetched: Callable[[Any], Any], write
     model = trained.model
     if params is not None:
         dtype, where = str(params['norm'].dtype), directory / 'model'
-        write_model(where, model.config, params, model.tokenizer, dtype=dtype, sums=True)
+        write_model(where, dataclasses.replace(model, params=params), dtype=dtype, sums=True)
     if own is not None:
         write_drafter(directory / 'drafter', trained.drafter, jax.device_get(own), model)

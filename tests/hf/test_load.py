@@ -14,9 +14,16 @@ from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import load as load_module
 from cllm_jax.hf.files import SINGLE
 from cllm_jax.hf.load import fingerprint, load, resolve
-from cllm_jax.hf.weights import write_model
+from cllm_jax.hf.write import write_model
 from cllm_jax.model.llama import Llama, forward
-from tests.tiny_model import TINY, params_of, refusal, tiny_tokenizer, write_sharded, write_single
+from tests.tiny_model import (
+    TINY,
+    model_of,
+    refusal,
+    tiny_tokenizer,
+    write_sharded,
+    write_single,
+)
 
 
 @pytest.fixture
@@ -53,8 +60,7 @@ def test_a_path_never_touches_the_network(tmp_path, no_network, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     asked = []
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **_: asked.append(a))
-    tokenizer = tiny_tokenizer()
-    write_model(tmp_path / 'owner' / 'name', TINY, params_of(TINY), tokenizer)
+    write_model(tmp_path / 'owner' / 'name', model_of(tokenizer=tiny_tokenizer()))
     monkeypatch.chdir(tmp_path)
     for name in ('owner/name', str(tmp_path / 'owner' / 'name'), './owner/name/'):
         model = load(name)
