@@ -20,7 +20,7 @@ import jax
 from cllm_jax.cli.console import Console, print_plan, table
 from cllm_jax.cli.settings import can_write, guard, parse, to_json
 from cllm_jax.data.sources import Source, open_source
-from cllm_jax.data.tokenizer import that_fit
+from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
@@ -111,7 +111,9 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
     cllm, target = (load(name, dtype, mesh) for name in (settings.model, settings.target))
     room = min(m.config.max_positions for m in (cllm, target)) - settings.max_tokens
-    source = that_fit(source, with_tokenizer(cllm).tokenizer, cllm.config.bos_id, room)
+    source = drop_prompts_without_room(
+        source, with_tokenizer(cllm).tokenizer, cllm.config.bos_id, room
+    )
     console.dropped(source)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
     named = drafter_named(settings)
