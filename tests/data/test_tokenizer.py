@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm_jax.data.sources import open_source
-from cllm_jax.data.tokenizer import END, encode_examples, drop_prompts_without_room, train_tokenizer
+from cllm_jax.data.tokenizer import END, drop_prompts_without_room, encode_examples, train_tokenizer
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.tasks.example import Example
 
