@@ -22,7 +22,7 @@ from cllm_jax.cli.console import Console, print_plan, table
 from cllm_jax.cli.guard import guard
 from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.sources import Source, open_source
-from cllm_jax.data.tokenizer import that_fit
+from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult
@@ -138,7 +138,9 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
     cllm, target = (load(name, dtype, mesh) for name in (settings.model, settings.target))
     room = min(m.config.max_positions for m in (cllm, target)) - settings.max_tokens
-    source = that_fit(source, with_tokenizer(cllm).tokenizer, cllm.config.bos_id, room)
+    source = drop_prompts_without_room(
+        source, with_tokenizer(cllm).tokenizer, cllm.config.bos_id, room
+    )
     console.dropped(source)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
     plain = {'target': Method(target, ar), 'CLLM': Method(cllm, ar)}

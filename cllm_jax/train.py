@@ -19,7 +19,7 @@ from cllm_jax.cli.console import Console, print_plan, size, table
 from cllm_jax.cli.guard import guard
 from cllm_jax.cli.settings import parse
 from cllm_jax.data.sources import rows_fingerprint
-from cllm_jax.data.tokenizer import that_fit
+from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.request import cache_slots
 from cllm_jax.drafters.trained import borrow
 from cllm_jax.errors import ConfigError
@@ -208,7 +208,7 @@ def run() -> None:
     with open_run(directory, claimed):
         model, samples = prepare(settings, mesh, console, directory)
         room = model.config.max_positions - test.max_tokens
-        held_out = that_fit(held_out, model.tokenizer, model.config.bos_id, room)
+        held_out = drop_prompts_without_room(held_out, model.tokenizer, model.config.bos_id, room)
         console.dropped(held_out)
         if known := trained_on_too(samples, held_out, model):
             console.note(
