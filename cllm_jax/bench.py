@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from cllm_jax.cli.console import Console, number, print_plan, size, table
 from cllm_jax.cli.settings import can_write, guard, parse, to_json
 from cllm_jax.data.sources import Source, open_source
+from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.checkpoint import read_drafter
@@ -31,15 +32,15 @@ from cllm_jax.drafters.draft_model import draft_model
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
-from cllm_jax.drafters.trained import HeadWeights
+from cllm_jax.drafters.trained import TrainedDrafter
 from cllm_jax.errors import at_least, check_seed
 from cllm_jax.evaluation.forward_cost import bandwidth, costs, weight_bytes
 from cllm_jax.evaluation.pair import model_pair
-from cllm_jax.evaluation.profile import parts
+from cllm_jax.evaluation.profile import milliseconds_by_part
 from cllm_jax.evaluation.speed import (
-    Way,
-    ar_ways,
+    Method,
     one_by_one,
+    plain_methods,
     share_identical,
     tokens_per_forward,
     tokens_per_second,
@@ -62,7 +63,7 @@ from cllm_jax.runs.run_dir import write_atomic
 from cllm_jax.tasks.quality import share_right
 from cllm_jax.training.packing import Noise
 from cllm_jax.training.step import LossWeights
-from cllm_jax.trajectories.collector import CollectPlan
+from cllm_jax.trajectories.store import Collection
 
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax')
 DRAFTED = {
@@ -170,79 +171,71 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
         'bandwidth_bytes_per_s': speed,
         'weight_limit_ms': weights / speed * 1e3,
         'share_of_limit': weights / speed * 1e3 / first['forward_ms'],
-        'parts': {str(n): parts(model, n, settings.prompt) for n in settings.parts},
+        'parts': {str(n): milliseconds_by_part(model, n, settings.prompt) for n in settings.parts},
     }
 
 
-def ways_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, Way]:
-    """Every way of decoding that is compared; a name begins with its model's."""
+def methods_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, Method]:
+    """Every method that is compared; a name begins with its model's."""
     ar = Request(AutoRegressive(), settings.max_tokens)
-
-    def drafted(model: Model, drafter: Any, weights: Any = ()) -> Way:
-        return Way(model, dataclasses.replace(ar, drafter=drafter), weights)
-
-    ways = ar_ways('target, AR', target, ar) | {'CLLM, AR': Way(cllm, ar)}
+    plain, own = Method(target, ar), Method(cllm, ar)
+    methods = plain_methods('target, AR', plain) | {'CLLM, AR': own}
     for block in settings.blocks:
-        ways[f'target, Jacobi {block}'] = drafted(target, Jacobi(block))
-        ways[f'CLLM, Jacobi {block}'] = drafted(cllm, Jacobi(block))
+        methods[f'target, Jacobi {block}'] = plain.with_drafter(Jacobi(block))
+        methods[f'CLLM, Jacobi {block}'] = own.with_drafter(Jacobi(block))
     if not settings.others:
-        return ways
+        return methods
     block = max(settings.blocks)
-    ways |= {
-        'target, prompt lookup': drafted(target, PromptLookup()),
-        'target, lookahead': drafted(target, Lookahead()),
-        f'CLLM, Jacobi {block}, recycling': drafted(cllm, Jacobi(block, recycle=2)),
-        f'CLLM, Jacobi {block}, prompt lookup': drafted(cllm, Jacobi(block, lookup=True)),
-        f'CLLM, Jacobi {block}, lookahead': drafted(cllm, Lookahead(5, 4, 5, block)),
+    name = f'CLLM, Jacobi {block}'
+    methods |= {
+        'target, prompt lookup': plain.with_drafter(PromptLookup()),
+        'target, lookahead': plain.with_drafter(Lookahead()),
+        f'{name}, recycling': own.with_drafter(Jacobi(block, recycle=2)),
+        f'{name}, prompt lookup': own.with_drafter(Jacobi(block, lookup=True)),
+        f'{name}, lookahead': own.with_drafter(Lookahead(5, 4, 5, block)),
     }
     small = settings.draft_model
     if not small and (Path(settings.root) / 'draft/model').is_dir():
         small = f'{settings.root}/draft'
     if small:
-        loaded = draft_model(target, load(small, settings.dtype))
-        ways['target, draft model'] = drafted(target, loaded.drafter, loaded.weights)
+        drafter = draft_model(target, load(small, settings.dtype))
+        methods['target, draft model'] = plain.with_drafter(drafter)
     for stage, title in DRAFTED.items():
         directory = Path(settings.root) / stage
         if not (directory / 'drafter').is_dir():
             continue
-        own = (directory / 'model').is_dir()  # trained with its drafter
-        model = load(str(directory), settings.dtype) if own else target
-        loaded = read_drafter(directory, model)
-        name = title if own else 'target'
-        ways[f'{name}, {title}'] = drafted(model, loaded.drafter, loaded.weights)
-        if own:
-            ways[f'{name}, AR'] = Way(model, ar)
-    return ways
+        joint = (directory / 'model').is_dir()  # trained with its drafter
+        base = Method(load(str(directory), settings.dtype), ar) if joint else plain
+        name = title if joint else 'target'
+        methods[f'{name}, {title}'] = base.with_drafter(read_drafter(directory, base.model))
+        if joint:
+            methods[f'{name}, AR'] = base
+    return methods
 
 
 def decoding(
-    settings: BenchConfig,
-    source: Source,
-    target: Model,
-    cllm: Model,
-    console: Console,
+    settings: BenchConfig, source: Source, target: Model, cllm: Model, console: Console
 ) -> dict[str, Any]:
-    """Every way of decoding on the held-out prompts of one task."""
+    """Every method on the held-out prompts of one task."""
     prompts = [source[i].prompt for i in range(len(source))]
-    ways = ways_of(settings, target, cllm)
-    results = {}
-    for name, way in ways.items():
+    methods, results = methods_of(settings, target, cllm), {}
+    for name, method in methods.items():
         with console.status(f'{source.name}: {name}'):
-            results[name] = one_by_one(way, prompts)
+            results[name] = one_by_one(method, prompts)
     with console.progress(f'{source.name}: timing', len(prompts)) as bar:
-        speed = tokens_per_second(ways, prompts, settings.repeats, bar)
-    plain = [name for name in ways if name.startswith('target, AR')]
+        speed = tokens_per_second(methods, prompts, settings.repeats, bar)
+    plain = [name for name in methods if name.startswith('target, AR')]
     base = max(speed[name] for name in plain)
     with console.status(f'{source.name}: {BATCH} at a time'):
         names = plain + [f'CLLM, Jacobi {block}' for block in settings.blocks]
-        together = {name: ways[name] for name in names}
+        together = {name: methods[name] for name in names}
         batched = tokens_per_second(together, prompts, settings.repeats, batch=BATCH)
     rows = {}
     for name, result in results.items():
         same = results[f'{name.split(",")[0]}, AR']
         forward = tokens_per_forward(result)
         rows[name] = {
-            'extra_parameters': extra_parameters(ways[name]),
+            'extra_parameters': extra_parameters(methods[name].request.drafter),
             'tokens_per_forward': forward,
             'cost_of_forward': forward * base / speed[name],
             'tokens_per_second': speed[name],
@@ -255,18 +248,14 @@ def decoding(
     if settings.torch and find_spec('torch'):
         with console.status(f'{source.name}: transformers generate'):
             found['transformers'] = generate_speed(target, prompts, settings.max_tokens)
-            batched |= {
-                f'transformers, {name}': value
-                for name, value in generate_speed(
-                    target, prompts, settings.max_tokens, BATCH
-                ).items()
-            }
+            others = generate_speed(target, prompts, settings.max_tokens, BATCH)
+            batched |= {f'transformers, {name}': value for name, value in others.items()}
     return found
 
 
-def extra_parameters(way: Way) -> int:
+def extra_parameters(drafter: Drafter) -> int:
     """Parameters of the drafter alone."""
-    own = way.weights.own if isinstance(way.weights, HeadWeights) else way.weights
+    own = drafter.own if isinstance(drafter, TrainedDrafter) else drafter
     return sum(leaf.size for leaf in jax.tree.leaves(own))
 
 
@@ -275,13 +264,8 @@ def pipeline(
 ) -> dict[str, Any]:
     """Collection and training on one task, with the losses of `configs/embedded.yaml`."""
     plans = {
-        mode: CollectPlan(
-            block=16,
-            mode=mode,
-            max_tokens=settings.max_tokens,
-            seed=settings.seed,
-            batch=min(16, len(source)),
-            shard=len(source),
+        mode: Collection(
+            16, mode, settings.max_tokens, settings.seed, min(16, len(source)), len(source)
         )
         for mode in ('sliding', 'block')
     }

@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from functools import partial
 from threading import Event, Lock
 
 import jax
@@ -21,6 +22,7 @@ from cllm_jax.decoding.request import (
     encode_each,
     pad_prompts,
     row_keys,
+    stop_ids,
 )
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.state import DecodeState, grow, replace_rows
@@ -42,8 +44,8 @@ ENDLESS = np.iinfo(np.int32).max
 
 def decoder_of(model: Model, request: Request) -> Decoder:
     """What decodes a request with a model."""
-    stop_ids = np.asarray(model.config.eos_ids or (-1,), np.int32)
-    return Decoder(model.module, model.params, request.drafter, stop_ids, request.sampling)
+    ends = stop_ids(model)
+    return Decoder(model.module, model.params, request.drafter, ends, request.sampling)
 
 
 def start(
@@ -324,10 +326,14 @@ def decode_all(
             request,
             [encoded[i] for i in rows],
             row_keys(request.seed, rows),
-            lambda finished, earlier=len(found): progress(earlier + finished),
+            partial(_report, progress, len(found)),
         )
         found |= dict(zip(rows, some, strict=True))
     return _result(request, [found[i] for i in range(len(encoded))])
+
+
+def _report(progress: Callable[[int], None], earlier: int, finished: int) -> None:
+    progress(earlier + finished)
 
 
 def _groups(order: Sequence[int], widths: Sequence[int], batch: int) -> list[list[int]]:

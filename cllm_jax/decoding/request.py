@@ -160,6 +160,11 @@ def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> N
             )
 
 
+def stop_ids(model: Model) -> np.ndarray:
+    """The ids that end an answer; -1, which is not a token, if there are none."""
+    return np.asarray(model.config.eos_ids or (-1,), np.int32)
+
+
 def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:
     """One PRNG key per prompt, by its index in the call: batching does not change an answer."""
     return _fold_in_each(jax.random.key(seed), np.asarray(rows, np.uint32))

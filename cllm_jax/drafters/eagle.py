@@ -31,7 +31,7 @@ from cllm_jax.model.cache import Cache, init_cache
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Block
 from cllm_jax.model.precision import linear, product
-from cllm_jax.runtime.backend import Backend
+from cllm_jax.runtime.backend import ANY, Backend
 
 TOKEN_WEIGHT = 0.1
 """Weight of the token loss relative to the feature loss (arXiv 2401.15077, section 4.2)."""
@@ -54,7 +54,7 @@ class Eagle(TrainedDrafter):
     """
 
     config: LlamaConfig = setting()
-    backend: Backend = setting(Backend())
+    backend: Backend = setting(ANY)
     """The target's, too."""
     depth: int = setting(4)
     width: int = setting(4)

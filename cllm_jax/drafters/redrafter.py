@@ -1,9 +1,9 @@
 """ReDrafter (arXiv 2403.09919): a recurrent head, beam search, and a tree packed on device.
 
 The head is one recurrent cell on the embeddings of the tokens drafted so far, together with the
-target's last hidden state, which stays the same. Its beams share prefixes; packed into a tree each prefix is
-verified once. Acceptance is the loop's, so that greedy and sampled answers are exact; the paper's
-own rule for sampling is biased, since beams are not samples.
+target's last hidden state, which stays the same. Its beams share prefixes; packed into a tree each
+prefix is verified once. Acceptance is the loop's, so that greedy and sampled answers are exact; the
+paper's own rule for sampling is biased, since beams are not samples.
 """
 
 from typing import Any

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from cllm_jax.data.sources import Source
 from cllm_jax.decoding.engine import decode_batch
 from cllm_jax.decoding.request import Request, encode, row_keys
+from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.hf.load import Model
 from cllm_jax.model.llama import Llama
@@ -29,17 +30,17 @@ from cllm_jax.training.step import (
     new_state,
     text_loss,
 )
-from cllm_jax.trajectories.collector import CollectPlan, collect_records
-from cllm_jax.trajectories.store import Record
+from cllm_jax.trajectories.collector import collect_rows
+from cllm_jax.trajectories.store import Collection
 
 
 def collection_speed(
     model: Model,
     source: Source,
-    plans: Mapping[str, CollectPlan],
+    plans: Mapping[str, Collection],
     alone: int,
     repeats: int = 3,
-) -> tuple[dict[str, dict[str, float]], list[Record]]:
+) -> tuple[dict[str, dict[str, float]], list[Trajectory]]:
     """Prompts and tokens per second of collecting, and of decoding one prompt at a time.
 
     Args:
@@ -56,7 +57,7 @@ def collection_speed(
     for _ in range(repeats + 1):
         for name, plan in plans.items():
             begin = time.perf_counter()
-            found, _ = collect_records(model, source, plan, range(len(source)))
+            found, _ = collect_rows(model, source, plan, range(len(source)))
             seconds[name].append((time.perf_counter() - begin) / len(source))
             records = found if plan is first else records
         results = [decode_batch(model, request, [ids], keys) for ids, keys in few]
@@ -79,7 +80,7 @@ def collection_speed(
 
 def step_cost(
     model: Model,
-    records: list[Record],
+    records: list[Trajectory],
     batch: int,
     weights: LossWeights,
     noise: Noise,

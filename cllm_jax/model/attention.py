@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from cllm_jax.model.config import RopeScaling
 from cllm_jax.model.precision import product, rounded, transposed
-from cllm_jax.runtime.backend import Backend
+from cllm_jax.runtime.backend import ANY, Backend
 
 NEVER = -1e30
 """Score of a masked key: its weight underflows to exactly 0, and no row becomes NaN."""
@@ -21,7 +21,7 @@ def attend(
     v_KBSH: jax.Array,
     mask_BTS: jax.Array,
     compute: jnp.dtype | None = None,
-    backend: Backend = Backend(),
+    backend: Backend = ANY,
     rounded_kv: bool = False,
 ) -> jax.Array:
     """Grouped-query attention; query t of a row sees exactly the keys its mask row allows.

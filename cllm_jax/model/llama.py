@@ -22,7 +22,7 @@ from cllm_jax.model.cache import Cache, heads_first, init_cache, read, write
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.packed_attention import PackedMask, attend_packed
 from cllm_jax.model.precision import linear
-from cllm_jax.runtime.backend import Backend
+from cllm_jax.runtime.backend import ANY, Backend
 from cllm_jax.runtime.sharding import RULES, batch_sharding
 
 
@@ -46,7 +46,7 @@ class Block(nn.Module):
     config: LlamaConfig
     dtype: jnp.dtype = jnp.float32
     compute: jnp.dtype | None = None
-    backend: Backend = Backend()
+    backend: Backend = ANY
 
     def _weight(self, name: str, axes: tuple[str, ...], *shape: int) -> jax.Array:
         scale = self.config.dim**-0.5
@@ -128,7 +128,7 @@ class Llama(nn.Module):
     mesh: Mesh | None = None
     """Devices of a training step: between layers each has whole hidden states of its own rows. Left
     to itself the compiler would rather divide them by width, like the weights, and send them."""
-    backend: Backend = Backend()
+    backend: Backend = ANY
     """Where the weights live (`runtime/backend.py`)."""
 
     def setup(self):

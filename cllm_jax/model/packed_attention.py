@@ -2,7 +2,8 @@
 
 A row is clean text followed by states of n tokens each. A state sees clean text and itself, never
 another state: with C states after L tokens of text that is L + n keys for a query instead of
-L + C n. Suffixes, in addition to those of `llama.py`: W = C n state tokens, X = query heads of a group x n.
+L + C n. Suffixes, in addition to those of `llama.py`: W = C n state tokens, X = query heads of a
+group x n.
 """
 
 from functools import partial
@@ -13,7 +14,7 @@ from flax import struct
 
 from cllm_jax.model.attention import NEVER, attend, key_gradient
 from cllm_jax.model.precision import product
-from cllm_jax.runtime.backend import Backend
+from cllm_jax.runtime.backend import ANY, Backend
 
 
 @struct.dataclass
@@ -34,7 +35,7 @@ def attend_packed(
     v_KBTH: jax.Array,
     mask: PackedMask,
     compute: jnp.dtype | None = None,
-    backend: Backend = Backend(),
+    backend: Backend = ANY,
 ) -> jax.Array:
     """What `attend` returns with the same mask in one piece."""
     (batch, states, n, _), length = mask.own_BCnn.shape, mask.text_BLL.shape[1]

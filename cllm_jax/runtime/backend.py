@@ -59,7 +59,7 @@ class Backend:
     are multiplied a quarter faster by Eigen (docs/benchmarks.md)."""
 
     def cache_dtype(self, values: jnp.dtype, one_query: bool = False) -> jnp.dtype:
-        """The dtype of a KV cache that holds `values`, read by one query at a time or by several."""
+        """The dtype of a KV cache that holds `values`, and is read by one or several queries."""
         if values != jnp.bfloat16:
             return values
         if one_query and self.wide_cache_for_one_query:
@@ -67,7 +67,7 @@ class Backend:
         return jnp.uint16 if self.bfloat16_as_bits else values
 
 
-GPU = TPU = Backend()
+ANY = GPU = TPU = Backend()
 CPU = Backend(
     default_dtype='float32',
     bfloat16_as_bits=True,
@@ -82,7 +82,7 @@ BACKENDS = {'cpu': CPU, 'gpu': GPU, 'tpu': TPU}
 
 def backend_for(devices: Iterable[jax.Device]) -> Backend:
     """The backend of devices, which are all of one kind."""
-    return BACKENDS.get(next(iter(devices)).platform, Backend())
+    return BACKENDS.get(next(iter(devices)).platform, ANY)
 
 
 def backend_of(weights: Any) -> Backend:
