@@ -21,7 +21,7 @@ from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.hf.load import Model
 from cllm_jax.model.llama import Llama
-from cllm_jax.training.packing import Noise, Sample, make_batch
+from cllm_jax.training.packing import Noise, make_batch
 from cllm_jax.training.step import (
     LossWeights,
     OptimizerConfig,
@@ -97,7 +97,7 @@ def step_cost(
       compute: precision of the products.
       repeats: times each step is timed, in turn, after one that compiles.
     """
-    samples = [Sample(r.prompt, r.answer, r.states, r.start) for r in records if len(r.states)]
+    samples = [record for record in records if len(record.states)]
     module = Llama(model.config, model.params['norm'].dtype, compute)
     optimizer = make_optimizer(OptimizerConfig(kind='muon'), steps=100)
     plain = dataclasses.replace(weights, ar_weight=1.0, global_weight=0.0, local_weight=0.0)
@@ -106,7 +106,7 @@ def step_cost(
         packed = jax.tree.map(jnp.asarray, make_batch(samples, batch, 0, 0, states))
         clean = int((packed.segment_BT == 0).sum())
         steps[name] = _stepper(
-            make_step(text_loss(module, loss), optimizer),
+            make_step(partial(text_loss, module, loss), optimizer),
             new_state(optimizer, model.params),
             packed,
         )
