@@ -26,7 +26,8 @@ from cllm_jax.hf.weights import abstract_params
 from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
 from cllm_jax.runs.stages import OBJECTIVES, output_of
-from cllm_jax.runtime.mesh import make_mesh, pretend
+from cllm_jax.runtime.backend import pretend
+from cllm_jax.runtime.mesh import make_mesh
 from cllm_jax.runtime.sharding import check_batch
 from cllm_jax.training.config import (
     TrainConfig,
@@ -125,7 +126,7 @@ def train_in(
     claim(directory, claimed, inputs | {'held_out': rows_fingerprint(held_out)})
     console.note(
         f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '
-        f'of {settings.batch} on {jax.device_count()} {jax.default_backend()} device(s)'
+        f'of {settings.batch} on {jax.device_count()} {jax.devices()[0].platform} device(s)'
     )
     learner = objective_of(settings).learner(settings, model, samples, mesh)
     train(directory, learner, samples, held_out, settings, console.metrics, console.note)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.sampling import Sampling
@@ -29,6 +30,19 @@ class Draft:
     """For a tree: the node that each follows, of a smaller number; -1 for node 0."""
     depth: int = struct.field(pytree_node=False, default=0)
     """For a tree: the most steps from node 0 to any other."""
+
+    @classmethod
+    def chain(cls, tokens_BN: jax.Array) -> 'Draft':
+        """A chain of which every token may be accepted."""
+        return cls(tokens_BN, jnp.ones_like(tokens_BN, bool))
+
+    @classmethod
+    def tree(
+        cls, tokens_BN: jax.Array, valid_BN: jax.Array, parent_N: np.ndarray, depth: int
+    ) -> 'Draft':
+        """A tree of the same form in every row."""
+        parent_BN = jnp.broadcast_to(jnp.asarray(parent_N)[None], tokens_BN.shape)
+        return cls(tokens_BN, jnp.broadcast_to(valid_BN, tokens_BN.shape), parent_BN, depth)
 
 
 @struct.dataclass

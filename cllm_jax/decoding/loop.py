@@ -127,7 +127,7 @@ def prefill(
     tokens_BT = put(tokens_BT, length_B, draft.tokens_BN, everywhere)
     steps_T = jnp.arange(width + nodes - 1, dtype=jnp.int32)
     positions_BT = jnp.broadcast_to(steps_T[None], tokens_BT.shape)
-    mask_BTS = steps_T[None, None] <= positions_BT[:, :, None]
+    mask_BTS = tree.causal_mask(positions_BT, len(steps_T))
     at_BN = length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
     if where.sees_BNN is not None:
         positions_BT = put(positions_BT, length_B, length_B[:, None] + where.depth_BN, everywhere)

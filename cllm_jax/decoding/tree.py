@@ -40,11 +40,16 @@ def layout(draft: Draft) -> Layout:
     return Layout(depth_BN, sees_BNN)
 
 
+def causal_mask(positions_BT: jax.Array, slots: int) -> jax.Array:
+    """What tokens at these positions see of a text that begins in slot 0, bool `[B, T, S]`."""
+    return jnp.arange(slots, dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
+
+
 def mask(where: Layout, length_B: jax.Array, slots: int) -> jax.Array:
     """What each node sees of the cache, bool `[B, N, S]`; node i is in slot `length + i`."""
-    slots_S = jnp.arange(slots, dtype=jnp.int32)
     if where.sees_BNN is None:
-        return slots_S[None, None] <= (length_B[:, None] + where.depth_BN)[:, :, None]
+        return causal_mask(length_B[:, None] + where.depth_BN, slots)
+    slots_S = jnp.arange(slots, dtype=jnp.int32)
     nodes = where.depth_BN.shape[1]
     node_BS = slots_S[None] - length_B[:, None]
     inside_BS = (node_BS >= 0) & (node_BS < nodes)

@@ -1,6 +1,5 @@
 """Autoregressive decoding: the loop with nothing but the pending token to verify."""
 
-import jax.numpy as jnp
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, Drafter
@@ -17,5 +16,4 @@ class AutoRegressive(Drafter):
         return 1
 
     def draft(self, state, sequences, sampling):
-        tokens_B1 = sequences.window(1)
-        return Draft(tokens_B1, jnp.ones_like(tokens_B1, bool)), state
+        return Draft.chain(sequences.window(1)), state

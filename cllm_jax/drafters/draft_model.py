@@ -14,6 +14,7 @@ from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, Drafter, Sequences, setting, windows
 from cllm_jax.decoding.sampling import choose
+from cllm_jax.decoding.tree import causal_mask
 from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.hf.load import Model, tokenizer_fingerprint
 from cllm_jax.model.cache import Cache
@@ -43,7 +44,7 @@ class DraftModel(Drafter):
         prompt_BP = sequences.tokens_BS[:, : sequences.prompt_width]
         slots_P = jnp.arange(sequences.prompt_width, dtype=jnp.int32)
         positions_BP = jnp.broadcast_to(slots_P[None], prompt_BP.shape)
-        mask_BPP = slots_P[None, None] <= positions_BP[:, :, None]
+        mask_BPP = causal_mask(positions_BP, sequences.prompt_width)
         start_B = jnp.zeros(batch, jnp.int32)
         arguments = (prompt_BP, positions_BP, mask_BPP, cache, start_B)
         return self.model.apply({'params': self.params}, *arguments)[1]
@@ -52,7 +53,7 @@ class DraftModel(Drafter):
         length_B = sequences.length_B
         pending_BN = sequences.window(1)
         if self.block == 1:
-            return Draft(pending_BN, jnp.ones_like(pending_BN, bool)), cache
+            return Draft.chain(pending_BN), cache
         # Of a draft that was accepted as a whole the last token has not been seen yet: begin there.
         start_B = jnp.maximum(length_B - 1, 0)
         last_B2 = windows(sequences.tokens_BS, start_B, 2)
@@ -69,13 +70,12 @@ class DraftModel(Drafter):
         ahead = jnp.arange(1, self.block - 1, dtype=jnp.int32)
         (token_B1, cache), first = jax.lax.scan(step, (token_B1, cache), ahead)
         tokens_BN = jnp.concatenate([pending_BN, first[:, :, 0].T, token_B1], axis=1)
-        return Draft(tokens_BN, jnp.ones_like(tokens_BN, bool)), cache
+        return Draft.chain(tokens_BN), cache
 
     def _forward(self, tokens_BT, start_B, cache):
         steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         positions_BT = start_B[:, None] + steps_T[None]
-        slots_S = jnp.arange(cache.slots, dtype=jnp.int32)
-        mask_BTS = slots_S[None, None] <= positions_BT[:, :, None]
+        mask_BTS = causal_mask(positions_BT, cache.slots)
         return self.model.apply(
             {'params': self.params}, tokens_BT, positions_BT, mask_BTS, cache, start_B
         )

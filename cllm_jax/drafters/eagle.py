@@ -16,6 +16,7 @@ import optax
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, Sequences, Verdict, put, setting
+from cllm_jax.decoding.tree import causal_mask
 from cllm_jax.drafters.trained import (
     AnswerBatch,
     HeadsConfig,
@@ -138,8 +139,7 @@ class Eagle(TrainedDrafter):
             tokens_BX = put(tokens_BX, length_B, first_B1, jnp.ones_like(first_B1, bool))
         steps_X = jnp.arange(tokens_BX.shape[1], dtype=jnp.int32)
         positions_BX = start_B[:, None] + steps_X[None]
-        slots_S = jnp.arange(state.cache.slots, dtype=jnp.int32)
-        mask_BXS = slots_S[None, None] <= positions_BX[:, :, None]
+        mask_BXS = causal_mask(positions_BX, state.cache.slots)
         feature_BXD, cache = self.layer(
             hidden_BXD, tokens_BX, positions_BX, mask_BXS, state.cache, start_B
         )

@@ -106,8 +106,7 @@ class Jacobi(Drafter):
         valid_BGL = (chain_BGL >= 0) & inside_BN[:, None, 1 : length + 1]
         tokens_BN = jnp.concatenate([tokens_BN, jnp.maximum(chain_BGL, 0).reshape(rows, -1)], 1)
         valid_BN = jnp.concatenate([inside_BN, valid_BGL.reshape(rows, -1)], axis=1)
-        parent_BN = jnp.broadcast_to(jnp.asarray(self._parents())[None], tokens_BN.shape)
-        return Draft(tokens_BN, valid_BN, parent_BN, self.block - 1), state
+        return Draft.tree(tokens_BN, valid_BN, self._parents(), self.block - 1), state
 
     def update(self, state, draft, verdict, sequences, sampling):
         said, y_Bn = state.said_BGn, verdict.y_BN

@@ -83,9 +83,9 @@ class Lookahead(Drafter):
             jnp.repeat(known_BG, self.ngram - 1, axis=1),
         ]
         tokens_BN, valid_BN = jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
-        parent_BN = jnp.broadcast_to(jnp.asarray(self._parents())[None], tokens_BN.shape)
         depth = max(self.block - 1, self.window + self.ngram - 3, self.ngram - 1)
-        return Draft(tokens_BN, valid_BN, parent_BN, depth), state.replace(jacobi=jacobi)
+        draft = Draft.tree(tokens_BN, valid_BN, self._parents(), depth)
+        return draft, state.replace(jacobi=jacobi)
 
     def update(self, state, draft, verdict, sequences, sampling):
         levels, width = self.ngram - 1, self.window

@@ -109,9 +109,8 @@ class Medusa(TrainedDrafter):
         heads = np.array([len(path) - 1 for path in order], np.int32)
         ranks = np.array([path[-1] for path in order], np.int32)
         tokens_BN = jnp.concatenate([pending_B1, best_BKR[:, heads, ranks]], axis=1)
-        valid_BN = jnp.broadcast_to(state.known_B[:, None], tokens_BN.shape)
-        parent_BN = jnp.broadcast_to(jnp.asarray(parent_N)[None], tokens_BN.shape)
-        return Draft(tokens_BN, valid_BN, parent_BN, max(map(len, order))), state
+        depth = max(map(len, order))
+        return Draft.tree(tokens_BN, state.known_B[:, None], parent_N, depth), state
 
     def update(self, state, draft, verdict, sequences, sampling):
         return state.after(verdict)

@@ -79,8 +79,7 @@ class Space(TrainedDrafter):
         tokens_BN = jnp.concatenate([chain_BN, masks_BN], axis=1)
         here_1N = jnp.arange(self.nodes)[None]
         valid_BN = state.known_B[:, None] & (here_1N <= self.masks)
-        parent_BN = jnp.broadcast_to(jnp.asarray(self._parents())[None], tokens_BN.shape)
-        return Draft(tokens_BN, valid_BN, parent_BN, 2 * self.masks), state
+        return Draft.tree(tokens_BN, valid_BN, self._parents(), 2 * self.masks), state
 
     def update(self, state, draft, verdict, sequences, sampling):
         # The first mask after the last accepted node stands where the new pending token is.

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
+from cllm_jax.errors import ConfigError
+
 CACHED = 32 << 20
 """Bytes that a CPU's last cache holds. Larger weights come from memory, whose bandwidth the threads
 would have to share, each for its own reading of them (docs/benchmarks.md)."""
@@ -105,3 +107,20 @@ def backend_of(weights: Any) -> Backend:
 def _cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def pretend(devices: int) -> None:
+    """Stand in for a machine with so many devices, to plan and compile for it; nothing can run.
+
+    To be called before anything else uses JAX.
+
+    Raises:
+      ConfigError: the number is not positive.
+    """
+    if devices < 1:
+        raise ConfigError(f'devices {devices}: must be at least 1')
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', devices)
+    # In the order that needs least memory, as on an accelerator, not in the most parallel one.
+    order = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {order}'
