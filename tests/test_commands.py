@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -21,8 +19,8 @@ from cllm_jax.drafters.checkpoint import drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.evaluation.forward_cost import weight_bytes
 from cllm_jax.hf.load import SHIPPED
+from cllm_jax.hf.weights import write_model
 from cllm_jax.hf.write import write_model
-from cllm_jax.runs.atomic import write_atomic
 from cllm_jax.runs.recipe import read_recipe
 from cllm_jax.runs.run_dir import append_metrics, claim
 from cllm_jax.runs.stages import OBJECTIVES, exported_run
@@ -543,30 +541,6 @@ def test_answers_are_written_whole_or_not_at_all(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         decode._write(path, torn())
     assert path.read_text() == 'before'
-
-
-def test_a_pipe_and_a_link_are_written_to_and_not_replaced(tmp_path):
-    pipe, link, file = (tmp_path / name for name in ('pipe', 'link', 'file'))
-    os.mkfifo(pipe)
-    link.symlink_to(file)
-    write_atomic(link, b'text')
-    assert link.is_symlink() and file.read_bytes() == b'text'
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_atomic(pipe, b'text')
-    assert pipe.is_fifo() and os.read(reader, 9) == b'text'
-    os.close(reader)
-
-
-def test_a_file_to_which_is_printed_is_written_to_and_not_replaced(tmp_path):
-    file = tmp_path / 'file'
-    program = (
-        'from pathlib import Path; from cllm_jax.runs.atomic import write_atomic\n'
-        "print('printed'); write_atomic(Path('/dev/stdout'), b'written'); print(' after')"
-    )
-    file.write_text('before ')
-    with open(file, 'a') as out:
-        subprocess.run([sys.executable, '-c', program], stdout=out, check=True)
-    assert file.read_text() == 'before printed\nwritten after\n'
 
 
 def test_decode_shows_a_prompt_as_it_is(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""How every command ends: one line for what went wrong, and an exit code."""
+"""How every command ends: with an exit code, and one line for what went wrong."""
 
 import errno
 import os
@@ -67,12 +67,10 @@ def _verdict(error: Exception) -> tuple[int, str]:
         # TensorStore, below Orbax, reports a full disk as a ValueError with the same words.
         full = isinstance(cause, OSError) and cause.errno in _FULL
         if full or os.strerror(errno.ENOSPC) in str(cause):
-            place = getattr(cause, 'filename', None)
-            reason = cause.strerror if full else os.strerror(errno.ENOSPC)
-            subject = f'{place}: {reason}' if place else _one_line(cause)
-            return DataError.exit_code, (
-                f'error: {subject}; free space and run the same command again'
-            )
+            named = full and cause.filename is not None
+            subject = f'{cause.filename}: {cause.strerror}' if named else _one_line(cause)
+            said = f'error: {subject}; free space and run the same command again'
+            return DataError.exit_code, said
     if isinstance(error, OSError) and error.filename is not None:
         return DataError.exit_code, f'error: {error.filename}: {error.strerror}; check that path'
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):

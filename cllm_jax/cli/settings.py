@@ -5,6 +5,7 @@ line in --help). `python -m cllm_jax.train --config recipe.yaml --stage target -
 the defaults, then stage 'target' of the recipe, then what the command line says.
 """
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -55,14 +56,14 @@ def parse(
     argv = list(sys.argv[1:] if argv is None else argv)
     own = stages if isinstance(stages, Mapping) else {}
     stages = tuple(stages) or (stage,)
-    chosen = _last_value(argv, '--stage') or stage
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ('--config', '--stage'):  # they decide on the defaults of all others
+        early.add_argument(name, nargs='?')
+    first, _ = early.parse_known_args(argv)
+    chosen = first.stage or stage
     if chosen not in stages:
         raise ConfigError(f'--stage: {program} has {no_such("stage", chosen, stages)}')
-    recipe_path, defaults = _last_value(argv, '--config'), own.get(chosen, {})
-    if recipe_path is None:
-        base = config_class(**defaults)
-    else:
-        base = _from_recipe(config_class, recipe_path, chosen, defaults)
+    base = _defaults(config_class, first.config, chosen, own.get(chosen, {}))
 
     def option(annotation: Any, help_text: str, metavar: str | None = None) -> Any:
         return Annotated[annotation, tyro.conf.arg(help=help_text, metavar=metavar)]
@@ -96,7 +97,7 @@ def parse(
 
 
 def can_write(name: str, path: str) -> None:
-    """Raise ConfigError, before the work, where its results could not be written; '' is no file."""
+    """Raise ConfigError, before the work, where its results cannot be written; '' is not a file."""
     if Path(path).is_dir() and path:
         raise ConfigError(f'{name} {path!r}: is a directory; name a file')
     if not path or (Path(path).exists() and not Path(path).is_file()):  # such as /dev/stdout
@@ -106,25 +107,17 @@ def can_write(name: str, path: str) -> None:
         raise ConfigError(f'{name} {path!r}: cannot write below {place}; name another place')
 
 
-def _from_recipe(config_class: type[C], path: str, stage: str, defaults: Mapping[str, Any]) -> C:
+def _defaults(config_class: type[C], path: str | None, stage: str, own: Mapping[str, Any]) -> C:
+    """The settings of a stage of a recipe, or of no recipe, before the command line is read."""
+    if path is None:
+        return config_class(**own)
     recipe = read_recipe(path)
     if stage not in recipe:
         raise ConfigError(
             f"{path}: no stage '{stage}' (it has {', '.join(recipe) or 'none'}); "
             f"add '{stage}: {{}}' to run it with the defaults"
         )
-    settings = {**defaults, **recipe[stage]}
-    if 'root' in {field.name for field in dataclasses.fields(config_class)}:
+    settings = {**own, **recipe[stage]}
+    if hasattr(config_class, 'root'):
         settings = {'root': f'runs/{Path(path).stem}'} | settings
     return from_mapping(config_class, settings, f'{path}: {stage}')
-
-
-def _last_value(argv: Sequence[str], option: str) -> str | None:
-    """The value that the command line gives an option, before it is parsed in earnest."""
-    value = None
-    for here, following in zip(argv, [*argv[1:], '--'], strict=False):
-        if here == option and not following.startswith('--'):
-            value = following
-        elif here.startswith(f'{option}='):
-            value = here.removeprefix(f'{option}=')
-    return value

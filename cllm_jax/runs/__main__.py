@@ -1,7 +1,4 @@
-"""Print the steps of a recipe, one per line, as `launch/local.sh` runs them.
-
-python -m cllm_jax.runs RECIPE
-"""
+"""Print the steps of a recipe, for `launch/local.sh`: `python -m cllm_jax.runs RECIPE`."""
 
 import sys
 
@@ -9,16 +6,9 @@ from cllm_jax.errors import ConfigError
 from cllm_jax.runs.recipe import read_recipe
 from cllm_jax.runs.stages import pipeline
 
-
-def main() -> None:
-    try:
-        steps = pipeline(read_recipe(sys.argv[1]))
-    except ConfigError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(error.exit_code)
-    for command, stage in steps:
+try:
+    for command, stage in pipeline(read_recipe(sys.argv[1])):
         print(command if command == stage else f'{command} --stage {stage}')
-
-
-if __name__ == '__main__':
-    main()
+except ConfigError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(error.exit_code)

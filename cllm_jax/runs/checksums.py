@@ -30,7 +30,7 @@ def write_sums(directory: Path) -> None:
 def check_sums(directory: Path) -> None:
     """Compare every file with its sum; a directory without sums passes.
 
-    Hidden files and directories with sums of their own need none here.
+    Hidden files, and directories with sums of their own, need no sums here.
 
     Raises:
       DataError: a file is missing, not what was written or without a sum, or the sums are

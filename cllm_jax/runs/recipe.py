@@ -29,8 +29,8 @@ C = TypeVar('C')
 
 MAX_RECIPE_BYTES = 1_000_000
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-KINDS = {'bool': bool, 'int': int, 'float': float, 'string': str}
-"""The type that a value should have had, by the first word of pydantic's name of the error."""
+KINDS = {'bool_type': bool, 'int_type': int, 'float_type': float, 'string_type': str}
+"""The type that a value should have had, by pydantic's name of the error."""
 
 
 def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -122,16 +122,12 @@ def _strict(kind: Any, value: Any, where: str) -> Any:
         return TypeAdapter(kind, config=STRICT).validate_python(_with_tuples(value))
     except ValidationError as error:
         found = error.errors(include_url=False)
-    first, wrong = found[0], found[0]['input']
-    place = where + ''.join(f'[{i}]' for i in first['loc'] if isinstance(i, int))
-    shown = _shown(list(wrong) if isinstance(wrong, tuple) else wrong)
-    if first['type'] == 'missing':
-        shown = 'missing'
-    rule = ' or '.join(each['msg'] for each in found)
-    for theirs, ours in (('Input', 'it'), ('Tuple', 'it'), ('tuple', 'list')):
-        rule = rule.replace(theirs, ours)
-    remedy = _remedy(KINDS.get(first['type'].split('_')[0]), wrong)
-    raise ConfigError(f'{place} is {shown}; {rule}{remedy}')
+    wrong, kind, place = (found[0][name] for name in ('input', 'type', 'loc'))
+    place = where + ''.join(f'[{i}]' for i in place if isinstance(i, int))
+    shown = 'missing' if kind == 'missing' else _shown(wrong)
+    rules = ' or '.join(each['msg'] for each in found)
+    rules = rules.replace('Input', 'it').replace('tuple', 'list')
+    raise ConfigError(f'{place} is {shown}; {rules}{_remedy(KINDS.get(kind), wrong)}')
 
 
 def _with_tuples(value: Any) -> Any:
@@ -154,8 +150,8 @@ def _remedy(kind: type | None, value: Any) -> str:
     mantissa, _, exponent = text.partition('e')
     if not exponent:
         return f'; write {text} without quotes'
-    number = f'{float(mantissa)}e{int(exponent):+}'
-    return f'; YAML wants a dot and a signed exponent: write {number}'
+    written = f'{float(mantissa)}e{int(exponent):+}'
+    return f'; YAML wants a dot and a signed exponent: write {written}'
 
 
 def no_such(kind: str, name: Any, known: Collection[Any]) -> str:
@@ -172,7 +168,7 @@ def _shown(value: Any) -> str:
         return 'a mapping'
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
-    text = repr(value)
+    text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 60 else f'{text[:57]}...'
 
 

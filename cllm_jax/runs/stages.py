@@ -45,11 +45,6 @@ class Stage:
         return {self.model, self.trajectories, self.tokenizer, *self.others} - {''}
 
 
-def _heads(name: str, objective: str, drafter: str) -> Stage:
-    """A stage that trains a drafter on the answers of the target."""
-    return Stage('train', name, objective, 'target', 'collect', drafter=drafter)
-
-
 STAGES = {
     'target': Stage('train', 'target', 'ar', embedded='embedded-target'),
     'collect': Stage('collect', 'trajectories', model='target'),
@@ -59,11 +54,11 @@ STAGES = {
     'export': Stage('export', 'export', others=('target', 'cllm')),
     'evaluate': Stage('evaluate', 'evaluate.json', others=('export',)),
     'draft': Stage('train', 'draft', 'ar', tokenizer='target'),
-    'medusa': _heads('medusa', 'medusa', 'Medusa-1'),
-    'medusa2': _heads('medusa2', 'medusa', 'Medusa-2'),
-    'redrafter': _heads('redrafter', 'redrafter', 'ReDrafter'),
-    'eagle': _heads('eagle', 'eagle', 'EAGLE'),
-    'space': _heads('space', 'space', 'SPACE'),
+    'medusa': Stage('train', 'medusa', 'medusa', 'target', 'collect', drafter='Medusa-1'),
+    'medusa2': Stage('train', 'medusa2', 'medusa', 'target', 'collect', drafter='Medusa-2'),
+    'redrafter': Stage('train', 'redrafter', 'redrafter', 'target', 'collect', drafter='ReDrafter'),
+    'eagle': Stage('train', 'eagle', 'eagle', 'target', 'collect', drafter='EAGLE'),
+    'space': Stage('train', 'space', 'space', 'target', 'collect', drafter='SPACE'),
     'bench': Stage('bench', '', others=('export', 'draft')),
     'decode': Stage('decode', ''),
 }

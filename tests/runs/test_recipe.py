@@ -47,7 +47,7 @@ def read(path: str) -> Training:
         ('target: {blocks: 4}', 'target.blocks is 4; it should be a valid list'),
         ('target: {blocks: [4, x]}', "target.blocks[1] is 'x'; it should be a valid integer"),
         ('target: {optimizer: {betas: [1]}}', 'optimizer.betas[1] is missing; '),
-        ('target: {optimizer: {betas: [1, 2, 3]}}', 'it should have at most 2 items'),
+        ('target: {optimizer: {betas: [1, 2, 3]}}', 'should have at most 2 items'),
         ('target: {optimizer: {betas: [1, 1e-4]}}', "betas[1] is '1e-4'; it should be a valid"),
         ('target: {optimizer: {betas: [1, 1e-4]}}', 'write 1.0e-4'),
         ('target: {name: 2024-01-01}', 'it should be a valid string; put it in quotes'),
