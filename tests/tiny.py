@@ -1,5 +1,6 @@
 """Tiny models and a tokenizer for tests; all weights are made here, nothing is read."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cllm_jax.decoding import loop
+from cllm_jax.decoding.loop import programs
+from cllm_jax.decoding.state import grow, replace_rows
 from cllm_jax.hf.load import Model
 from cllm_jax.hf.weights import write_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama, init_params
+from cllm_jax.runtime.backend import CPU, EIGEN
 
 
 def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:
@@ -137,6 +140,7 @@ def ragged_prompts(seed: int, lengths: Sequence[int], vocab: int = 29) -> list[l
 
 
 def compilations() -> int:
-    """How often the functions that decode have been compiled, whoever multiplies."""
-    ways = loop.prefill, loop.prefill_by_eigen, loop.advance, loop.advance_by_eigen
-    return sum(way._cache_size() for way in (*ways, loop.replace_rows))
+    """How often the functions that decode have been compiled, with whichever compiler options."""
+    backends = CPU, dataclasses.replace(CPU, compiler_options=EIGEN)
+    compiled = {run for backend in backends for run in programs(backend)}
+    return sum(run._cache_size() for run in (*compiled, grow, replace_rows))
