@@ -126,6 +126,19 @@ def text_config(**changes) -> LlamaConfig:
     return tiny_config(len(byte_tokenizer()), 64, **(ids | changes))
 
 
+def echo_config(tokenizer) -> LlamaConfig:
+    """Answers end at `</s>` or an exclamation mark."""
+    bang = tokenizer('!')['input_ids'][0]
+    return dataclasses.replace(text_config(), vocab_size=len(tokenizer), eos_ids=(1, bang))
+
+
+def echo_model(phrase: str, tokenizer=None) -> Model:
+    """A model that answers the phrase with the phrase, again and again."""
+    tokenizer = tokenizer or byte_tokenizer()
+    period = len(tokenizer(phrase)['input_ids'])
+    return copy_model(period, echo_config(tokenizer), tokenizer)
+
+
 def model_directory(directory) -> str:
     """A model of one layer for commands, which compile it quickly."""
     model = random_model(config=text_config(layers=1, max_positions=1024))
