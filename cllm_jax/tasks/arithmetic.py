@@ -13,34 +13,15 @@ from collections.abc import Mapping, Sequence
 from operator import add, floordiv, mul, sub
 from random import Random
 
-from cllm_jax.errors import ConfigError
-from cllm_jax.tasks.arithmetic_events import CLOSINGS, HAPPENINGS, OPENINGS, Event, Numbers
-from cllm_jax.tasks.example import Example, Split, is_held_out
-from cllm_jax.tasks.grader import final_number
+from cllm_jax.tasks.arithmetic_events import CLOSINGS, HAPPENINGS, OPENINGS, WORDS, Event, Numbers
+from cllm_jax.tasks.example import Example, Split, holds_out, is_held_out
+from cllm_jax.tasks.grader import same_number as check
 
-# fmt: off
-MEN = ('Tom', 'Ben', 'Sam', 'Max', 'Leo', 'Jack', 'Adam', 'Mark', 'Paul', 'Eric', 'Luke', 'Ryan',
-       'David', 'Peter', 'Henry')
-WOMEN = ('Anna', 'Sara', 'Lucy', 'Emma', 'Kate', 'Mary', 'Jane', 'Rosa', 'Lily', 'Nina', 'Ella',
-         'Amy', 'Julia', 'Laura', 'Grace')
-EATEN = ('apples', 'pears', 'plums', 'cookies', 'cakes', 'nuts', 'grapes', 'eggs', 'carrots',
-         'buns', 'figs', 'lemons', 'peaches', 'berries', 'mints', 'dates', 'rolls', 'muffins',
-         'oranges', 'candies')
-USED = ('pencils', 'stickers', 'cards', 'stamps', 'balloons', 'candles', 'ribbons', 'nails',
-        'buttons', 'beads', 'pens', 'crayons', 'straws', 'bricks', 'tickets', 'screws', 'napkins',
-        'sticks', 'pins', 'magnets')
-CONTAINERS = {'bag': 'bags', 'box': 'boxes', 'basket': 'baskets', 'jar': 'jars', 'bowl': 'bowls',
-              'crate': 'crates', 'tin': 'tins', 'tray': 'trays'}
-PLACES = ('market', 'park', 'school', 'store', 'beach', 'farm', 'fair', 'camp')
-# fmt: on
-OBJECTS = EATEN + USED
+__all__ = ['MEN', 'OBJECTS', 'WOMEN', 'check', 'generate']
 
-_TIMES = {2: 'twice', 3: 'three times', 4: 'four times'}
-_MULTIPLIES = {2: 'doubles', 3: 'triples'}
+MEN, WOMEN = tuple(WORDS['men']), tuple(WORDS['women'])
+OBJECTS = (*WORDS['eaten'], *WORDS['used'])
 
-_STEP_COUNTS, _STEP_WEIGHTS = (2, 3, 4), (20, 55, 25)
-_OPENING_WEIGHTS = tuple(2 if event.kind == 'has' else 1 for event in OPENINGS)
-_CLOSING_WEIGHTS = tuple(4 if event.kind == 'left' else 1 for event in CLOSINGS)
 # Several draws per plan keep plans that few numbers suit (halving, sharing) from dying out.
 _DRAWS_PER_PLAN = 8
 
@@ -54,10 +35,8 @@ def generate(index: int, *, seed: int, split: Split) -> Example:
     `meta` holds `answer` (the right number), `template`, `cast` and `place`.
     Raises ConfigError for any other split.
     """
-    if split not in ('train', 'heldout'):
-        raise ConfigError(f"split {split!r}: arithmetic has 'train' and 'heldout'; name one")
+    held_out = holds_out(split)
     rng = Random(f'arithmetic {seed} {split} {index}')
-    held_out = split == 'heldout'
     words = _draw_words(rng, held_out)
     while True:
         plan = _draw_plan(rng)
@@ -82,11 +61,6 @@ def generate(index: int, *, seed: int, split: Split) -> Example:
                 )
 
 
-def check(example: Example, text: str) -> bool:
-    """Whether the last line `#### N` of a generated answer has the right number."""
-    return final_number(text) == example.meta['answer']
-
-
 def _draw_words(rng: Random, held_out: bool) -> dict[str, str]:
     """Draws the cast and place; a train story has no held-out pair, not even a friend's."""
     while True:
@@ -100,11 +74,12 @@ def _draw_words(rng: Random, held_out: bool) -> dict[str, str]:
         pairs = (f'{name} {things}', f'{name} {others}', f'{friend} {things}')
         if not held_out and not any(map(is_held_out, pairs)):
             break
-    container, second = rng.sample(sorted(CONTAINERS), 2)
+    plurals = WORDS['containers']
+    container, second = rng.sample(sorted(plurals), 2)
     he, him, his = ('he', 'him', 'his') if is_man else ('she', 'her', 'her')
     return dict(
-        N=name, F=friend, o=things, q=others, verb='eat' if things in EATEN else 'use',
-        c=container, cs=CONTAINERS[container], ds=CONTAINERS[second], p=rng.choice(PLACES),
+        N=name, F=friend, o=things, q=others, verb='eat' if things in WORDS['eaten'] else 'use',
+        c=container, cs=plurals[container], ds=plurals[second], p=rng.choice(WORDS['places']),
         he=he, He=he.capitalize(), him=him, His=his.capitalize(), he2='she' if is_man else 'he',
     )  # fmt: skip
 
@@ -112,9 +87,11 @@ def _draw_words(rng: Random, held_out: bool) -> dict[str, str]:
 def _draw_plan(rng: Random) -> list[Event]:
     """Draws an opening, one or more different happenings and a closing: 2 to 4 solution steps."""
     while True:
-        steps = rng.choices(_STEP_COUNTS, _STEP_WEIGHTS)[0]
-        opening = rng.choices(OPENINGS, _OPENING_WEIGHTS)[0]
-        closing = rng.choices(CLOSINGS, _CLOSING_WEIGHTS)[0]
+        steps = rng.choices(*zip(*WORDS['step_counts'].items(), strict=True))[0]
+        opening, closing = (
+            rng.choices(events, [event.weight for event in events])[0]
+            for events in (OPENINGS, CLOSINGS)
+        )
         remaining = steps - len(opening.steps) - len(closing.steps)
         if remaining < 1:
             continue
@@ -145,8 +122,8 @@ def _unfold(
         scope = {'s': state, **numbers}
         fields = {**words, **scope}
         if 'r' in scope:
-            fields['times'] = _TIMES[scope['r']]
-            fields['multiplies'] = _MULTIPLIES.get(scope['r'], '')
+            fields['times'] = WORDS['times'][scope['r']]
+            fields['multiplies'] = WORDS['multiplies'].get(scope['r'], '')
         told.append(event.wordings[wording].format_map(fields))
         state = scope['s']
         for step in event.steps:

@@ -10,12 +10,11 @@ question and schema determine the query:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from cllm_jax.tasks import sql_wordings as wordings
-from cllm_jax.tasks.sql_schema import NAMES, NUMBERS, PLURALS, WORDS, Table
+from cllm_jax.tasks.sql_schema import NAMES, NUMBERS, PLURALS, SQL, WORDS, Table
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def compose(
         tables = tables[:1] if nesting == 'member' else (rng.choice(tables),)
     columns = [term for table in tables for term in _columns(table, joined=source != 'one')]
     plurals = [PLURALS[table.name] for table in tables]
-    source_say = draft.pick('source', wordings.SOURCES[source]).format(*plurals)
+    source_say = draft.pick('source', SQL['sources'][source]).format(*plurals)
     where_sql, where_say = _where(draft, columns, tables[0], child, nesting)
     group, keys = None, []
     if selection == 'list':
@@ -67,7 +66,7 @@ def compose(
         asked = _aggregates(draft, columns, plurals[:2][-1], count)
         if selection == 'group':
             group, keys = _group(draft, columns, source), asked
-    question = draft.pick(selection, wordings.SELECTIONS[selection]).format(
+    question = draft.pick(selection, SQL['selections'][selection]).format(
         group=group and group.say,
         what=_enumerate([term.say for term in asked]),
         source=source_say + where_say,
@@ -105,32 +104,37 @@ def _where(
     joined = '.' in columns[0].sql
     plain = draft.rng.choice((1, 2, 2) if nesting == 'plain' else (0, 1, 1))
     usable = [term for term in columns if term.column not in NAMES]
-    sqls, says = [], []
     averaged = None
     if nesting == 'average':
         averaged = draft.rng.choice([term for term in usable if term.column in NUMBERS])
-        usable = [term for term in usable if term is not averaged]
+        usable.remove(averaged)
+    found = []
     if plain:
         draft.parts.append(f'where{plain}')
-        sql, say = _filters(draft, usable, plain)
-        sqls.append(sql)
-        says.append(say)
+        found.append(_filters(draft, usable, plain))
     if averaged:
-        sql, say = _average(draft, averaged, [] if joined else usable)
-        sqls.append(sql)
-        says.append(say)
-    openers = wordings.JOIN_WHERE if joined else wordings.WHERE
-    text = draft.pick('where', openers).format(' and '.join(says)) if says else ''
+        found.append(_average(draft, averaged, [] if joined else usable))
+    text = ''
+    if found:
+        opener = draft.pick('where', SQL['join_where' if joined else 'where'])
+        text = opener.format(' and '.join(say for _, say in found))
     if nesting == 'member':
-        count = draft.rng.choice((1, 2, 2))
-        draft.parts.append(f'inner{count}')
-        inner = [term for term in _columns(child, joined=False) if term.column not in NAMES]
-        sql, say = _filters(draft, inner, count)
-        member, operator = draft.pick('member', wordings.MEMBERS)
-        sqls.append(f'id {operator} (SELECT {table.name}_id FROM {child.name} WHERE {sql})')
-        text += (' and ' if text else ' ') + member.format(PLURALS[child.name])
-        text += draft.pick('inner', wordings.INNER_WHERE).format(say)
-    return ' WHERE ' + ' AND '.join(sqls), text
+        found.append(_member(draft, table, child))
+        text += (' and ' if text else ' ') + found[-1][1]
+    return ' WHERE ' + ' AND '.join(sql for sql, _ in found), text
+
+
+def _member(draft: Draft, table: Table, child: Table) -> tuple[str, str]:
+    """A condition on whether a row of `table` has a row of `child` that meets one or two filters."""
+    count = draft.rng.choice((1, 2, 2))
+    draft.parts.append(f'inner{count}')
+    inner = [term for term in _columns(child, joined=False) if term.column not in NAMES]
+    sql, say = _filters(draft, inner, count)
+    member, operator = draft.pick('member', tuple(SQL['members'].items()))
+    member = member.format(PLURALS[child.name]) + draft.pick('inner', SQL['inner_where']).format(
+        say
+    )
+    return f'id {operator} (SELECT {table.name}_id FROM {child.name} WHERE {sql})', member
 
 
 def _filters(draft: Draft, terms: list[Term], count: int) -> tuple[str, str]:
@@ -138,7 +142,7 @@ def _filters(draft: Draft, terms: list[Term], count: int) -> tuple[str, str]:
     parts = [_filter(draft, term) for term in draft.rng.sample(terms, count)]
     if count == 1:
         return parts[0]
-    say, connector = draft.pick('connector', wordings.CONNECTORS)
+    say, connector = draft.pick('connector', tuple(SQL['connectors'].items()))
     return f' {connector} '.join(sql for sql, _ in parts), say.join(say for _, say in parts)
 
 
@@ -159,7 +163,7 @@ def _filter(draft: Draft, term: Term) -> tuple[str, str]:
             values = [start, rng.randint(start + margin, high)]
         value_sql = ' AND '.join(map(str, values))
     draft.filters.append([term.table, term.column, operator, values])
-    say = rng.choice(wordings.COMPARISONS[operator]).format(*values)
+    say = rng.choice(SQL['comparisons'][operator]).format(*values)
     return f'{term.sql} {operator} {value_sql}', f'{term.say} {say}'
 
 
@@ -177,14 +181,14 @@ def _average(draft: Draft, term: Term, inner: list[Term]) -> tuple[str, str]:
     """A comparison with the average, least or greatest of a column; `inner` may be filtered by."""
     options = (('>', 'AVG'), ('<', 'AVG'), ('>', 'MIN'), ('<', 'MAX'))
     operator, aggregate = draft.rng.choice(options)
-    say = draft.rng.choice(wordings.COMPARISONS[operator])
-    value = draft.pick('nested', wordings.AGGREGATES[aggregate]).format(term.column)
+    say = draft.rng.choice(SQL['comparisons'][operator])
+    value = draft.pick('nested', SQL['aggregates'][aggregate]).format(term.column)
     plural = PLURALS[term.table]
     sql = f'SELECT {aggregate}({term.column}) FROM {term.table}'
     if inner:
         inner_sql, inner_say = _filters(draft, inner, 1)
         sql += f' WHERE {inner_sql}'
-        plural += draft.pick('inner', wordings.INNER_WHERE).format(inner_say)
+        plural += draft.pick('inner', SQL['inner_where']).format(inner_say)
     else:
         plural = 'all ' + plural
     return f'{term.sql} {operator} ({sql})', f'{term.say} {say.format(f"{value} of {plural}")}'
@@ -192,24 +196,22 @@ def _average(draft: Draft, term: Term, inner: list[Term]) -> tuple[str, str]:
 
 def _aggregates(draft: Draft, columns: list[Term], counted: str, count: int) -> list[Term]:
     """`count` different aggregates over the numbers of the source, and over its rows."""
-    rng = draft.rng
     numbers = [term for term in columns if term.column in NUMBERS]
-    options = [('COUNT', None)] * 3 + [
-        (name, term) for name in wordings.AGGREGATES for term in numbers
-    ]
+    options = [('COUNT', Term('*', counted, '', ''))] * 3
+    options += [(name, term) for name in ('AVG', 'SUM', 'MIN', 'MAX') for term in numbers]
     chosen = []
     while len(chosen) < count:
-        option = rng.choice(options)
+        option = draft.rng.choice(options)
         if option not in chosen:
             chosen.append(option)
-    return [_aggregate(draft, name, term, counted) for name, term in chosen]
-
-
-def _aggregate(draft: Draft, name: str, term: Term | None, counted: str) -> Term:
-    if term is None:
-        return Term('COUNT(*)', draft.pick('count', wordings.COUNT).format(counted), '', '')
-    say = draft.pick(name.lower(), wordings.AGGREGATES[name]).format(term.say)
-    return Term(f'{name}({term.sql})', say, term.table, term.column)
+    return [
+        replace(
+            term,
+            sql=f'{name}({term.sql})',
+            say=draft.pick(name.lower(), SQL['aggregates'][name]).format(term.say),
+        )
+        for name, term in chosen
+    ]
 
 
 def _group(draft: Draft, columns: list[Term], source: str) -> Term:
@@ -237,9 +239,9 @@ def _group_by(draft: Draft, group: Term, aggregates: list[Term]) -> tuple[str, s
     else:
         first = {'>': 1, '>=': 2, '<': 3, '<=': 2}[operator]
         value = rng.randint(first, first + 2)
-    say = f'{term.say} {rng.choice(wordings.COMPARISONS[operator]).format(value)}'
+    say = f'{term.say} {rng.choice(SQL["comparisons"][operator]).format(value)}'
     sql += f' HAVING {term.sql} {operator} {value}'
-    return sql, draft.pick('having', wordings.HAVING).format(say)
+    return sql, draft.pick('having', SQL['having']).format(say)
 
 
 def _order(draft: Draft, keys: list[Term]) -> tuple[str, str]:
@@ -248,13 +250,13 @@ def _order(draft: Draft, keys: list[Term]) -> tuple[str, str]:
         return '', ''
     draft.parts.append('order')
     key = draft.rng.choice(keys)
-    words, direction = draft.pick('order', wordings.ORDERS)
+    words, direction = draft.pick('order', tuple(SQL['orders'].items()))
     sql, say = f' ORDER BY {key.sql} {direction}', words.format(key.say)
     if draft.rng.random() < 0.6:
         draft.parts.append('limit')
         count = draft.rng.randint(2, 6)
         sql += f' LIMIT {count}'
-        say += draft.pick('limit', wordings.LIMITS).format(count)
+        say += draft.pick('limit', SQL['limits']).format(count)
     return sql, say
 
 
