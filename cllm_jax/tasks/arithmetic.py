@@ -10,10 +10,12 @@ held-out example is built from a held-out template and a held-out cast.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from operator import add, floordiv, mul, sub
 from random import Random
 
-from cllm_jax.tasks.arithmetic_events import CLOSINGS, HAPPENINGS, OPENINGS, WORDS, Event, Numbers
+from cllm_jax.tasks import arithmetic_events as events
+from cllm_jax.tasks.arithmetic_events import WORDS, Event, Unsuited
 from cllm_jax.tasks.example import Example, Split, holds_out, is_held_out
 from cllm_jax.tasks.grader import same_number as check
 
@@ -45,9 +47,8 @@ def generate(index: int, *, seed: int, split: Split) -> Example:
         if is_held_out(template) != held_out:
             continue
         for _ in range(_DRAWS_PER_PLAN):
-            story = _unfold(plan, wordings, words, rng)
-            if story is not None:
-                problem, lines, number = story
+            with suppress(Unsuited):
+                problem, lines, number = _unfold(plan, wordings, words, rng)
                 return Example(
                     id=f'arithmetic-{split}-{seed}-{index}',
                     prompt=f'Question: {problem}\nAnswer:',
@@ -89,15 +90,15 @@ def _draw_plan(rng: Random) -> list[Event]:
     while True:
         steps = rng.choices(*zip(*WORDS['step_counts'].items(), strict=True))[0]
         opening, closing = (
-            rng.choices(events, [event.weight for event in events])[0]
-            for events in (OPENINGS, CLOSINGS)
+            rng.choices(ends, [event.weight for event in ends])[0]
+            for ends in (events.OPENINGS, events.CLOSINGS)
         )
         remaining = steps - len(opening.steps) - len(closing.steps)
         if remaining < 1:
             continue
         middle: list[Event] = []
         while remaining:
-            event = rng.choice([e for e in HAPPENINGS if len(e.steps) <= remaining])
+            event = rng.choice([e for e in events.HAPPENINGS if len(e.steps) <= remaining])
             if event not in middle:
                 middle.append(event)
                 remaining -= len(event.steps)
@@ -106,20 +107,15 @@ def _draw_plan(rng: Random) -> list[Event]:
 
 def _unfold(
     plan: Sequence[Event], wordings: Sequence[int], words: Mapping[str, str], rng: Random
-) -> tuple[str, list[str], int] | None:
+) -> tuple[str, list[str], int]:
     """Tells one story: the problem on one line, its solution lines and the final number.
 
     `wordings[i]` picks the wording of `plan[i]`; `words` fills the fields that are not numbers.
-    Returns None where the numbers drawn for some event do not suit the state it meets.
+    Raises Unsuited where the numbers drawn for some event do not suit the state it meets.
     """
-    told: list[str] = []
-    lines: list[str] = []
-    state = 0
+    told, lines, state = [], [], 0
     for event, wording in zip(plan, wordings, strict=True):
-        numbers = event.draw(rng, state)
-        if numbers is None:
-            return None
-        scope = {'s': state, **numbers}
+        scope = {'s': state} | event.draw(rng, state)
         fields = {**words, **scope}
         if 'r' in scope:
             fields['times'] = WORDS['times'][scope['r']]
@@ -127,15 +123,9 @@ def _unfold(
         told.append(event.wordings[wording].format_map(fields))
         state = scope['s']
         for step in event.steps:
-            calculation, state = _calculate(step, scope)
+            left, operator, right = _CALCULATION.search(step).groups()
+            a, b = (int(term) if term.isdigit() else scope[term] for term in (left, right))
+            scope['t'] = state = _OPERATIONS[operator](a, b)
+            calculation = f'{a}{operator}{b}=<<{a}{operator}{b}={state}>>{state}'
             lines.append(_CALCULATION.sub(calculation, step).format_map(fields))
-            scope['t'] = state
     return ' '.join(told), lines, state
-
-
-def _calculate(step: str, scope: Numbers) -> tuple[str, int]:
-    """Writes out the step's one calculation with its calculator mark; returns text and result."""
-    left, operator, right = _CALCULATION.search(step).groups()
-    a, b = (int(term) if term.isdigit() else scope[term] for term in (left, right))
-    result = _OPERATIONS[operator](a, b)
-    return f'{a}{operator}{b}=<<{a}{operator}{b}={result}>>{result}', result

@@ -11,6 +11,8 @@ from random import Random
 from cllm_jax.tasks.example import read_words
 
 SQL = read_words('sql')
+for part in ('connectors', 'members', 'orders'):  # pairs: words, and what they are in SQL
+    SQL[part] = tuple(SQL[part].items())
 PLURALS: dict[str, str] = {word: word + 's' for word in SQL['regular']} | SQL['irregular']
 NUMBERS: dict[str, tuple[int, int]] = {name: tuple(ends) for name, ends in SQL['numbers'].items()}
 WORDS: dict[str, tuple[str, ...]] = {
