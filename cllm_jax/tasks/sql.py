@@ -8,32 +8,17 @@ the structure of a query together with the phrasing of its parts.
 
 from random import Random
 
-from cllm_jax.errors import ConfigError
-from cllm_jax.tasks.example import Example, Split, is_held_out
+from cllm_jax.tasks.example import Example, Split, holds_out, is_held_out
 from cllm_jax.tasks.sql_check import check
 from cllm_jax.tasks.sql_question import Draft, compose
-from cllm_jax.tasks.sql_schema import describe, draw_schema, schema_key
+from cllm_jax.tasks.sql_schema import SQL, describe, draw_schema, schema_key
 
 __all__ = ['CUE', 'KINDS', 'check', 'generate']
 
 CUE = 'SQL:'
 
 # (source, selection, nesting) and how often each is drawn.
-KINDS = {
-    ('one', 'list', 'plain'): 5,
-    ('one', 'total', 'plain'): 3,
-    ('one', 'group', 'plain'): 7,
-    ('one', 'list', 'average'): 7,
-    ('one', 'list', 'member'): 8,
-    ('one', 'total', 'member'): 4,
-    ('one', 'group', 'member'): 8,
-    ('join', 'list', 'plain'): 14,
-    ('join', 'list', 'average'): 9,
-    ('join', 'total', 'plain'): 6,
-    ('join', 'group', 'plain'): 40,
-    ('link', 'list', 'plain'): 3,
-    ('link', 'group', 'plain'): 5,
-}
+KINDS = {tuple(kind.split()): weight for kind, weight in SQL['kinds'].items()}
 
 
 def generate(index: int, *, seed: int, split: Split) -> Example:
@@ -41,9 +26,7 @@ def generate(index: int, *, seed: int, split: Split) -> Example:
 
     Raises ConfigError if `split` is neither 'train' nor 'heldout'.
     """
-    if split not in ('train', 'heldout'):
-        raise ConfigError(f"split '{split}' is unknown; use 'train' or 'heldout'")
-    held_out = split == 'heldout'
+    held_out = holds_out(split)
     rng = Random(f'sql {seed} {split} {index}')
     kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
     while True:

@@ -7,6 +7,8 @@ question and schema determine the query:
 
 - a join lists its tables in the order of the schema, and names the table of every column;
 - selected columns and filters stand in the order of the question, a group's column first.
+
+The functions return pairs: SQL and its words.
 """
 
 from collections.abc import Sequence
@@ -14,8 +16,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from cllm_jax.tasks import sql_wordings as wordings
-from cllm_jax.tasks.sql_schema import NAMES, NUMBERS, PLURALS, WORDS, Table
+from cllm_jax.tasks.sql_schema import NAMES, NUMBERS, PLURALS, SQL, WORDS, Table
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,13 @@ def compose(
     draft: Draft, tables: tuple[Table, ...], source: str, selection: str, nesting: str
 ) -> tuple[str, str]:
     """One question and its query, of a kind that `sql.KINDS` names; `draft` notes the choices."""
-    rng = draft.rng
-    child = tables[1]
+    rng, child = draft.rng, tables[1]
     if source == 'one':
         # Only a parent can be asked for its children.
         tables = tables[:1] if nesting == 'member' else (rng.choice(tables),)
     columns = [term for table in tables for term in _columns(table, joined=source != 'one')]
     plurals = [PLURALS[table.name] for table in tables]
-    source_say = draft.pick('source', wordings.SOURCES[source]).format(*plurals)
+    source_say = draft.pick('source', SQL['sources'][source]).format(*plurals)
     where_sql, where_say = _where(draft, columns, tables[0], child, nesting)
     group, keys = None, []
     if selection == 'list':
@@ -67,16 +67,17 @@ def compose(
         asked = _aggregates(draft, columns, plurals[:2][-1], count)
         if selection == 'group':
             group, keys = _group(draft, columns, source), asked
-    question = draft.pick(selection, wordings.SELECTIONS[selection]).format(
+    *most, last = [term.say for term in asked]
+    question = draft.pick(selection, SQL['selections'][selection]).format(
         group=group and group.say,
-        what=_enumerate([term.say for term in asked]),
+        what=f'{", ".join(most)} and {last}' if most else last,
         source=source_say + where_say,
     )
     group_sql, group_say = _group_by(draft, group, asked) if group else ('', '')
     order_sql, order_say = _order(draft, keys)
     selected = [group, *asked] if group else asked
     draft.parts.append(f'select{len(selected)}')
-    query = f'SELECT {", ".join(term.sql for term in selected)} FROM {_from(tables)}'
+    query = f'SELECT {", ".join(term.sql for term in selected)} FROM {_from(*tables)}'
     question += group_say + order_say + ('?' if question.startswith('What') else '.')
     return question, query + where_sql + group_sql + order_sql
 
@@ -87,59 +88,62 @@ def _columns(table: Table, joined: bool) -> list[Term]:
     return [Term(dot + column, space + column, table.name, column) for column in table.values]
 
 
-def _from(tables: tuple[Table, ...]) -> str:
-    """The FROM clause: a bare table, or a chain of joins along the foreign keys."""
-    if len(tables) == 1:
-        return tables[0].name
-    first, second = tables[:2]
-    text = f'{first.name} JOIN {second.name} ON {first.name}.id = {second.name}.{first.name}_id'
-    for third in tables[2:]:
-        text += f' JOIN {third.name} ON {second.name}.{third.name}_id = {third.name}.id'
+def _from(first: Table, *others: Table) -> str:
+    """The FROM clause: a bare table, or a chain of joins along the foreign keys of the second."""
+    text = first.name
+    if others:
+        second, *thirds = (table.name for table in others)
+        text += f' JOIN {second} ON {first.name}.id = {second}.{first.name}_id'
+        text += ''.join(f' JOIN {third} ON {second}.{third}_id = {third}.id' for third in thirds)
     return text
 
 
 def _where(
     draft: Draft, columns: list[Term], table: Table, child: Table, nesting: str
 ) -> tuple[str, str]:
-    """The WHERE clause and its words, nested query last; both begin with a space."""
+    """The WHERE clause, nested query last; SQL and words begin with a space."""
     joined = '.' in columns[0].sql
     plain = draft.rng.choice((1, 2, 2) if nesting == 'plain' else (0, 1, 1))
     usable = [term for term in columns if term.column not in NAMES]
-    sqls, says = [], []
     averaged = None
     if nesting == 'average':
         averaged = draft.rng.choice([term for term in usable if term.column in NUMBERS])
-        usable = [term for term in usable if term is not averaged]
+        usable.remove(averaged)
+    found = []
     if plain:
         draft.parts.append(f'where{plain}')
-        sql, say = _filters(draft, usable, plain)
-        sqls.append(sql)
-        says.append(say)
+        found.append(_filters(draft, usable, plain))
     if averaged:
-        sql, say = _average(draft, averaged, [] if joined else usable)
-        sqls.append(sql)
-        says.append(say)
-    openers = wordings.JOIN_WHERE if joined else wordings.WHERE
-    text = draft.pick('where', openers).format(' and '.join(says)) if says else ''
+        found.append(_average(draft, averaged, [] if joined else usable))
+    text = ''
+    if found:
+        opener = draft.pick('where', SQL['join_where' if joined else 'where'])
+        text = opener.format(' and '.join(say for _, say in found))
     if nesting == 'member':
-        count = draft.rng.choice((1, 2, 2))
-        draft.parts.append(f'inner{count}')
-        inner = [term for term in _columns(child, joined=False) if term.column not in NAMES]
-        sql, say = _filters(draft, inner, count)
-        member, operator = draft.pick('member', wordings.MEMBERS)
-        sqls.append(f'id {operator} (SELECT {table.name}_id FROM {child.name} WHERE {sql})')
-        text += (' and ' if text else ' ') + member.format(PLURALS[child.name])
-        text += draft.pick('inner', wordings.INNER_WHERE).format(say)
-    return ' WHERE ' + ' AND '.join(sqls), text
+        found.append(_member(draft, table, child))
+        text += (' and ' if text else ' ') + found[-1][1]
+    return ' WHERE ' + ' AND '.join(sql for sql, _ in found), text
+
+
+def _member(draft: Draft, table: Table, child: Table) -> tuple[str, str]:
+    """Whether a row of `table` has a row of `child` that meets one or two filters."""
+    count = draft.rng.choice((1, 2, 2))
+    draft.parts.append(f'inner{count}')
+    inner = [term for term in _columns(child, joined=False) if term.column not in NAMES]
+    sql, say = _filters(draft, inner, count)
+    member, operator = draft.pick('member', SQL['members'])
+    text = member.format(PLURALS[child.name])
+    text += draft.pick('inner', SQL['inner_where']).format(say)
+    return f'id {operator} (SELECT {table.name}_id FROM {child.name} WHERE {sql})', text
 
 
 def _filters(draft: Draft, terms: list[Term], count: int) -> tuple[str, str]:
     """Comparisons of `count` distinct columns with values."""
-    parts = [_filter(draft, term) for term in draft.rng.sample(terms, count)]
+    filters = [_filter(draft, term) for term in draft.rng.sample(terms, count)]
     if count == 1:
-        return parts[0]
-    say, connector = draft.pick('connector', wordings.CONNECTORS)
-    return f' {connector} '.join(sql for sql, _ in parts), say.join(say for _, say in parts)
+        return filters[0]
+    words, connector = draft.pick('connector', SQL['connectors'])
+    return f' {connector} '.join(sql for sql, _ in filters), words.join(say for _, say in filters)
 
 
 def _filter(draft: Draft, term: Term) -> tuple[str, str]:
@@ -148,68 +152,57 @@ def _filter(draft: Draft, term: Term) -> tuple[str, str]:
     if term.column in WORDS:
         operator = rng.choice(('=', '=', '=', '!='))
         values = [rng.choice(WORDS[term.column])]
-        value_sql = f"'{values[0]}'"
     else:
         operator = rng.choice(('>', '>', '<', '<', '>=', '<=', 'BETWEEN'))
-        values = [_value(rng, term.column)]
+        low, high, margin = _range(term.column)
+        values = [rng.randint(low + margin, high - margin)]
         if operator == 'BETWEEN':
-            low, high = NUMBERS[term.column]
-            margin = (high - low) // 5
             start = rng.randint(low, high - 2 * margin)
             values = [start, rng.randint(start + margin, high)]
-        value_sql = ' AND '.join(map(str, values))
     draft.filters.append([term.table, term.column, operator, values])
-    say = rng.choice(wordings.COMPARISONS[operator]).format(*values)
-    return f'{term.sql} {operator} {value_sql}', f'{term.say} {say}'
+    say = rng.choice(SQL['comparisons'][operator]).format(*values)
+    return f'{term.sql} {operator} {" AND ".join(map(repr, values))}', f'{term.say} {say}'
 
 
-def _value(rng: Random, column: str) -> int:
-    """A number to compare a column with; a fifth of its range stays on either side.
+def _range(column: str) -> tuple[int, int, int]:
+    """The ends of a column's numbers, and a fifth between them.
 
-    So most results hold something.
+    A comparison leaves a fifth on either side, so most results hold something.
     """
     low, high = NUMBERS[column]
-    margin = (high - low) // 5
-    return rng.randint(low + margin, high - margin)
+    return low, high, (high - low) // 5
 
 
 def _average(draft: Draft, term: Term, inner: list[Term]) -> tuple[str, str]:
     """A comparison with the average, least or greatest of a column; `inner` may be filtered by."""
-    options = (('>', 'AVG'), ('<', 'AVG'), ('>', 'MIN'), ('<', 'MAX'))
-    operator, aggregate = draft.rng.choice(options)
-    say = draft.rng.choice(wordings.COMPARISONS[operator])
-    value = draft.pick('nested', wordings.AGGREGATES[aggregate]).format(term.column)
-    plural = PLURALS[term.table]
-    sql = f'SELECT {aggregate}({term.column}) FROM {term.table}'
+    operator, name = draft.rng.choice((('>', 'AVG'), ('<', 'AVG'), ('>', 'MIN'), ('<', 'MAX')))
+    say = draft.rng.choice(SQL['comparisons'][operator])
+    value = draft.pick('nested', SQL['aggregates'][name]).format(term.column)
+    sql, rows = f'SELECT {name}({term.column}) FROM {term.table}', PLURALS[term.table]
     if inner:
         inner_sql, inner_say = _filters(draft, inner, 1)
         sql += f' WHERE {inner_sql}'
-        plural += draft.pick('inner', wordings.INNER_WHERE).format(inner_say)
+        rows += draft.pick('inner', SQL['inner_where']).format(inner_say)
     else:
-        plural = 'all ' + plural
-    return f'{term.sql} {operator} ({sql})', f'{term.say} {say.format(f"{value} of {plural}")}'
+        rows = 'all ' + rows
+    return f'{term.sql} {operator} ({sql})', f'{term.say} {say.format(f"{value} of {rows}")}'
 
 
 def _aggregates(draft: Draft, columns: list[Term], counted: str, count: int) -> list[Term]:
     """`count` different aggregates over the numbers of the source, and over its rows."""
-    rng = draft.rng
+    options = [('COUNT', Term('*', counted, '', ''))] * 3
     numbers = [term for term in columns if term.column in NUMBERS]
-    options = [('COUNT', None)] * 3 + [
-        (name, term) for name in wordings.AGGREGATES for term in numbers
-    ]
+    options += [(name, term) for name in ('AVG', 'SUM', 'MIN', 'MAX') for term in numbers]
     chosen = []
     while len(chosen) < count:
-        option = rng.choice(options)
+        option = draft.rng.choice(options)
         if option not in chosen:
             chosen.append(option)
-    return [_aggregate(draft, name, term, counted) for name, term in chosen]
-
-
-def _aggregate(draft: Draft, name: str, term: Term | None, counted: str) -> Term:
-    if term is None:
-        return Term('COUNT(*)', draft.pick('count', wordings.COUNT).format(counted), '', '')
-    say = draft.pick(name.lower(), wordings.AGGREGATES[name]).format(term.say)
-    return Term(f'{name}({term.sql})', say, term.table, term.column)
+    aggregates = []
+    for name, term in chosen:
+        say = draft.pick(name.lower(), SQL['aggregates'][name]).format(term.say)
+        aggregates.append(Term(f'{name}({term.sql})', say, term.table, term.column))
+    return aggregates
 
 
 def _group(draft: Draft, columns: list[Term], source: str) -> Term:
@@ -224,22 +217,21 @@ def _group(draft: Draft, columns: list[Term], source: str) -> Term:
 
 def _group_by(draft: Draft, group: Term, aggregates: list[Term]) -> tuple[str, str]:
     """The GROUP BY clause, often with a condition on one of the group's aggregates."""
-    rng = draft.rng
-    sql = f' GROUP BY {group.sql}'
+    rng, sql = draft.rng, f' GROUP BY {group.sql}'
     if rng.random() >= 0.7:
         return sql, ''
     draft.parts.append('having')
     term = rng.choice(aggregates)
     operator = rng.choice(('>', '>=', '<', '<='))
     if term.column:
-        value = _value(rng, term.column)
+        low, high, margin = _range(term.column)
+        value = rng.randint(low + margin, high - margin)
         draft.having.append([term.table, term.column, operator, [value]])
     else:
-        first = {'>': 1, '>=': 2, '<': 3, '<=': 2}[operator]
-        value = rng.randint(first, first + 2)
-    say = f'{term.say} {rng.choice(wordings.COMPARISONS[operator]).format(value)}'
+        value = {'>': 1, '>=': 2, '<': 3, '<=': 2}[operator] + rng.randint(0, 2)
+    say = f'{term.say} {rng.choice(SQL["comparisons"][operator]).format(value)}'
     sql += f' HAVING {term.sql} {operator} {value}'
-    return sql, draft.pick('having', wordings.HAVING).format(say)
+    return sql, draft.pick('having', SQL['having']).format(say)
 
 
 def _order(draft: Draft, keys: list[Term]) -> tuple[str, str]:
@@ -248,16 +240,11 @@ def _order(draft: Draft, keys: list[Term]) -> tuple[str, str]:
         return '', ''
     draft.parts.append('order')
     key = draft.rng.choice(keys)
-    words, direction = draft.pick('order', wordings.ORDERS)
+    words, direction = draft.pick('order', SQL['orders'])
     sql, say = f' ORDER BY {key.sql} {direction}', words.format(key.say)
     if draft.rng.random() < 0.6:
         draft.parts.append('limit')
         count = draft.rng.randint(2, 6)
         sql += f' LIMIT {count}'
-        say += draft.pick('limit', wordings.LIMITS).format(count)
+        say += draft.pick('limit', SQL['limits']).format(count)
     return sql, say
-
-
-def _enumerate(items: list[str]) -> str:
-    """'a, b and c'."""
-    return ' and '.join([', '.join(items[:-1]), items[-1]] if len(items) > 1 else items)
