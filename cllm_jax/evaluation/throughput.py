@@ -9,6 +9,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,15 +22,9 @@ from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.hf.load import Model
 from cllm_jax.model.llama import Llama
+from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cllm_jax.training.packing import Noise, make_batch
-from cllm_jax.training.step import (
-    LossWeights,
-    OptimizerConfig,
-    make_optimizer,
-    make_step,
-    new_state,
-    text_loss,
-)
+from cllm_jax.training.step import LossWeights, make_step, new_state, text_loss
 from cllm_jax.trajectories.collector import collect_rows
 from cllm_jax.trajectories.store import Collection
 
@@ -98,7 +93,7 @@ def step_cost(
       repeats: times each step is timed, in turn, after one that compiles.
     """
     samples = [record for record in records if len(record.states)]
-    module = Llama(model.config, model.params['norm'].dtype, compute)
+    module = Llama(model.config, model.params['norm'].dtype, compute, backend=model.backend)
     optimizer = make_optimizer(OptimizerConfig(kind='muon'), steps=100)
     plain = dataclasses.replace(weights, ar_weight=1.0, global_weight=0.0, local_weight=0.0)
     steps: dict[str, Callable[[], Any]] = {}
