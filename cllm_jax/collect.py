@@ -13,23 +13,24 @@ from pathlib import Path
 import jax
 
 from cllm_jax.cli.console import Console, print_plan, size
-from cllm_jax.cli.settings import guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import parse
 from cllm_jax.data.sources import Source, open_source, rows_fingerprint
 from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import (
-    EMBEDDED_ROOT,
     MIXED,
     Precision,
     fingerprint,
     load,
-    named_or,
     peek,
     storage,
     with_tokenizer,
 )
 from cllm_jax.hf.load import tokenizer_fingerprint as vocabulary
 from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
+from cllm_jax.runs.stages import EMBEDDED_ROOT, model_of, output_of
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories.collector import collect
 from cllm_jax.trajectories.store import Collection
@@ -85,10 +86,8 @@ def run() -> None:
     if settings.quick:
         settings = dataclasses.replace(settings, prompts=32, max_tokens=48, batch=8, shard=16)
     console = Console()
-    again = flags.stage == 'recollect'
-    directory = Path(settings.out or f'{settings.root}/{"re" if again else ""}trajectories')
-    made_by = ('cllm', 'embedded') if again else ('target', 'embedded-target')
-    name = named_or(settings.model, f'{settings.root}/{made_by[0]}', made_by[1])
+    directory = Path(settings.out or output_of(flags.stage, settings.root))
+    name = model_of(flags.stage, settings.root, settings.model)
     source = open_source(settings.data, split='train', seed=settings.seed, limit=settings.prompts)
     config = peek(name)
     if settings.max_tokens + 1 > config.max_positions:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cllm_jax.cli.console import Console, print_plan, size, table
-from cllm_jax.cli.settings import can_write, guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.formats import read_jsonl
 from cllm_jax.data.sources import open_source
 from cllm_jax.decoding.engine import decode_all
@@ -40,7 +41,8 @@ from cllm_jax.evaluation.speed import (
 from cllm_jax.hf.load import MIXED, Precision, load, mixed, peek, storage
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache
-from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.runs.atomic import write_atomic
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runtime.backend import backend_for
 from cllm_jax.runtime.mesh import tensor_mesh
 

@@ -19,9 +19,10 @@ import jax
 from jax.sharding import Mesh
 
 from cllm_jax.cli.console import Console, print_plan, table
-from cllm_jax.cli.settings import can_write, guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.sources import Source, open_source
-from cllm_jax.data.tokenizer import that_fit
+from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult
@@ -30,7 +31,6 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import at_least, check_seed
-from cllm_jax.evaluation.pair import model_pair
 from cllm_jax.evaluation.speed import (
     Method,
     plain_methods,
@@ -38,8 +38,10 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.hf.load import EMBEDDED_ROOT, Precision, chosen, load, with_tokenizer
-from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.hf.load import Precision, chosen, load, with_tokenizer
+from cllm_jax.runs.atomic import write_atomic
+from cllm_jax.runs.recipe import to_json
+from cllm_jax.runs.stages import EMBEDDED_ROOT, output_of, pair_of
 from cllm_jax.runtime.mesh import tensor_mesh
 from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
 
@@ -136,7 +138,9 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
     cllm, target = (load(name, dtype, mesh) for name in (settings.model, settings.target))
     room = min(m.config.max_positions for m in (cllm, target)) - settings.max_tokens
-    source = that_fit(source, with_tokenizer(cllm).tokenizer, cllm.config.bos_id, room)
+    source = drop_prompts_without_room(
+        source, with_tokenizer(cllm).tokenizer, cllm.config.bos_id, room
+    )
     console.dropped(source)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
     plain = {'target': Method(target, ar), 'CLLM': Method(cllm, ar)}
@@ -223,11 +227,11 @@ def run() -> None:
         settings = dataclasses.replace(settings, limit=4, timed=1, repeats=1, max_tokens=48)
     settings.check_drafter()
     given, path = settings.model or settings.target, settings.json
-    own = not given and Path(settings.root, 'export').is_dir()
+    own = not given and Path(output_of('export', settings.root)).is_dir()
     if not path and own and not settings.quick:
-        path = f'{settings.root}/evaluate.json'
+        path = output_of('evaluate', settings.root)
     can_write('json', path)
-    cllm, target = model_pair(settings.root, settings.model, settings.target)
+    cllm, target = pair_of(settings.root, settings.model, settings.target)
     settings = dataclasses.replace(settings, model=cllm, target=target)
     console = Console()
     tasks = [settings.task] if settings.task else ['sql', 'arithmetic']

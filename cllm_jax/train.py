@@ -14,19 +14,21 @@ from pathlib import Path
 import jax
 
 from cllm_jax.cli.console import Console, print_plan, size, table
-from cllm_jax.cli.settings import guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import parse
 from cllm_jax.data.sources import Source, rows_fingerprint
-from cllm_jax.data.tokenizer import that_fit
+from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.request import cache_slots
 from cllm_jax.drafters.trained import tables_of
 from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.hf.weights import abstract_params
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
+from cllm_jax.runs.stages import OBJECTIVES, output_of
 from cllm_jax.runtime.mesh import make_mesh, pretend
 from cllm_jax.runtime.sharding import check_batch
 from cllm_jax.training.config import (
-    OBJECTIVES,
     TrainConfig,
     architecture,
     check_length,
@@ -112,7 +114,7 @@ def train_in(
     mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
     model, samples = prepare(settings, mesh, console, directory)
     room = model.config.max_positions - settings.held_out.max_tokens
-    held_out = that_fit(held_out, model.tokenizer, model.config.bos_id, room)
+    held_out = drop_prompts_without_room(held_out, model.tokenizer, model.config.bos_id, room)
     console.dropped(held_out)
     if known := trained_on_too(samples, held_out, model):
         console.note(
@@ -150,7 +152,7 @@ def run() -> None:
     check_tokenizer(settings)
     settings = check_losses(settings)
     check_accumulation(settings.batch, settings.optimizer.accumulate)
-    directory, console = Path(settings.root) / flags.stage, Console()
+    directory, console = Path(output_of(flags.stage, settings.root)), Console()
     free = ('mesh', 'remat', 'root')  # devices may change, and where the directory is
     claimed = {k: v for k, v in to_json(settings).items() if k not in free}
     settings = with_names(settings, flags.stage)

@@ -87,12 +87,7 @@ step() {
     fi
 }
 
-step train --stage target
-step collect
-step train --stage cllm
-if grep -q '^refine:' "$config"; then
-    step collect --stage recollect
-    step train --stage refine
-fi
-step export
-step evaluate
+steps=$("${PYTHON:-python}" -m cllm_jax.runs "$config") || exit
+while read -ra words <&3; do
+    step "${words[@]}"
+done 3<<<"$steps"

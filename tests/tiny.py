@@ -9,7 +9,7 @@ import numpy as np
 
 from cllm_jax.decoding import loop
 from cllm_jax.hf.load import Model
-from cllm_jax.hf.weights import write_model
+from cllm_jax.hf.write import write_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama, init_params
 
@@ -125,8 +125,8 @@ def text_config(**changes) -> LlamaConfig:
 
 def model_directory(directory) -> str:
     """A model of one layer for commands, which compile it quickly."""
-    model = random_model(config=text_config(layers=1, max_positions=1024))
-    write_model(directory, model.config, model.params, byte_tokenizer())
+    config = text_config(layers=1, max_positions=1024)
+    write_model(directory, random_model(config=config, tokenizer=byte_tokenizer()))
     return str(directory)
 
 

@@ -14,12 +14,11 @@ from safetensors.numpy import load_file, save_file
 from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.drafters.trained import TrainedDrafter, tables_of
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.files import explain, listed
+from cllm_jax.hf.files import explain, listed, make_readable
 from cllm_jax.hf.load import Model, tokenizer_fingerprint
-from cllm_jax.hf.weights import make_readable
+from cllm_jax.runs.atomic import replace_directory, temporary, write_atomic
 from cllm_jax.runs.checksums import SUMS, check_sums, write_sums
 from cllm_jax.runs.recipe import from_mapping, no_such, to_json
-from cllm_jax.runs.run_dir import replace_directory, temporary, write_atomic
 
 SETTINGS, WEIGHTS = 'drafter.json', 'drafter.safetensors'
 SETTINGS_BYTES = 1 << 20

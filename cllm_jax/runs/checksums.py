@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from cllm_jax.errors import DataError
-from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.runs.atomic import write_atomic
 
 SUMS = 'cllm_jax.sha256'
 FREE = (SUMS, 'README.md', 'LICENSE')

@@ -8,17 +8,15 @@ name with an object. A tenth of each, chosen by hash, never occurs in the train 
 held-out example is built from a held-out template and a held-out cast.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from operator import add, floordiv, mul, sub
 from random import Random
-from typing import Literal
 
 from cllm_jax.errors import ConfigError
 from cllm_jax.tasks.arithmetic_events import CLOSINGS, HAPPENINGS, OPENINGS, Event, Numbers
-from cllm_jax.tasks.example import Example
+from cllm_jax.tasks.example import Example, Split, is_held_out
+from cllm_jax.tasks.grader import final_number
 
 # fmt: off
 MEN = ('Tom', 'Ben', 'Sam', 'Max', 'Leo', 'Jack', 'Adam', 'Mark', 'Paul', 'Eric', 'Luke', 'Ryan',
@@ -48,10 +46,9 @@ _DRAWS_PER_PLAN = 8
 
 _OPERATIONS = {'+': add, '-': sub, '*': mul, '/': floordiv}
 _CALCULATION = re.compile(r'\[(\w)([-+*/])(\w)\]')
-_FINAL = re.compile(r'####[ \t]*(-?)[ \t]*\$?[ \t]*([0-9][0-9,]*(?:\.[0-9]+)?)')
 
 
-def generate(index: int, *, seed: int, split: Literal['train', 'heldout']) -> Example:
+def generate(index: int, *, seed: int, split: Split) -> Example:
     """The problem number `index` of a split: a pure function of its arguments.
 
     `meta` holds `answer` (the right number), `template`, `cast` and `place`.
@@ -86,22 +83,8 @@ def generate(index: int, *, seed: int, split: Literal['train', 'heldout']) -> Ex
 
 
 def check(example: Example, text: str) -> bool:
-    """Whether the last `#### N` of a generated answer is the right number."""
+    """Whether the last line `#### N` of a generated answer has the right number."""
     return final_number(text) == example.meta['answer']
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number of the last `#### N` in a text, or None; reads `$1,234.0` as 1234."""
-    found = _FINAL.findall(text)
-    if not found:
-        return None
-    sign, digits = found[-1]
-    return Decimal(sign + digits.replace(',', ''))
-
-
-def is_held_out(key: str) -> bool:
-    """Whether a template or a cast belongs to the held-out tenth (by hash, fixed for good)."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 10 == 0
 
 
 def _draw_words(rng: Random, held_out: bool) -> dict[str, str]:
@@ -119,22 +102,11 @@ def _draw_words(rng: Random, held_out: bool) -> dict[str, str]:
             break
     container, second = rng.sample(sorted(CONTAINERS), 2)
     he, him, his = ('he', 'him', 'his') if is_man else ('she', 'her', 'her')
-    return {
-        'N': name,
-        'F': friend,
-        'o': things,
-        'q': others,
-        'verb': 'eat' if things in EATEN else 'use',
-        'c': container,
-        'cs': CONTAINERS[container],
-        'ds': CONTAINERS[second],
-        'p': rng.choice(PLACES),
-        'he': he,
-        'He': he.capitalize(),
-        'him': him,
-        'His': his.capitalize(),
-        'he2': 'she' if is_man else 'he',
-    }
+    return dict(
+        N=name, F=friend, o=things, q=others, verb='eat' if things in EATEN else 'use',
+        c=container, cs=CONTAINERS[container], ds=CONTAINERS[second], p=rng.choice(PLACES),
+        he=he, He=he.capitalize(), him=him, His=his.capitalize(), he2='she' if is_man else 'he',
+    )  # fmt: skip
 
 
 def _draw_plan(rng: Random) -> list[Event]:

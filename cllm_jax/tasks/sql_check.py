@@ -31,14 +31,11 @@ _SCALARS = {'abs', 'coalesce', 'ifnull', 'length', 'like', 'lower', 'round', 'up
 def check(example: Example, text: str) -> bool:
     """Whether a generated answer is right: its results equal the reference's on every database.
 
-    Rows are compared in order if the reference orders them, else as a multiset; rows that tie in
-    the reference's order may change places. If the reference finds nothing in any database, the
-    text itself must be equal up to white space. Any text is safe to pass; what is no single
-    reading query is wrong.
-
-    Args:
-        example: an example of this task, with its `meta`.
-        text: what the model generated after the prompt, up to the end of sequence.
+    `example` is one of this task, with its `meta`; `text` is what the model generated after the
+    prompt, up to the end of the sequence. Rows are compared in order if the reference orders them,
+    else as a multiset; rows that tie in the reference's order may change places. If the reference
+    finds nothing in any database, the text itself must be equal up to white space. Any text is safe
+    to pass; what is not a single reading query is wrong.
     """
     if len(text) > _MAX_TEXT:
         return False
@@ -78,15 +75,14 @@ def _agree(found: list[tuple], wanted: list[tuple], limit: int) -> bool:
 
 
 def is_informative(rows: list[tuple]) -> bool:
-    """Whether a result holds anything beside NULL and 0, which many wrong queries also give."""
+    """Whether a result holds anything but NULL and 0, which many wrong queries also give."""
     return any(cell not in (None, 0) for row in rows for cell in row)
 
 
 def run_query(connection: sqlite3.Connection, query: str) -> list[tuple]:
-    """All rows of one query, real numbers rounded so that the order of a sum is no difference.
+    """All rows of one query, real numbers rounded so that the order of a sum makes no difference.
 
-    Raises:
-        sqlite3.Error, sqlite3.Warning: if the query fails, is refused or runs past a limit.
+    Raises sqlite3.Error or sqlite3.Warning if the query fails, is refused or runs past a limit.
     """
     rows = connection.execute(query).fetchmany(_MAX_ROWS + 1)
     if len(rows) > _MAX_ROWS:

@@ -1,11 +1,10 @@
-"""Random database schemas for the text-to-SQL task: the word pools, the drawing, the split.
+"""Random database schemas for the text-to-SQL task: the pools of words, and the drawing.
 
 A schema is two tables (a parent and its child) or three (two parents around a link table). Every
 word belongs to a small pool, so a model sees each of them often and only their combinations are
-new. A tenth of all schemas, chosen by a hash of table and column names, is held out.
+new.
 """
 
-import hashlib
 from dataclasses import dataclass
 from random import Random
 
@@ -15,41 +14,21 @@ _REGULAR = (
     'stadium artist painting museum farmer farm chef restaurant store customer worker product '
     'project village river bridge park camera phone garden song'
 )
-PLURALS = {word: word + 's' for word in _REGULAR.split()} | {
-    'company': 'companies',
-    'match': 'matches',
-}
+PLURALS = {word: word + 's' for word in _REGULAR.split()}
+PLURALS |= {'company': 'companies', 'match': 'matches'}
 
+# fmt: off
 # Whole numbers, each with its lowest and highest value.
 NUMBERS = {
-    'age': (18, 80),
-    'area': (20, 900),
-    'budget': (100, 990),
-    'capacity': (50, 900),
-    'cost': (10, 490),
-    'debt': (10, 900),
-    'depth': (5, 95),
-    'distance': (10, 800),
-    'height': (50, 250),
-    'income': (100, 990),
-    'length': (10, 600),
-    'level': (1, 60),
-    'power': (50, 700),
-    'price': (10, 990),
-    'profit': (10, 990),
-    'rank': (1, 99),
-    'rating': (10, 99),
-    'rent': (100, 990),
-    'salary': (100, 990),
-    'score': (10, 99),
-    'size': (10, 99),
-    'speed': (20, 300),
-    'stock': (10, 900),
-    'volume': (10, 500),
-    'weight': (20, 300),
-    'width': (5, 95),
-    'year': (1980, 2024),
+    'age': (18, 80), 'area': (20, 900), 'budget': (100, 990), 'capacity': (50, 900),
+    'cost': (10, 490), 'debt': (10, 900), 'depth': (5, 95), 'distance': (10, 800),
+    'height': (50, 250), 'income': (100, 990), 'length': (10, 600), 'level': (1, 60),
+    'power': (50, 700), 'price': (10, 990), 'profit': (10, 990), 'rank': (1, 99),
+    'rating': (10, 99), 'rent': (100, 990), 'salary': (100, 990), 'score': (10, 99),
+    'size': (10, 99), 'speed': (20, 300), 'stock': (10, 900), 'volume': (10, 500),
+    'weight': (20, 300), 'width': (5, 95), 'year': (1980, 2024),
 }
+# fmt: on
 
 _POOLS = {
     'country origin': 'France Spain Italy Japan China Brazil Canada India',
@@ -86,7 +65,7 @@ class Table:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """The columns that are no keys."""
+        """The columns that are not keys."""
         return tuple(column for column in self.columns if not column.endswith('_id'))
 
 
@@ -126,8 +105,3 @@ def describe(tables: tuple[Table, ...]) -> str:
 def schema_key(tables: tuple[Table, ...]) -> str:
     """A schema's identity: its tables and columns, whatever their order."""
     return '|'.join(sorted(f'{t.name}:{",".join(sorted(t.columns))}' for t in tables))
-
-
-def is_held_out(key: str) -> bool:
-    """Whether a schema key or a template belongs to the tenth that training never sees."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], 'big') % 10 == 0

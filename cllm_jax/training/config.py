@@ -8,27 +8,15 @@ import jax
 from cllm_jax.data.tokenizer import check_vocabulary
 from cllm_jax.drafters.trained import HeadsConfig
 from cllm_jax.errors import ConfigError, at_least, check_seed
-from cllm_jax.hf.load import EMBEDDED_ROOT, named_or, peek
+from cllm_jax.hf.load import peek
 from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runs.stages import EMBEDDED_ROOT, STAGES, model_of, tokenizer_of, trajectories_of
 from cllm_jax.runtime.mesh import MeshConfig
 from cllm_jax.training.held_out import HeldOut
 from cllm_jax.training.optimizer import OptimizerConfig
 from cllm_jax.training.packing import Noise
 from cllm_jax.training.step import LossWeights
 from cllm_jax.trajectories.clean import Cleaning
-
-OBJECTIVES = {
-    'target': 'ar',
-    'cllm': 'consistency',
-    'refine': 'consistency',
-    'draft': 'ar',
-    'medusa': 'medusa',
-    'medusa2': 'medusa',
-    'redrafter': 'redrafter',
-    'eagle': 'eagle',
-    'space': 'space',
-}
-"""What a stage trains if its recipe does not say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,22 +159,16 @@ def check_mask(settings: TrainConfig) -> None:
 
 def with_names(settings: TrainConfig, stage: str) -> TrainConfig:
     """The settings with the model and the trajectories that a stage takes if none are named."""
+    root, model, tokenizer = settings.root, settings.model, settings.tokenizer
     if settings.objective == 'ar':
-        tokenizer = settings.tokenizer
-        if stage == 'draft' and settings.model == 'new':
-            tokenizer = named_or(tokenizer, f'{settings.root}/target', 'embedded-target')
-        model = settings.model or 'embedded-target'
+        if model == 'new':
+            tokenizer = tokenizer_of(stage, root, tokenizer)
+        model = model_of('target', root, model)
         return dataclasses.replace(settings, model=model, tokenizer=tokenizer)
-    run, shipped, collected = (
-        ('cllm', 'embedded', 'retrajectories')
-        if stage == 'refine'
-        else ('target', 'embedded-target', 'trajectories')
-    )
-    return dataclasses.replace(
-        settings,
-        model=named_or(settings.model, f'{settings.root}/{run}', shipped),
-        data=settings.data or f'{settings.root}/{collected}',
-    )
+    if not STAGES[stage].trajectories:  # target or draft, with an objective of another stage
+        stage = 'cllm'
+    data = trajectories_of(stage, root, settings.data)
+    return dataclasses.replace(settings, model=model_of(stage, root, model), data=data)
 
 
 def architecture(settings: TrainConfig) -> LlamaConfig:

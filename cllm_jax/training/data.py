@@ -27,7 +27,8 @@ from cllm_jax.hf.load import (
     with_tokenizer,
 )
 from cllm_jax.model.llama import Llama, init_params
-from cllm_jax.runs.run_dir import has_begun, replace_directory, temporary
+from cllm_jax.runs.atomic import replace_directory, temporary
+from cllm_jax.runs.run_dir import has_begun
 from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig, architecture

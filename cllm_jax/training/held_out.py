@@ -15,7 +15,7 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.trained import TrainedDrafter
 from cllm_jax.errors import at_least, check_seed
 from cllm_jax.hf.load import Model
-from cllm_jax.hf.weights import write_model
+from cllm_jax.hf.write import write_model
 from cllm_jax.runtime.processes import fetch, is_main
 from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
 
@@ -127,7 +127,7 @@ def write_trained(directory: Path, trained: Trained) -> None:
         return
     if params is not None:
         dtype, where = str(params['norm'].dtype), directory / 'model'
-        write_model(where, model.config, params, model.tokenizer, dtype=dtype, sums=True)
+        write_model(where, dataclasses.replace(model, params=params), dtype=dtype, sums=True)
     if has_weights:
         write_drafter(directory / 'drafter', drafter, model)
 

@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from cllm_jax.data.sources import Source
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import DataError, Interrupted, NumericalError
-from cllm_jax.runs.run_dir import append_metrics, read_metrics, rewind_metrics, settle
+from cllm_jax.runs.atomic import recover_replacement
+from cllm_jax.runs.run_dir import append_metrics, read_metrics, rewind_metrics
 from cllm_jax.runtime.processes import is_main
 from cllm_jax.runtime.sharding import place_batch, rows_here
 from cllm_jax.training.checkpoint import Checkpoints, open_checkpoints, restore, save
@@ -59,7 +60,7 @@ def train(
     if not (directory / 'checkpoints').is_dir() and any(m['step'] for m in read_metrics(log)):
         raise _lost(directory)
     for kept in ('model', 'drafter') if is_main() else ():
-        settle(directory / kept)
+        recover_replacement(directory / kept)
     optimizer, mesh = make_optimizer(settings.optimizer, settings.steps), learner.mesh
     shardings = mesh and state_places(optimizer, learner.axes, learner.params, mesh)
     state = new_state(optimizer, learner.params, shardings)

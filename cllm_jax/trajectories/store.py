@@ -22,8 +22,8 @@ import numpy as np
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError, DataError, at_least, check_seed
+from cllm_jax.runs.atomic import write_atomic
 from cllm_jax.runs.checksums import sha256
-from cllm_jax.runs.run_dir import write_atomic
 from cllm_jax.runtime.processes import barrier, is_main
 
 NAME = 'trajectories'

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from tests.trajectories.test_collector import identity, source
 
 from cllm_jax.decoding import engine as generate
 from cllm_jax.decoding.engine import _decode, advance_of, decode_all, start, stop_ids
@@ -25,6 +24,7 @@ from cllm_jax.runtime.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories import collector as collecting
 from cllm_jax.trajectories.collector import CollectPlan, collect
 from tests.tiny import byte_tokenizer, ragged_prompts, random_model, text_config
+from tests.trajectories.test_collector import identity, source
 
 ENDS = tuple(range(1, 261, 23))
 MODEL = random_model(config=text_config(layers=1, eos_ids=ENDS), tokenizer=byte_tokenizer())
