@@ -120,16 +120,8 @@ def decode_many(console: Console, name: str, method: Method, prompts: list[str])
     """Decode all prompts, and show how far that is if they are more than a demonstration has."""
     if len(prompts) <= DEMO_PROMPTS:
         return decode_all(method.model, method.request, prompts)
-    shown = 0
     with console.progress(name, len(prompts)) as bar:
-
-        def advance(done: int) -> None:
-            nonlocal shown
-            if done > shown:
-                bar(done - shown)
-            shown = done
-
-        return decode_all(method.model, method.request, prompts, advance)
+        return decode_all(method.model, method.request, prompts, bar)
 
 
 def compare(

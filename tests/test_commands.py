@@ -19,7 +19,6 @@ from cllm_jax.drafters.checkpoint import drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.evaluation.forward_cost import weight_bytes
 from cllm_jax.hf.load import SHIPPED
-from cllm_jax.hf.weights import write_model
 from cllm_jax.hf.write import write_model
 from cllm_jax.runs.recipe import read_recipe
 from cllm_jax.runs.run_dir import append_metrics, claim

@@ -80,17 +80,15 @@ def parse(
             'devices': option(int, 'With --plan: for so many devices; 0 for those here.'),
             'compile': option(flag, 'With --plan: compile the step too, and show what it takes.'),
         }
-    command = dataclasses.make_dataclass(
-        'Command',
-        [('settings', Annotated[config_class, tyro.conf.arg(name='')]), *options.items()],
-    )
-    defaults = Flags(None, chosen, False, False)
+    settings = ('settings', Annotated[config_class, tyro.conf.arg(name='')])
+    command = dataclasses.make_dataclass('Command', [settings, *options.items()])
+    flags = Flags(None, chosen, False, False)
     given: Any = tyro.cli(
         command,
         prog=program,
         description=description,
         args=argv,
-        default=command(base, *(getattr(defaults, name) for name in options)),
+        default=command(base, *(getattr(flags, name) for name in options)),
     )
     to_json(given.settings)  # refuses what JSON cannot hold, such as --learning-rate nan
     return given.settings, Flags(**{name: getattr(given, name) for name in options})

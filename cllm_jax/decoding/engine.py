@@ -5,7 +5,6 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
-from functools import partial
 from threading import Event, Lock
 
 import jax
@@ -24,7 +23,7 @@ from cllm_jax.decoding.request import (
     row_keys,
     stop_ids,
 )
-from cllm_jax.decoding.result import DecodeResult, Trajectory
+from cllm_jax.decoding.result import Answer, DecodeResult, Trajectory
 from cllm_jax.decoding.state import DecodeState, grow, replace_rows
 from cllm_jax.decoding.text import cut, find_stop, text_of
 from cllm_jax.hf.load import Model
@@ -135,17 +134,6 @@ def run_until_idle(
         state = state.replace(finished_B=jnp.asarray(finished))
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What is known of one finished prompt."""
-
-    text: str | None
-    tokens: list[int]
-    accepted: list[int]
-    seconds: float
-    trajectory: Trajectory | None
-
-
 def take_answers(
     model: Model, request: Request, state: DecodeState, begun: dict[int, float]
 ) -> dict[int, Answer]:
@@ -191,27 +179,27 @@ def decode_side_by_side(
     request: Request,
     prompts: Sequence[Sequence[int]],
     keys: jax.Array,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda finished: None,
 ) -> list[Answer]:
     """Decode prompts, `request.batch` at a time, in as many parts as threads are useful.
 
-    All parts have the same shapes, so they share their compilations.
+    All parts have the same shapes, so they share their compilations. `progress` is told how many
+    more prompts are finished, by one thread at a time.
     """
     width, rows = bucket(max(map(len, prompts))), min(request.batch, len(prompts))
     refilled, parts = rows < len(prompts), max(1, rows // LEAST_ROWS)
     if parts > 1:
         parts = min(parts, backend_of((model.params, request.drafter)).threads)
     share = dataclasses.replace(request, batch=-(-rows // parts))
-    done, reporting, over = [0] * parts, Lock(), Event()
+    reporting, over = Lock(), Event()
+
+    def report(finished: int) -> None:
+        if over.is_set():
+            raise CancelledError
+        with reporting:
+            progress(finished)
 
     def decode_part(part: int) -> list[Answer]:
-        def report(finished: int) -> None:
-            if over.is_set():
-                raise CancelledError
-            with reporting:
-                done[part] = finished
-                progress(sum(done))
-
         own, keys_B = prompts[part::parts], keys[part::parts] if parts > 1 else keys
         if not share.stop and (share.batch == 1 or not refilled):
             return decode_whole_batches(model, share, own, keys_B, width, report)
@@ -244,7 +232,7 @@ def decode_whole_batches(
             state = run_until(model, request, with_more_room(state))
         begun = dict.fromkeys(range(len(prompts[some])), begin)
         found += take_answers(model, request, state, begun).values()
-        progress(len(found))
+        progress(len(begun))
     return found
 
 
@@ -272,7 +260,7 @@ def decode_refilling(
         ready = [row for row in held if finished[row]]
         answered = take_answers(model, request, state, {row: begun[row] for row in ready})
         found |= {held.pop(row): answered[row] for row in ready}
-        progress(len(found))
+        progress(len(ready))
         while waiting and ready:
             begin, chosen = time.perf_counter(), waiting[:refill]
             rows, ready = ready[: len(chosen)], ready[len(chosen) :]
@@ -296,44 +284,28 @@ def decode_batch(
     model: Model, request: Request, prompts: Sequence[Sequence[int]], keys: jax.Array
 ) -> DecodeResult:
     """Decode token-id prompts, `request.batch` of them at a time, each with its key."""
-    return _result(request, decode_side_by_side(model, request, prompts, keys))
-
-
-def _result(request: Request, found: Sequence[Answer]) -> DecodeResult:
-    return DecodeResult(
-        [one.text for one in found],
-        [one.tokens for one in found],
-        [one.accepted for one in found],
-        [one.seconds for one in found],
-        [one.trajectory for one in found] if request.trace else None,
-    )
+    return DecodeResult.of(decode_side_by_side(model, request, prompts, keys))
 
 
 def decode_all(
     model: Model,
     request: Request,
     prompts: Sequence[str | Sequence[int]],
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda finished: None,
 ) -> DecodeResult:
-    """Decode any number of prompts, those of about the same length together; in the given order."""
+    """Decode any number of prompts, those of about the same length together; in the given order.
+
+    `progress` is told how many more are finished.
+    """
     encoded = encode_each(model, prompts)
     check(model, request, encoded)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     found: dict[int, Answer] = {}
     for rows in _groups(order, [bucket(len(ids)) for ids in encoded], request.batch):
-        some = decode_side_by_side(
-            model,
-            request,
-            [encoded[i] for i in rows],
-            row_keys(request.seed, rows),
-            partial(_report, progress, len(found)),
-        )
+        ids, keys = [encoded[i] for i in rows], row_keys(request.seed, rows)
+        some = decode_side_by_side(model, request, ids, keys, progress)
         found |= dict(zip(rows, some, strict=True))
-    return _result(request, [found[i] for i in range(len(encoded))])
-
-
-def _report(progress: Callable[[int], None], earlier: int, finished: int) -> None:
-    progress(earlier + finished)
+    return DecodeResult.of([found[i] for i in range(len(encoded))])
 
 
 def _groups(order: Sequence[int], widths: Sequence[int], batch: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """What a decode reports, per prompt."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,6 +38,17 @@ class Trajectory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Answer:
+    """What is known of one finished prompt; see `DecodeResult`."""
+
+    text: str | None
+    tokens: list[int]
+    accepted: list[int]
+    seconds: float
+    trajectory: Trajectory | None
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodeResult:
     """Answers and their cost; every list has one entry per prompt.
 
@@ -53,6 +65,16 @@ class DecodeResult:
     seconds: list[float]
     """Wall-clock from the prompt's prefill to its end, and of a compilation in between."""
     trajectories: list[Trajectory] | None = None
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer]) -> 'DecodeResult':
+        """The answers to several prompts, which have trajectories if any has."""
+        texts, tokens, accepted, seconds = (
+            [getattr(one, name) for one in answers]
+            for name in ('text', 'tokens', 'accepted', 'seconds')
+        )
+        traced = [one.trajectory for one in answers]
+        return cls(texts, tokens, accepted, seconds, None if None in traced else traced)
 
     @property
     def forwards(self) -> list[int]:

@@ -217,7 +217,8 @@ def _step(
     else:
         # Every micro-batch takes rows of every device, so that none has to move.
         micro_batches = jax.tree.map(
-            lambda x: x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+            lambda x: x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
+            batch,
         )
         one = jax.tree.map(lambda x: x[0], micro_batches)
         shapes = jax.eval_shape(gradient, state.params, frozen, one, totals)

@@ -481,7 +481,7 @@ def test_batching_changes_neither_answers_nor_forwards_nor_states():
     done = []
     request = Request(Jacobi(8), 40, MILD, seed=3, trace=True, batch=1)
     alone = decode_all(model, request, prompts, progress=done.append)
-    assert done == [1, 2, 3, 4, 5]
+    assert done == [1] * 5
     assert alone.tokens == together.tokens and alone.accepted == together.accepted
     assert together.texts == [None] * 5
     assert together.forwards == [len(t.states) + 1 for t in together.trajectories]
