@@ -1,6 +1,7 @@
 """Arithmetic word problems: an endless generated task with step-by-step solutions.
 
-The answer grammar is GSM8K's (Cobbe et al. 2021, arXiv 2110.14168): one step a line with calculator
+A story is an opening, a few happenings and a closing question, which `arithmetic.yaml` holds. The
+answer grammar is GSM8K's (Cobbe et al. 2021, arXiv 2110.14168): one step a line with calculator
 marks, then `#### N`. The prompt determines every character of the answer.
 
 Held out means held out twice. A template is the sequence of event kinds and wordings; a cast is a
@@ -9,26 +10,111 @@ held-out example is built from a held-out template and a held-out cast.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from operator import add, floordiv, mul, sub
 from random import Random
 
-from cllm_jax.tasks import arithmetic_events as events
-from cllm_jax.tasks.arithmetic_events import WORDS, Event, Unsuited
-from cllm_jax.tasks.example import Example, Split, holds_out, is_held_out
+from cllm_jax.tasks.example import Example, Split, holds_out, is_held_out, read_words
 from cllm_jax.tasks.grader import same_number as check
 
-__all__ = ['MEN', 'OBJECTS', 'WOMEN', 'check', 'generate']
+__all__ = ['CLOSINGS', 'HAPPENINGS', 'MEN', 'OBJECTS', 'OPENINGS', 'WOMEN', 'check', 'generate']
 
+WORDS = read_words('arithmetic')
 MEN, WOMEN = tuple(WORDS['men']), tuple(WORDS['women'])
 OBJECTS = (*WORDS['eaten'], *WORDS['used'])
 
 # Several draws per plan keep plans that few numbers suit (halving, sharing) from dying out.
 _DRAWS_PER_PLAN = 8
 
+MAX_SUM = 99
+MAX_OPERAND = 20
+# The multiplication table in use: one factor up to 9, the other up to 12.
+MAX_FACTOR, MAX_COFACTOR = 9, 12
+
 _OPERATIONS = {'+': add, '-': sub, '*': mul, '/': floordiv}
 _CALCULATION = re.compile(r'\[(\w)([-+*/])(\w)\]')
+
+Numbers = dict[str, int]
+
+
+class Unsuited(Exception):
+    """No numbers, or not those that were drawn, suit the state that an event meets."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One kind of event: the numbers that suit a state, its solution steps, its wordings.
+
+    `draw(rng, s)` returns the event's numbers for the state `s`, or raises Unsuited. An opening
+    without steps returns the first state itself. The last step's result is the new state.
+    `weight` says how often an opening or a closing is drawn.
+    """
+
+    kind: str
+    draw: Callable[[Random, int], Numbers]
+    wordings: Sequence[str]
+    steps: Sequence[str] = ()
+    weight: int = 1
+
+
+def _suited(condition: bool, **numbers: int) -> Numbers:
+    if not condition:
+        raise Unsuited
+    return numbers
+
+
+def _operand(rng: Random, room: int) -> int:
+    """A number to add or to take away; every number is at least 2: a plural is always right."""
+    _suited(room >= 2)
+    return rng.randint(2, min(MAX_OPERAND, room))
+
+
+def _groups(rng: Random, most: int, most_in_each: int, room: int) -> Numbers:
+    k, m = rng.randint(2, most), rng.randint(2, most_in_each)
+    return _suited(k * m <= room, k=k, m=m)
+
+
+def _factor(rng: Random, s: int, most: int) -> int:
+    _suited(s <= MAX_COFACTOR)
+    return rng.randint(2, most)
+
+
+def _divisor(rng: Random, s: int) -> int:
+    fits = [k for k in range(2, MAX_FACTOR + 1) if s % k == 0 and 2 <= s // k <= MAX_COFACTOR]
+    _suited(bool(fits))
+    return rng.choice(fits)
+
+
+def _and_sum(s: int, sign: int, x: int) -> Numbers:
+    return _suited(2 * s + sign * x <= MAX_SUM, x=x)
+
+
+_RULES: Mapping[str, Callable[[Random, int], Numbers]] = {
+    'nothing': lambda rng, s: {},
+    'start': lambda rng, s: {'s': rng.randint(4, rng.choice((20, 60)))},
+    'start_groups': lambda rng, s: _groups(rng, MAX_FACTOR, MAX_COFACTOR, MAX_SUM),
+    'start_pair': lambda rng, s: dict(x=rng.randint(2, 2 * MAX_OPERAND), y=_operand(rng, MAX_SUM)),
+    'gain': lambda rng, s: {'x': _operand(rng, MAX_SUM - s)},
+    'loss': lambda rng, s: {'x': _operand(rng, s - 2)},
+    'group_gain': lambda rng, s: _groups(rng, 6, MAX_FACTOR, MAX_SUM - s),
+    'group_loss': lambda rng, s: _groups(rng, 6, MAX_FACTOR, s - 2),
+    'twice_or_thrice': lambda rng, s: {'r': _factor(rng, s, 3)},
+    'two_to_four_times': lambda rng, s: {'r': _factor(rng, s, 4)},
+    'price': lambda rng, s: {'k': _factor(rng, s, MAX_FACTOR)},
+    'half': lambda rng, s: _suited(s % 2 == 0 and 4 <= s <= 2 * MAX_COFACTOR),
+    'divisor': lambda rng, s: {'k': _divisor(rng, s)},
+    'smaller': lambda rng, s: {'y': s - _operand(rng, s - 2)},
+    'larger': lambda rng, s: {'y': s + _operand(rng, MAX_SUM - s)},
+    'more_and_sum': lambda rng, s: _and_sum(s, 1, _operand(rng, MAX_SUM - s)),
+    'fewer_and_sum': lambda rng, s: _and_sum(s, -1, _operand(rng, s - 2)),
+}
+
+OPENINGS, HAPPENINGS, CLOSINGS = (
+    tuple(Event(**entry | {'draw': _RULES[entry['draw']]}) for entry in WORDS[part])
+    for part in ('openings', 'happenings', 'closings')
+)
 
 
 def generate(index: int, *, seed: int, split: Split) -> Example:
@@ -70,10 +156,9 @@ def _draw_words(rng: Random, held_out: bool) -> dict[str, str]:
         if not is_man:
             name, friend = friend, name
         things, others = rng.sample(OBJECTS, 2)
-        if held_out and is_held_out(f'{name} {things}'):
-            break
         pairs = (f'{name} {things}', f'{name} {others}', f'{friend} {things}')
-        if not held_out and not any(map(is_held_out, pairs)):
+        fits = is_held_out(pairs[0]) if held_out else not any(map(is_held_out, pairs))
+        if fits:
             break
     plurals = WORDS['containers']
     container, second = rng.sample(sorted(plurals), 2)
@@ -90,19 +175,17 @@ def _draw_plan(rng: Random) -> list[Event]:
     while True:
         steps = rng.choices(*zip(*WORDS['step_counts'].items(), strict=True))[0]
         opening, closing = (
-            rng.choices(ends, [event.weight for event in ends])[0]
-            for ends in (events.OPENINGS, events.CLOSINGS)
+            rng.choices(ends, [event.weight for event in ends])[0] for ends in (OPENINGS, CLOSINGS)
         )
         remaining = steps - len(opening.steps) - len(closing.steps)
-        if remaining < 1:
-            continue
         middle: list[Event] = []
-        while remaining:
-            event = rng.choice([e for e in events.HAPPENINGS if len(e.steps) <= remaining])
+        while remaining > 0:
+            event = rng.choice([e for e in HAPPENINGS if len(e.steps) <= remaining])
             if event not in middle:
                 middle.append(event)
                 remaining -= len(event.steps)
-        return [opening, *middle, closing]
+        if middle:
+            return [opening, *middle, closing]
 
 
 def _unfold(

@@ -28,10 +28,9 @@ def token_agreement(answers: Sequence[Sequence[int]], others: Sequence[Sequence[
 
 
 def is_repetitive(tokens: Sequence[int], period: int = 8, times: int = 6) -> bool:
-    """Does the answer end in, or contain, the same 1..period tokens at least `times` in a row?
+    """Does the answer contain the same 1..period tokens at least `times` in a row?
 
-    The collapse that consistency training is known for (reported by users of the original
-    implementation) looks like this.
+    The collapse that users of the original implementation report looks like this.
     """
     for size in range(1, period + 1):
         run = size

@@ -1,9 +1,8 @@
 """The text-to-SQL task: a schema and an English question in, one SQL query out.
 
-The text is made by the program, without any data set. Its style follows the cross-domain
-text-to-SQL benchmark Spider (Yu et al. 2018, arXiv 1809.08887), as does the idea of a split by
-schema. Here training and held-out examples share neither a schema nor a template; a template is
-the structure of a query together with the phrasing of its parts.
+The program makes the text. Its style, and the split by schema, follow the cross-domain benchmark
+Spider (Yu et al. 2018, arXiv 1809.08887). Training and held-out examples share neither a schema nor
+a template, which is the structure of a query together with the phrasing of its parts.
 """
 
 from random import Random
@@ -16,7 +15,6 @@ from cllm_jax.tasks.sql_schema import SQL, describe, draw_schema, schema_key
 __all__ = ['CUE', 'KINDS', 'check', 'generate']
 
 CUE = 'SQL:'
-
 # (source, selection, nesting) and how often each is drawn.
 KINDS = {tuple(kind.split()): weight for kind, weight in SQL['kinds'].items()}
 
@@ -29,10 +27,9 @@ def generate(index: int, *, seed: int, split: Split) -> Example:
     held_out = holds_out(split)
     rng = Random(f'sql {seed} {split} {index}')
     kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
-    while True:
+    tables = ()
+    while not tables or is_held_out(schema_key(tables)) != held_out:
         tables = draw_schema(rng, 3 if kind[0] == 'link' else 2)
-        if is_held_out(schema_key(tables)) == held_out:
-            break
     while True:
         draft = Draft(rng)
         question, query = compose(draft, tables, *kind)

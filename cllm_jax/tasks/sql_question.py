@@ -2,13 +2,9 @@
 
 A query has a source (one table, a join of two, a join of three), a selection (columns, aggregates,
 groups), filters (comparisons, a comparison with an average, a membership in another table), an
-order and a limit; each part has a few phrasings. Tables, clauses and columns follow one rule, so
-question and schema determine the query:
-
-- a join lists its tables in the order of the schema, and names the table of every column;
-- selected columns and filters stand in the order of the question, a group's column first.
-
-The functions return pairs: SQL and its words.
+order and a limit. Question and schema determine the query: a join lists its tables in the order of
+the schema and names the table of every column; selected columns and filters stand in the order of
+the question, a group's column first. A function that adds a part returns its SQL and its words.
 """
 
 from collections.abc import Sequence
@@ -75,9 +71,9 @@ def compose(
     )
     group_sql, group_say = _group_by(draft, group, asked) if group else ('', '')
     order_sql, order_say = _order(draft, keys)
-    selected = [group, *asked] if group else asked
+    selected = [term.sql for term in (group, *asked) if term]
     draft.parts.append(f'select{len(selected)}')
-    query = f'SELECT {", ".join(term.sql for term in selected)} FROM {_from(*tables)}'
+    query = f'SELECT {", ".join(selected)} FROM {_from(*tables)}'
     question += group_say + order_say + ('?' if question.startswith('What') else '.')
     return question, query + where_sql + group_sql + order_sql
 
@@ -154,8 +150,9 @@ def _filter(draft: Draft, term: Term) -> tuple[str, str]:
         values = [rng.choice(WORDS[term.column])]
     else:
         operator = rng.choice(('>', '>', '<', '<', '>=', '<=', 'BETWEEN'))
-        low, high, margin = _range(term.column)
-        values = [rng.randint(low + margin, high - margin)]
+        low, high = NUMBERS[term.column]
+        margin = (high - low) // 5
+        values = [_limit(rng, term.column)]
         if operator == 'BETWEEN':
             start = rng.randint(low, high - 2 * margin)
             values = [start, rng.randint(start + margin, high)]
@@ -164,13 +161,11 @@ def _filter(draft: Draft, term: Term) -> tuple[str, str]:
     return f'{term.sql} {operator} {" AND ".join(map(repr, values))}', f'{term.say} {say}'
 
 
-def _range(column: str) -> tuple[int, int, int]:
-    """The ends of a column's numbers, and a fifth between them.
-
-    A comparison leaves a fifth on either side, so most results hold something.
-    """
+def _limit(rng: Random, column: str) -> int:
+    """A number to compare a column with; with a fifth on either side, most results hold a row."""
     low, high = NUMBERS[column]
-    return low, high, (high - low) // 5
+    margin = (high - low) // 5
+    return rng.randint(low + margin, high - margin)
 
 
 def _average(draft: Draft, term: Term, inner: list[Term]) -> tuple[str, str]:
@@ -224,8 +219,7 @@ def _group_by(draft: Draft, group: Term, aggregates: list[Term]) -> tuple[str, s
     term = rng.choice(aggregates)
     operator = rng.choice(('>', '>=', '<', '<='))
     if term.column:
-        low, high, margin = _range(term.column)
-        value = rng.randint(low + margin, high - margin)
+        value = _limit(rng, term.column)
         draft.having.append([term.table, term.column, operator, [value]])
     else:
         value = {'>': 1, '>=': 2, '<': 3, '<=': 2}[operator] + rng.randint(0, 2)

@@ -1,10 +1,10 @@
 """Random database schemas for the text-to-SQL task: the pools of words, and the drawing.
 
-A schema is two tables (a parent and its child) or three (two parents around a link table). Every
-word belongs to a small pool, so a model sees each of them often and only their combinations are
-new.
+A schema is two tables (a parent and its child) or three (two parents around a link table). The
+pools are small, so a model sees each word often and only their combinations are new.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -47,16 +47,12 @@ def draw_schema(rng: Random, size: int) -> tuple[Table, ...]:
     """Draw a schema of `size` 2 (parent, child) or 3 (parent, link table, second parent)."""
     first, middle, *last = rng.sample(tuple(PLURALS), size)
     wide = size == 2
-    return (
-        _draw_table(rng, first, (), named=True, wide=wide),
-        _draw_table(rng, middle, (first, *last), named=wide and rng.random() < 0.3, wide=wide),
-        *(_draw_table(rng, name, (), named=True, wide=wide) for name in last),
-    )
+    parent = _draw_table(rng, first, (), True, wide)
+    child = _draw_table(rng, middle, (first, *last), wide and rng.random() < 0.3, wide)
+    return (parent, child, *(_draw_table(rng, name, (), True, wide) for name in last))
 
 
-def _draw_table(
-    rng: Random, name: str, parents: tuple[str, ...], *, named: bool, wide: bool
-) -> Table:
+def _draw_table(rng: Random, name: str, parents: Sequence[str], named: bool, wide: bool) -> Table:
     numbers, words = rng.sample(tuple(NUMBERS), 2), rng.sample(tuple(WORDS), 2)
     extra = rng.choice(([], numbers[1:], words[1:])) if wide else []
     values = [numbers[0], words[0], *extra]

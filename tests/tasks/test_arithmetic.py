@@ -6,8 +6,16 @@ from string import Formatter
 import pytest
 
 from cllm_jax.errors import ConfigError
-from cllm_jax.tasks.arithmetic import MEN, OBJECTS, WOMEN, check, generate
-from cllm_jax.tasks.arithmetic_events import CLOSINGS, HAPPENINGS, OPENINGS
+from cllm_jax.tasks.arithmetic import (
+    CLOSINGS,
+    HAPPENINGS,
+    MEN,
+    OBJECTS,
+    OPENINGS,
+    WOMEN,
+    check,
+    generate,
+)
 from cllm_jax.tasks.example import is_held_out
 
 DRAWS = 3000
