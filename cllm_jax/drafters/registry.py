@@ -38,7 +38,7 @@ TRAINED: dict[str, type[TrainedDrafter]] = {
 
 
 def register(name: str, drafter: type[Drafter]) -> None:
-    """Add a drafter of another package, under the name by which `DrafterConfig.drafter` asks for it.
+    """Add a drafter of another package, under the name by which `DrafterConfig` asks for it.
 
     Raises:
       ConfigError: a trained one has another `kind`.
