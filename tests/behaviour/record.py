@@ -158,6 +158,9 @@ STEPS, BATCH = 20, 8
 TASKS = ('sql', 'arithmetic')
 HOW = {'greedy': {}, 'sampled': {'temperature': 0.8}}
 TYPICAL = {'temperature': 0.8, 'typical': 0.09}
+HOT = {'hot': {'temperature': 5.0, 'top_k': 50, 'top_p': 0.95}}
+HOT_TYPICAL = {'hot-typical': {'temperature': 5.0, 'typical': 0.09}}
+"""The embedded models are so sure of their tokens that 0.8 changes few of them."""
 PROMPTS = 64
 """Of each task."""
 SOME, FEW = slice(26, 38), slice(28, 36)
@@ -295,6 +298,17 @@ def decoding(wanted: tuple[str, ...]) -> Entries:
         yield from each(
             f'{name}/target', target,
             lambda how, name=name: trained_drafter(SHIPPED / name, target, how), SOME, hows,
+        )  # fmt: skip
+    for name in ('ar', 'jacobi', 'jacobi-tree'):
+        yield from each(
+            f'{name}/cllm', cllm,
+            lambda how, name=name: untrained_drafter(name, cllm, how, references), FEW, HOT,
+        )  # fmt: skip
+    for name in ('medusa', 'redrafter', 'eagle'):
+        yield from each(
+            f'{name}/target', target,
+            lambda how, name=name: trained_drafter(SHIPPED / name, target, how), FEW,
+            HOT | (HOT_TYPICAL if name == 'medusa' else {}),
         )  # fmt: skip
     with tempfile.TemporaryDirectory() as root:
         for name, path in made_drafters(Path(root)).items():
