@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +40,10 @@ def step_cost(
             jnp.asarray, make_batch(records, min(batch, len(records)), 0, 0, noise)
         )
         clean = int((packed.segment_BT == 0).sum())
-        step, state = make_step(text_loss(module, weights), optimizer), new_state(optimizer, params)
+        step, state = (
+            make_step(partial(text_loss, module, weights), optimizer),
+            new_state(optimizer, params),
+        )
         steps[name] = _stepper(step, state, packed)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 1):
