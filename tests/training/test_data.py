@@ -1,6 +1,7 @@
 """What a training run reads: collections, and a tokenizer that is its own or another model's."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -46,3 +47,14 @@ def test_a_new_draft_model_takes_the_tokenizer_of_its_target(tmp_path, monkeypat
     other = dataclasses.replace(settings, new=dataclasses.replace(small, vocab_size=999))
     with pytest.raises(cllm.ConfigError, match='embedded-target has 1536 tokens'):
         prepare(other, None, Console(), tmp_path)
+
+
+def test_rows_without_a_prompt_are_not_trained_on(tmp_path, capsys):
+    rows = [{'prompt': 'a question' * (i % 2), 'answer': 'an answer'} for i in range(8)]
+    path = tmp_path / 'rows.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    settings = TrainConfig(objective='ar', model='embedded-target', data=f'{path}#all')
+    model, kept = prepare(settings, None, Console(), tmp_path)
+    assert model.config.bos_id is None
+    assert len(kept) == 4 and all(len(sample.prompt) for sample in kept)
+    assert '4 samples without a prompt left out' in capsys.readouterr().err
