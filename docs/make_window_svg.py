@@ -29,7 +29,7 @@ LEGEND = {
 STYLE = """
 .card{fill:#101828;stroke:#344054}
 text{font:12px ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace}
-.title,.note{font-family:system-ui,-apple-system,'Segoe UI',Helvetica,Arial,'DejaVu Sans',sans-serif}
+.title,.note{font-family:system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif}
 .title{fill:#f9fafb;font-size:18px;font-weight:600}
 .note{fill:#a4adba}
 .number{fill:#a4adba;text-anchor:end}
