@@ -59,3 +59,9 @@ def shares(config: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f'{name} {getattr(config, name)}: a share must be 0 to 1')
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """Somebody else's text, fit for an error message: one printable line of bounded length."""
+    line = ' '.join(str(text).split())
+    return ''.join(c if c.isprintable() else '?' for c in line[:limit])

@@ -1,4 +1,4 @@
-"""Evaluate a CLLM beside its target: quality, tokens/forward, speed-up, identity.
+"""Evaluate a CLLM and its target: quality, tokens/forward, speed-up, identity.
 
     python -m cllm_jax.evaluate --task sql --limit 200 --seed 0 --json result.json
 
@@ -13,38 +13,45 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from cllm_jax.cli.console import Console, print_plan, table
-from cllm_jax.cli.settings import can_write, guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.sources import Source, open_source
-from cllm_jax.data.tokenizer import that_fit
+from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.drafters.registry import TITLES, Named, open_drafter
+from cllm_jax.drafters.open import open_drafter
+from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import at_least, check_seed
-from cllm_jax.evaluation.pair import model_pair
 from cllm_jax.evaluation.speed import (
-    Way,
-    ar_ways,
+    Method,
+    plain_methods,
     share_identical,
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.hf.load import EMBEDDED_ROOT, Precision, chosen, load, with_tokenizer
-from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.hf.load import Precision, chosen, load, with_tokenizer
+from cllm_jax.runs.atomic import write_atomic
+from cllm_jax.runs.recipe import to_json
+from cllm_jax.runs.stages import EMBEDDED_ROOT, output_of, pair_of
 from cllm_jax.runtime.mesh import tensor_mesh
 from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
 
+REPEATED = ('drafter', 'block', 'mode', 'recycle', 'branches', 'lookup')
+"""Settings that the results repeat."""
 VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax', 'transformers')
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(DrafterConfig):
     """Settings of an evaluation."""
 
     root: str = EMBEDDED_ROOT
@@ -54,23 +61,11 @@ class EvaluateConfig:
     target: str = ''
     """The target; default ROOT/export/target, or embedded-target likewise."""
     task: str = ''
-    """Dataset (see the README); default is sql and arithmetic, one after the other."""
+    """Dataset (see docs/data.md); default is sql and arithmetic, one after the other."""
     limit: int = 200
     """Held-out prompts per task."""
     seed: int = 0
     """Which held-out prompts are drawn."""
-    drafter: str = 'jacobi'
-    """How the model is decoded; or NAME:DIR of a drafter trained for it (see decode)."""
-    block: int = 16
-    """Jacobi window (n)."""
-    mode: Literal['sliding', 'block'] = 'sliding'
-    """Jacobi schedule."""
-    recycle: int = 0
-    """Chains of dropped guesses that are tried again in the same forward."""
-    branches: int = 0
-    """Branches with second choices that are tried in the same forward."""
-    lookup: bool = False
-    """Also try what followed the last time in the prompt or answer, in the same forward."""
     max_tokens: int = 128
     """Longest answer."""
     batch: int = 32
@@ -95,15 +90,47 @@ class EvaluateConfig:
         check_seed(self)
 
 
-def drafter_named(settings: EvaluateConfig) -> Named:
-    return Named(
-        settings.drafter,
-        settings.block,
-        settings.mode,
-        settings.recycle,
-        settings.branches,
-        settings.lookup,
-    )
+Measured = tuple[dict[str, DecodeResult], dict[str, float], float]
+"""What each method decoded, its tokens per second, and those of AR at its best."""
+
+
+def measure(
+    settings: EvaluateConfig,
+    source: Source,
+    methods: dict[str, Method],
+    mesh: Mesh | None,
+    console: Console,
+) -> Measured:
+    """Decode all prompts with every method, and time some of them."""
+    prompts, results = [source[i].prompt for i in range(len(source))], {}
+    for key, method in methods.items():
+        with console.status(f'{source.name}: {key}, {len(prompts)} prompts'):
+            results[key] = decode_all(method.model, method.request, prompts)
+    timed = prompts[: settings.timed]
+    with console.progress(f'{source.name}: timing', len(timed)) as bar:
+        plain = plain_methods('target AR', methods['target AR'], mesh)
+        speed = tokens_per_second(methods | plain, timed, settings.repeats, bar)
+    return results, speed, max(speed[key] for key in plain)
+
+
+def qualities(source: Source, results: dict[str, DecodeResult]) -> dict[str, Any]:
+    """Shares of right and of exactly equal answers; None where nobody can tell."""
+    judged = results if source.checkable else {}
+    right = {key: share_right(source, result.texts) for key, result in judged.items()}
+    exact = {}
+    for key, result in judged.items():
+        pairs = ((text or '').strip() for text in result.texts)
+        same = [text == source[i].answer.strip() for i, text in enumerate(pairs)]
+        exact[key] = sum(same) / len(same)
+    return {
+        'quality': {
+            'target': right.get('target AR'),
+            'target_jacobi': right.get('target Jacobi'),
+            'cllm_ar': right.get('CLLM AR'),
+            'cllm': right.get('CLLM Jacobi'),
+        },
+        'exact_match': {'target': exact.get('target AR'), 'cllm': exact.get('CLLM Jacobi')},
+    }
 
 
 def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict[str, Any]:
@@ -111,48 +138,27 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
     cllm, target = (load(name, dtype, mesh) for name in (settings.model, settings.target))
     room = min(m.config.max_positions for m in (cllm, target)) - settings.max_tokens
-    source = that_fit(source, with_tokenizer(cllm).tokenizer, cllm.config.bos_id, room)
+    source = drop_prompts_without_room(
+        source, with_tokenizer(cllm).tokenizer, cllm.config.bos_id, room
+    )
     console.dropped(source)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
-    named = drafter_named(settings)
-    loaded = open_drafter(named, cllm, ar.sampling, dtype, mesh)
-    vanilla = dataclasses.replace(ar, drafter=Jacobi(settings.block, settings.mode))
-    drafted = dataclasses.replace(ar, drafter=loaded.drafter)
-    ways = {
-        'target AR': Way(target, ar),
-        'target Jacobi': Way(target, vanilla),
-        'CLLM AR': Way(cllm, ar),
-        'CLLM Jacobi': Way(cllm, drafted, loaded.weights),
+    plain = {'target': Method(target, ar), 'CLLM': Method(cllm, ar)}
+    drafter = open_drafter(settings, cllm, dtype, mesh)
+    methods = {
+        'target AR': plain['target'],
+        'target Jacobi': plain['target'].with_drafter(Jacobi(settings.block, settings.mode)),
+        'CLLM AR': plain['CLLM'],
+        'CLLM Jacobi': plain['CLLM'].with_drafter(drafter),
     }
-    prompts = [source[i].prompt for i in range(len(source))]
-    results = {}
-    for key, way in ways.items():
-        with console.status(f'{source.name}: {key}, {len(prompts)} prompts'):
-            results[key] = decode_all(way.model, way.request, prompts, way.weights)
-    timed = prompts[: settings.timed]
-    with console.progress(f'{source.name}: timing', len(timed)) as bar:
-        plain = ar_ways('target AR', target, ar, mesh)
-        speed = tokens_per_second(ways | plain, timed, settings.repeats, bar)
-    base = max(speed[key] for key in plain)
-    judged = results if source.checkable else {}
-    quality = {key: share_right(source, r.texts) for key, r in judged.items()}
-    exact = {
-        key: sum((t or '').strip() == source[i].answer.strip() for i, t in enumerate(r.texts))
-        / len(prompts)
-        for key, r in judged.items()
-    }
-    forward = {key: tokens_per_forward(r) for key, r in results.items()}
+    results, speed, base = measure(settings, source, methods, mesh, console)
+    forward = {key: tokens_per_forward(result) for key, result in results.items()}
+    jacobi = results['CLLM Jacobi']
     return {
         'task': source.name,
-        'n': len(prompts),
+        'n': len(source),
         'seed': settings.seed,
-        'quality': {
-            'target': quality.get('target AR'),
-            'target_jacobi': quality.get('target Jacobi'),
-            'cllm_ar': quality.get('CLLM AR'),
-            'cllm': quality.get('CLLM Jacobi'),
-        },
-        'exact_match': {'target': exact.get('target AR'), 'cllm': exact.get('CLLM Jacobi')},
+        **qualities(source, results),
         'tokens_per_forward': {
             'target': forward['target Jacobi'],
             'cllm': forward['CLLM Jacobi'],
@@ -166,22 +172,17 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
             'cllm_ar': speed['CLLM AR'],
         },
         'ar_tokens_per_second': {
-            key.partition(', ')[2] or chosen(dtype): speed[key] for key in plain
+            key.partition(', ')[2] or chosen(dtype): value
+            for key, value in speed.items()
+            if key.startswith('target AR')
         },
-        'identical': share_identical(results['CLLM Jacobi'], results['CLLM AR']),
+        'identical': share_identical(jacobi, results['CLLM AR']),
         'identical_target': share_identical(results['target Jacobi'], results['target AR']),
-        'agreement_with_target': token_agreement(
-            results['CLLM Jacobi'].tokens, results['target AR'].tokens
-        ),
-        'repetitive': sum(map(is_repetitive, results['CLLM Jacobi'].tokens)) / len(prompts),
-        'mean_tokens': sum(map(len, results['CLLM Jacobi'].tokens)) / len(prompts),
-        'drafter': settings.drafter,
-        'block': settings.block,
-        'mode': settings.mode,
-        'recycle': settings.recycle,
-        'branches': settings.branches,
-        'lookup': settings.lookup,
-        'timed': len(timed),
+        'agreement_with_target': token_agreement(jacobi.tokens, results['target AR'].tokens),
+        'repetitive': sum(map(is_repetitive, jacobi.tokens)) / len(source),
+        'mean_tokens': sum(map(len, jacobi.tokens)) / len(source),
+        **{k: getattr(settings, k) for k in REPEATED},
+        'timed': min(settings.timed, len(source)),
         'models': {'cllm': cllm.source, 'target': target.source},
         'dtype': chosen(dtype),
         'tensor': settings.tensor,
@@ -195,7 +196,7 @@ def report(console: Console, found: dict[str, Any]) -> None:
     quality, forward, speed = (
         found[k] for k in ('quality', 'tokens_per_forward', 'tokens_per_second')
     )
-    base, name = speed['ar'], TITLES[found['drafter'].partition(':')[0]]
+    base, name = speed['ar'], DrafterConfig(found['drafter']).drafter_title
     rows = [
         ['target, AR', quality['target'], 1.0, speed['ar'], 1.0],
         [
@@ -224,13 +225,13 @@ def run() -> None:
     )
     if settings.quick:
         settings = dataclasses.replace(settings, limit=4, timed=1, repeats=1, max_tokens=48)
-    drafter_named(settings).check()
+    settings.check_drafter()
     given, path = settings.model or settings.target, settings.json
-    own = not given and Path(settings.root, 'export').is_dir()
+    own = not given and Path(output_of('export', settings.root)).is_dir()
     if not path and own and not settings.quick:
-        path = f'{settings.root}/evaluate.json'
+        path = output_of('evaluate', settings.root)
     can_write('json', path)
-    cllm, target = model_pair(settings.root, settings.model, settings.target)
+    cllm, target = pair_of(settings.root, settings.model, settings.target)
     settings = dataclasses.replace(settings, model=cllm, target=target)
     console = Console()
     tasks = [settings.task] if settings.task else ['sql', 'arithmetic']

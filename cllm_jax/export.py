@@ -15,13 +15,16 @@ from typing import Any, Literal
 import yaml
 
 from cllm_jax.cli.console import Console, print_plan, size
-from cllm_jax.cli.settings import guard, parse, to_json
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import parse
 from cllm_jax.drafters.checkpoint import copy_drafter, drafter_arrays
-from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.load import DTYPES, EMBEDDED_ROOT, load, resolve
-from cllm_jax.hf.weights import write_model
-from cllm_jax.model.config import read_config
+from cllm_jax.errors import DataError
+from cllm_jax.hf.config import read_config
+from cllm_jax.hf.load import DTYPES, load, resolve
+from cllm_jax.hf.write import write_model
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import read_metrics
+from cllm_jax.runs.stages import EMBEDDED_ROOT, exported_run, output_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +39,6 @@ class ExportConfig:
     """Where the model directories go; default ROOT/export."""
     dtype: Literal['bfloat16', 'float32', 'float16'] = 'bfloat16'
     """Of the exported weights."""
-    quick: bool = False
-    """Accepted for launch/local.sh; an export is quick anyway."""
-
-
-def exported(settings: ExportConfig) -> dict[str, Path]:
-    """The run directory behind each name.
-
-    Raises:
-      ConfigError: there is none.
-    """
-    root = Path(settings.root)
-    refined = (root / 'refine' / 'model').is_dir()
-    runs = {n: root / ('refine' if n == 'cllm' and refined else n) for n in settings.runs}
-    for run in runs.values():
-        if not run.is_dir():
-            raise ConfigError(f'{run}: no such directory; run that stage first, or name other runs')
-    return runs
 
 
 def best_numbers(run: Path) -> dict[str, Any]:
@@ -111,23 +97,21 @@ def run() -> None:
         ExportConfig, program='python -m cllm_jax.export', description=__doc__, stage='export'
     )
     console = Console()
-    out = Path(settings.out or f'{settings.root}/export')
+    out = Path(settings.out or output_of('export', settings.root))
+    runs = {name: exported_run(name, settings.root) for name in settings.runs}
     if flags.plan:
         width = DTYPES[settings.dtype].itemsize
-        runs = exported(settings).values()
-        total = sum(parameter_count(run) for run in runs)
+        total = sum(parameter_count(run) for run in runs.values())
         print_plan(console, to_json(settings), {'writes to': out, 'bytes': size(total * width)})
         return
-    for name, run_dir in exported(settings).items():
+    for name, run_dir in runs.items():
         heads = (run_dir / 'drafter').is_dir()
         if has_model(run_dir):
             model = load(str(run_dir), 'float32')
             text = card(name, run_dir, settings.dtype, model.config.parameters)
             write_model(
                 out / name,
-                model.config,
-                model.params,
-                model.tokenizer,
+                model,
                 dtype=settings.dtype,
                 card=text,
                 sums=True,

@@ -15,7 +15,7 @@ from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.evaluation.forward_cost import Cost, Stall, bandwidth, costs, weight_bytes
 from cllm_jax.evaluation.speed import Way
-from cllm_jax.model.config import config_json, read_config
+from cllm_jax.hf.config import config_json, read_config
 from tests.tiny import model_directory, ragged_prompts, random_model, tiny_config
 
 

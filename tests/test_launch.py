@@ -40,8 +40,8 @@ SETTINGS = {
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:
-    command = ['bash', 'launch/local.sh', *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command, env = ['bash', 'launch/local.sh', *arguments], os.environ | {'PYTHON': sys.executable}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def bash(
@@ -94,7 +94,7 @@ def test_a_recipe_with_a_refinement_gets_its_two_steps(tmp_path):
         f'launch/local.sh {recipe} --dry-run',
         f'launch/host.sh {recipe} --root r --dry-run -- --mesh.fsdp 8',
     ):
-        done = bash(*line.split(), tools=tmp_path)
+        done = bash(*line.split(), tools=tmp_path, PYTHON=sys.executable)
         assert done.returncode == 0, done.stderr
         steps = [line.split(' --stage ')[1].split() for line in done.stdout.splitlines()[2:5]]
         assert [step[0] for step in steps] == ['cllm', 'recollect', 'refine']

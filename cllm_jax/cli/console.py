@@ -7,21 +7,13 @@ from typing import Any
 
 import jax
 import yaml
+from rich import progress as bars
 from rich.console import Console as Rich
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from cllm_jax.data.sources import Source
 from cllm_jax.runtime.processes import is_main
 
 
@@ -51,8 +43,8 @@ class Console:
     def note(self, text: str) -> None:
         self.err.print(text)
 
-    def dropped(self, source: Source) -> None:
-        """Say how many rows of a dataset its reader left out, and why."""
+    def dropped(self, source: Any) -> None:
+        """Say how many rows of a `Source` its reader left out, and why."""
         for reason, count in source.dropped.items():
             self.note(f'{source.name}: {count} rows left out, {reason}')
 
@@ -83,26 +75,26 @@ class Console:
             yield _plain_progress(self, text, total, done)
             return
         columns = (
-            TextColumn('{task.description}', markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn('{task.fields[note]}', markup=False),
+            bars.TextColumn('{task.description}', markup=False),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn('{task.fields[note]}', markup=False),
         )
-        with Progress(*columns, console=self.err) as bar:
+        with bars.Progress(*columns, console=self.err) as bar:
             task = bar.add_task(text, total=total, completed=done, note='')
             yield lambda items, note='': bar.update(task, advance=items, note=note)
 
 
 def _plain_progress(console: Console, text: str, total: int, done: int):
-    begin, first, state = time.perf_counter(), done, {'done': done}
+    begin, first = time.perf_counter(), done
 
     def advance(items: int, note: str = '') -> None:
-        state['done'] += items
-        seconds = time.perf_counter() - begin
-        left = (total - state['done']) * seconds / max(state['done'] - first, 1)
-        console.note(f'{text}: {state["done"]}/{total}  {note}  {left:.0f} s left')
+        nonlocal done
+        done += items
+        left = (total - done) * (time.perf_counter() - begin) / max(done - first, 1)
+        console.note(f'{text}: {done}/{total}  {note}  {left:.0f} s left')
 
     return advance
 

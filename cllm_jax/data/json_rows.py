@@ -11,6 +11,8 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +23,104 @@ MAX_DOCUMENT = 2 * 2**30  # bytes of a file that is one JSON list, unpacked; Sha
 
 _GZIP = b'\x1f\x8b'
 _BOM = b'\xef\xbb\xbf'
+
+
+@dataclass(frozen=True)
+class Row:
+    """One JSON object of a file; `where` names its place in messages, `number` counts from 1.
+
+    `text`, `array` and `texts` return a field; DataError if it is absent or of another type.
+    """
+
+    fields: Mapping[str, Any]
+    where: str
+    number: int
+
+    def __post_init__(self) -> None:
+        expect_object(self.fields, self.where)
+
+    def text(self, field: str) -> str:
+        """A string."""
+        return self.encodable(self._get(field, str, 'a string'), field)
+
+    def array(self, field: str) -> list[Any]:
+        """A list of anything."""
+        return self._get(field, list, 'a list')
+
+    def texts(self, field: str) -> list[str]:
+        """A list of strings."""
+        values = self._get(field, list, 'a list of strings')
+        for value in values:
+            if not isinstance(value, str):
+                raise self.error(f'{field!r} holds {_kind(value)}; it must hold strings only')
+            self.encodable(value, field)
+        return values
+
+    def encodable(self, text: str, field: str) -> str:
+        """`text`, which the field holds, or DataError if it has half a surrogate pair.
+
+        JSON can spell one, but it is not a character: no tokenizer can encode it.
+        """
+        try:
+            text.encode('utf-8')
+        except UnicodeEncodeError as error:
+            fault = f'{field!r} has a lone surrogate {text[error.start]!r}'
+            raise self.error(f'{fault}; write the whole character') from None
+        return text
+
+    def error(self, fault: str) -> DataError:
+        """What to raise for a fault of this row."""
+        return DataError(f'{self.where}: {fault}')
+
+    def _get(self, field: str, kind: type, wanted: str) -> Any:
+        if field not in self.fields:
+            found = ', '.join(short(name) for name in list(self.fields)[:8]) or 'nothing'
+            raise self.error(f'no {field!r} field (found {found}); it must be {wanted}')
+        value = self.fields[field]
+        if not isinstance(value, kind):
+            raise self.error(f'{field!r} is {_kind(value)}; it must be {wanted}')
+        return value
+
+
+def rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a file with one object per line, numbered by line."""
+    path, any_row = _home(path), False
+    with _opened(path) as file:
+        for number in count(1):
+            where = f'{path} line {number}'
+            line = _read(file.readline, MAX_LINE, where)
+            if not line:
+                break
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if line.strip():
+                any_row = True
+                yield Row(_json(line, where), where, number)
+    if not any_row:
+        raise DataError(f'{path}: only blank lines; every line must be a JSON object')
+
+
+def items(path: str | Path) -> Iterator[Row]:
+    """The objects of a file that is one JSON list, numbered by item."""
+    path = _home(path)
+    with _opened(path) as file:
+        found = _json(_read(file.read, MAX_DOCUMENT, str(path)).removeprefix(_BOM), str(path))
+    if not isinstance(found, list):
+        raise DataError(f'{path}: the file is {_kind(found)}; it must be a JSON list of objects')
+    for number, item in enumerate(found, 1):
+        yield Row(item, f'{path} item {number}', number)
+
+
+def expect_object(value: Any, where: str) -> None:
+    """Raises DataError unless `value` is a JSON object."""
+    if not isinstance(value, dict):
+        raise DataError(f'{where}: {_kind(value)}; it must be a JSON object, {{"field": value}}')
+
+
+def short(value: Any) -> str:
+    """`repr(value)` for a message, cut to 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + '...'
 
 
 @contextmanager
@@ -47,7 +147,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _read(method: Callable[[int], bytes], limit: int, where: str) -> bytes:
-    """`method(limit + 1)` of an open file, refusing what is longer than `limit` or damaged."""
+    """`method(limit + 1)` of an open file; refuses what is longer than `limit` or damaged."""
     try:
         data = method(limit + 1)
     except EOFError:
@@ -62,40 +162,6 @@ def _read(method: Callable[[int], bytes], limit: int, where: str) -> bytes:
 def _home(path: str | Path) -> Path:
     """`~` resolved; unlike Path.expanduser, an unknown user is left to be a missing file."""
     return Path(os.path.expanduser(path))
-
-
-def rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """`(file and line for messages, line number, object)` of a file with one object per line."""
-    path, number, any_row = _home(path), 0, False
-    with _opened(path) as file:
-        while True:
-            number += 1
-            where = f'{path} line {number}'
-            line = _read(file.readline, MAX_LINE, where)
-            if not line:
-                break
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            if line.strip():
-                row = _json(line, where)
-                expect_object(row, where)
-                any_row = True
-                yield where, number, row
-    if not any_row:
-        raise DataError(f'{path}: only blank lines; every line must be a JSON object')
-
-
-def items(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """`(file and item for messages, item number, object)` of a file that is one JSON list."""
-    path = _home(path)
-    with _opened(path) as file:
-        found = _json(_read(file.read, MAX_DOCUMENT, str(path)).removeprefix(_BOM), str(path))
-    if not isinstance(found, list):
-        raise DataError(f'{path}: the file is {_kind(found)}; it must be a JSON list of objects')
-    for number, item in enumerate(found, 1):
-        where = f'{path} item {number}'
-        expect_object(item, where)
-        yield where, number, item
 
 
 def _json(data: bytes, where: str) -> Any:
@@ -116,62 +182,6 @@ def _json(data: bytes, where: str) -> Any:
         raise DataError(f'{where}: unreadable JSON ({error}); mend it or remove it') from None
 
 
-def expect_object(value: Any, where: str) -> None:
-    """Raises DataError unless `value` is a JSON object."""
-    if not isinstance(value, dict):
-        raise DataError(f'{where}: {_kind(value)}; it must be a JSON object, {{"field": value}}')
-
-
-def _field(row: Mapping[str, Any], field: str, kind: type, wanted: str, where: str) -> Any:
-    if field not in row:
-        found = ', '.join(short(name) for name in list(row)[:8]) or 'nothing'
-        raise DataError(f'{where}: no {field!r} field (found {found}); it must be {wanted}')
-    if not isinstance(row[field], kind):
-        raise DataError(f'{where}: {field!r} is {_kind(row[field])}; it must be {wanted}')
-    return row[field]
-
-
-def text_field(row: Mapping[str, Any], field: str, where: str) -> str:
-    """The string `row[field]`; DataError if it is absent or anything else."""
-    return expect_sound(_field(row, field, str, 'a string', where), field, where)
-
-
-def list_field(row: Mapping[str, Any], field: str, where: str) -> list[Any]:
-    """The list `row[field]`; DataError if it is absent or anything else."""
-    return _field(row, field, list, 'a list', where)
-
-
-def texts_field(row: Mapping[str, Any], field: str, where: str) -> list[str]:
-    """The list of strings `row[field]`; DataError if it is absent or anything else."""
-    values = _field(row, field, list, 'a list of strings', where)
-    for value in values:
-        if not isinstance(value, str):
-            raise DataError(f'{where}: {field!r} holds {_kind(value)}; it must hold strings only')
-        expect_sound(value, field, where)
-    return values
-
-
-def expect_sound(text: str, field: str, where: str) -> str:
-    """`text`, or DataError if it has half a surrogate pair.
-
-    JSON can spell one, but it is no character: it cannot be encoded, so no tokenizer takes it.
-    """
-    try:
-        text.encode('utf-8')
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f'{where}: {field!r} has a lone surrogate {text[error.start]!r}; '
-            'write the whole character'
-        ) from None
-    return text
-
-
 def _kind(value: Any) -> str:
     names = {dict: 'an object', list: 'a list', str: 'a string', bool: 'a boolean'}
     return 'null' if value is None else names.get(type(value), 'a number')
-
-
-def short(value: Any) -> str:
-    """`repr(value)` for a message, cut to 40 characters."""
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + '...'

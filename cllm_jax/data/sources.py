@@ -12,14 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
-from typing import Literal
 
 from cllm_jax.data import formats, tfds
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.tasks import arithmetic, grader, sql
-from cllm_jax.tasks.example import Example
+from cllm_jax.tasks.example import Example, Split
 
-Split = Literal['train', 'heldout']
 Check = Callable[[Example, str], bool]
 
 DEFAULT_LIMIT = 10_000  # rows of a generated task when no limit is given
@@ -51,42 +49,40 @@ class Source:
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is read and its answers are checked; `graded` False where a check means little."""
+    """How a file is read and its answers are checked.
 
-    read: Callable[[str, Counter[str]], list[Example]]
+    `graded` is False where a check means little. `drops` is True for a reader that leaves rows out:
+    it takes a Counter as well, and counts them there by reason.
+    """
+
+    read: Callable[..., list[Example]]
     check: Check
     graded: bool = True
-
-
-def rows_fingerprint(source: Source) -> str:
-    """The number of rows, and the sha256 (its first 16 digits) of all ids, prompts and grader."""
-    digest = hashlib.sha256()
-    for i in range(len(source)):
-        row = source[i]
-        digest.update(json.dumps([row.id, row.prompt, row.answer]).encode())
-    return f'{len(source)} rows, sha256 {digest.hexdigest()[:16]}'
-
-
-def _whole(read: Callable[[str], list[Example]]) -> Callable[[str, Counter[str]], list[Example]]:
-    """A reader that leaves nothing out has nothing to count."""
-    return lambda path, dropped: read(path)
+    drops: bool = False
 
 
 # Modules with generate(index, *, seed, split) -> Example and check(example, text) -> bool.
 GENERATED: Mapping[str, ModuleType] = {'sql': sql, 'arithmetic': arithmetic}
 
 FORMATS: Mapping[str, Format] = {
-    'jsonl': Format(_whole(formats.read_jsonl), grader.same_text),
-    'gsm8k': Format(_whole(formats.read_gsm8k), grader.same_number),
-    'gsm8k-plain': Format(
-        _whole(partial(formats.read_gsm8k, calculator_marks=False)), grader.same_number
-    ),
-    'wikisql': Format(_whole(formats.read_wikisql), grader.same_text),
-    'spider': Format(_whole(formats.read_spider), grader.same_sql),
-    'codesearchnet': Format(_whole(formats.read_codesearchnet), grader.same_text, graded=False),
-    'sharegpt': Format(formats.read_sharegpt, grader.same_text, graded=False),
-    'tfds': Format(_whole(tfds.read_spec), grader.same_text),
+    'jsonl': Format(formats.read_jsonl, grader.same_text),
+    'gsm8k': Format(formats.read_gsm8k, grader.same_number),
+    'gsm8k-plain': Format(partial(formats.read_gsm8k, calculator_marks=False), grader.same_number),
+    'wikisql': Format(formats.read_wikisql, grader.same_text),
+    'spider': Format(formats.read_spider, grader.same_sql),
+    'codesearchnet': Format(formats.read_codesearchnet, grader.same_text, graded=False),
+    'sharegpt': Format(formats.read_sharegpt, grader.same_text, graded=False, drops=True),
+    'tfds': Format(tfds.read_spec, grader.same_text),
 }
+
+
+def rows_fingerprint(source: Source) -> str:
+    """The number of rows, and the sha256 (its first 16 digits) of all ids, prompts and answers."""
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        row = source[i]
+        digest.update(json.dumps([row.id, row.prompt, row.answer]).encode())
+    return f'{len(source)} rows, sha256 {digest.hexdigest()[:16]}'
 
 
 def open_source(
@@ -116,10 +112,13 @@ def open_source(
     if all(name in GENERATED for name in names):
         if spec != plain:
             raise ConfigError(f"{spec!r}: rows made on demand have no '#all'; write {plain!r}")
-        return _generated(spec, names, split, seed, DEFAULT_LIMIT if limit is None else limit)
+        if len(set(names)) < len(names):
+            raise ConfigError(f'{spec!r} names a task twice; name each once')
+        made = _Generated(tuple(names), split, seed, DEFAULT_LIMIT if limit is None else limit)
+        return Source(spec, made, made.check)
     kind, path = _kind_and_path(spec)
     form, dropped = FORMATS[kind], Counter()
-    rows = form.read(path, dropped)
+    rows = form.read(path, dropped) if form.drops else form.read(path)
     if spec == plain:
         rows = _of_split(rows, split, spec)
     if limit is not None and limit < len(rows):
@@ -132,7 +131,7 @@ def open_source(
 class _Generated(Sequence[Example]):
     """Row i comes from task i mod k as its row i div k."""
 
-    tasks: tuple[tuple[str, Callable[..., Example]], ...]
+    tasks: tuple[str, ...]
     split: Split
     seed: int
     size: int
@@ -142,21 +141,12 @@ class _Generated(Sequence[Example]):
 
     def __getitem__(self, index: int) -> Example:
         row, task = divmod(range(self.size)[index], len(self.tasks))
-        name, generate = self.tasks[task]
-        example = generate(row, seed=self.seed, split=self.split)
+        name = self.tasks[task]
+        example = GENERATED[name].generate(row, seed=self.seed, split=self.split)
         return replace(example, meta={**example.meta, 'task': name})
 
-
-def _generated(name: str, tasks: list[str], split: Split, seed: int, size: int) -> Source:
-    if len(set(tasks)) < len(tasks):
-        raise ConfigError(f'{name!r} names a task twice; name each once')
-    made = tuple((task, GENERATED[task].generate) for task in tasks)
-    checks = {task: GENERATED[task].check for task in tasks}
-    return Source(name, _Generated(made, split, seed, size), partial(_check_task, checks))
-
-
-def _check_task(checks: Mapping[str, Check], example: Example, text: str) -> bool:
-    return checks[example.meta['task']](example, text)
+    def check(self, example: Example, text: str) -> bool:
+        return GENERATED[example.meta['task']].check(example, text)
 
 
 def _kind_and_path(spec: str) -> tuple[str, str]:

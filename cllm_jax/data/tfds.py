@@ -6,7 +6,6 @@ read that way here and are refused. Nothing is downloaded or prepared: the datas
 
 import difflib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -14,42 +13,40 @@ from urllib.parse import parse_qsl
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.tasks.example import Example
 
-# Names in a spec -> names of read_tfds.
-_OPTIONS = {
-    'split': 'split',
-    'data_dir': 'data_dir',
-    'prompt': 'prompt_field',
-    'answer': 'answer_field',
-}
+OPTIONS = ('split', 'data_dir', 'prompt', 'answer')
 
 
 def read_tfds(
     name: str,
     split: str = 'train',
     data_dir: str | Path | None = None,
-    prompt_field: str = 'prompt',
-    answer_field: str | None = 'answer',
+    prompt: str = 'prompt',
+    answer: str | None = 'answer',
 ) -> list[Example]:
     """Reads two text fields of a prepared dataset; ids are `tfds-row`, counted from 0.
 
     `name` is a TFDS name (`ds`, `ds/config`, `ds:1.0.0`) prepared under `data_dir` (None: TFDS'
     own directory), or the path of a version directory, the one with dataset_info.json. `split` is
-    any split TFDS knows, slices included (`train[:10%]`). With `answer_field` None, answers are ''.
+    any split TFDS knows, slices included (`train[:10%]`). `prompt` and `answer` name the fields;
+    with `answer` None, answers are ''.
 
     Raises DataError if the dataset is absent, damaged, not array_record, or has no such split or
     field, or if a field is not UTF-8 text; ConfigError if tensorflow-datasets is not installed.
     """
     builder = _builder(name, data_dir)
-    _expect_array_record(name, builder.info.file_format)
-    fields = [prompt_field] if answer_field is None else [prompt_field, answer_field]
+    fields = [prompt] if answer is None else [prompt, answer]
+    known = list(builder.info.features)
     for field in fields:
-        _expect_field(name, field, builder.info.features)
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f'did you mean {near[0]!r}?' if near else 'set prompt= and answer='
+            raise DataError(f'{name}: no field {field!r}; {hint} (fields: {", ".join(known)})')
     try:
         rows = builder.as_data_source(split)
     except Exception as error:  # TFDS raises a dozen types here, unknown splits among them
-        known = ', '.join(builder.info.splits) or 'none'
+        splits = ', '.join(builder.info.splits) or 'none'
         raise DataError(
-            f'{name}: split {split!r} cannot be read ({_line(error)}); splits: {known}'
+            f'{name}: split {split!r} cannot be read ({_line(error)}); splits: {splits}'
         ) from None
     examples = []
     for number in range(len(rows)):
@@ -61,7 +58,7 @@ def read_tfds(
                 f'{where}: cannot be read ({_line(error)}); prepare the dataset again'
             ) from None
         texts = [_text(row[field], field, where) for field in fields]
-        examples.append(Example(f'tfds-{number}', texts[0], texts[1] if len(texts) > 1 else ''))
+        examples.append(Example(f'tfds-{number}', texts[0], ''.join(texts[1:])))
     if not examples:
         raise DataError(f'{name}: split {split!r} has no rows; choose another')
     return examples
@@ -70,20 +67,20 @@ def read_tfds(
 def read_spec(spec: str) -> list[Example]:
     """`read_tfds` from `NAME?split=train&data_dir=DIR&prompt=FIELD&answer=FIELD`, percent-encoded.
 
-    Every option may be left out; `answer=` with nothing behind it means no answers.
+    Every option may be left out; `answer=` without a value means no answers.
     """
     name, _, query = spec.partition('?')
     options: dict[str, str | None] = {}
     for option, value in parse_qsl(query, keep_blank_values=True):
-        if option not in _OPTIONS:
-            near = difflib.get_close_matches(option, _OPTIONS, n=1)
+        if option not in OPTIONS:
+            near = difflib.get_close_matches(option, OPTIONS, n=1)
             hint = f'; did you mean {near[0]!r}?' if near else ''
             raise ConfigError(
-                f'tfds:{spec}: unknown option {option!r}{hint} (options: {", ".join(_OPTIONS)})'
+                f'tfds:{spec}: unknown option {option!r}{hint} (options: {", ".join(OPTIONS)})'
             )
         if not value and option != 'answer':
             raise ConfigError(f'tfds:{spec}: option {option!r} is empty; leave it out or set it')
-        options[_OPTIONS[option]] = value or None
+        options[option] = value or None
     return read_tfds(name, **options)
 
 
@@ -98,51 +95,37 @@ def _builder(name: str, data_dir: str | Path | None) -> Any:
     try:
         directory = os.path.expanduser(name)
         if os.path.isfile(os.path.join(directory, 'dataset_info.json')):
-            return tfds.builder_from_directory(directory)
-        where = None if data_dir is None else os.path.expanduser(data_dir)
-        # Not tfds.builder: it may reach for the network, and it needs the dataset's code.
-        return tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
+            builder = tfds.builder_from_directory(directory)
+        else:
+            where = None if data_dir is None else os.path.expanduser(data_dir)
+            # Not tfds.builder: it may reach for the network, and it needs the dataset's code.
+            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
     except Exception as error:  # TFDS raises a dozen types for absent and damaged directories
         place = data_dir or "TFDS' own directory (name another with data_dir=)"
         raise DataError(
             f'{name}: no prepared TFDS dataset in {place} ({_line(error)}); run its '
             "download_and_prepare() with file_format='array_record'"
         ) from None
-
-
-def _expect_array_record(name: str, file_format: Any) -> None:
-    found = getattr(file_format, 'value', file_format)
+    found = getattr(builder.info.file_format, 'value', builder.info.file_format)
     if found != 'array_record':
         raise DataError(
             f'{name}: prepared as {found}, which needs TensorFlow to read; prepare it again with '
             "tfds.builder(NAME, file_format='array_record', data_dir=NEW).download_and_prepare()"
         )
-
-
-def _expect_field(name: str, field: str, features: Mapping[str, Any]) -> None:
-    known = list(features)
-    if field not in known:
-        near = difflib.get_close_matches(field, known, n=1)
-        hint = f'did you mean {near[0]!r}?' if near else 'set prompt= and answer='
-        raise DataError(f'{name}: no field {field!r}; {hint} (fields: {", ".join(known)})')
+    return builder
 
 
 def _text(value: Any, field: str, where: str) -> str:
-    if value is None:  # what TFDS makes of a record that a truncated shard lost
-        raise DataError(
-            f'{where}: field {field!r} is missing; the file is damaged, prepare the dataset again'
-        )
-    if not isinstance(value, bytes):
-        raise DataError(
-            f'{where}: field {field!r} is {type(value).__name__}; only text fields can be used'
-        )
-    try:
-        return value.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f'{where}: field {field!r} is not UTF-8 text (byte {error.start + 1}); '
-            'choose a text field'
-        ) from None
+    if value is None:  # TFDS gives None for a record that a truncated shard lost
+        fault = 'is missing; the file is damaged, prepare the dataset again'
+    elif not isinstance(value, bytes):
+        fault = f'is {type(value).__name__}; only text fields can be used'
+    else:
+        try:
+            return value.decode('utf-8')
+        except UnicodeDecodeError as error:
+            fault = f'is not UTF-8 text (byte {error.start + 1}); choose a text field'
+    raise DataError(f'{where}: field {field!r} {fault}')
 
 
 def _line(error: Exception) -> str:

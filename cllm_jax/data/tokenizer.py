@@ -11,8 +11,7 @@ from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.tasks.example import Example
 
 END, PAD = '<|end|>', '<|pad|>'
-SMALLEST = 256 + 2
-"""Tokens of a vocabulary of bytes and the two special ones."""
+SMALLEST = 256 + 2  # tokens: every byte and the two special ones
 
 
 def check_vocabulary(size: int) -> None:
@@ -25,9 +24,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """A byte-level BPE tokenizer in `transformers` form, with single-digit numbers.
 
     It has an end and a padding token, no BOS, and covers every byte, so no text is unknown.
-
-    Raises:
-      ConfigError: fewer tokens than the 256 bytes and the two special ones.
+    Raises ConfigError for fewer tokens than the 256 bytes and the two special ones.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast  # slow to import
@@ -53,23 +50,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def that_fit(source: Source, tokenizer: Any, bos_id: int | None, room: int) -> Source:
-    """The rows whose prompts have 1 to `room` tokens; `dropped` counts the others alone.
+def drop_prompts_without_room(
+    source: Source, tokenizer: Any, bos_id: int | None, room: int
+) -> Source:
+    """The rows whose prompts have 1 to `room` tokens; `dropped` counts the others, only them.
 
-    Raises:
-      DataError: there is none.
+    Raises DataError if no row is left.
     """
     rows = [source[i] for i in range(len(source))]
-    prompts = [prompt for prompt, _ in encode_examples(tokenizer, rows, 0, bos_id)]
-    kept = [row for row, prompt in zip(rows, prompts, strict=True) if 0 < len(prompt) <= room]
+    lengths = [len(prompt) for prompt, _ in encode_examples(tokenizer, rows, 0, bos_id)]
+    kept = [row for row, length in zip(rows, lengths, strict=True) if 0 < length <= room]
     if not kept:
         raise DataError(
             f'{source.name}: no prompt has 1 to {room} tokens, the positions of the model '
             'without max_tokens; use fewer max_tokens'
         )
     left_out = {
-        f'prompt longer than {room} tokens': sum(len(prompt) > room for prompt in prompts),
-        'prompt without a token': sum(len(prompt) == 0 for prompt in prompts),
+        f'prompt longer than {room} tokens': sum(length > room for length in lengths),
+        'prompt without a token': lengths.count(0),
     }
     dropped = {reason: count for reason, count in left_out.items() if count}
     return dataclasses.replace(source, rows=kept, dropped=dropped)
@@ -78,11 +76,11 @@ def that_fit(source: Source, tokenizer: Any, bos_id: int | None, room: int) -> S
 def encode_examples(
     tokenizer: Any, examples: Sequence[Example], eos_id: int, bos_id: int | None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Prompt and answer ids of each example, int32; the answer ends with `eos_id`.
+    """Prompt and answer ids of each example, int32 arrays; the answer ends with `eos_id`.
 
     They are encoded apart, as decoding sees them: first a prompt, then an answer. A prompt without
-    a token is `bos_id`, or stays empty where that is None; nothing can be decoded or learnt from it
-    then.
+    a token becomes `bos_id`, or stays empty where that is None: then nothing can be decoded or
+    learnt from it.
     """
     first = [] if bos_id is None else [bos_id]
     prompts = tokenizer([e.prompt for e in examples])['input_ids']

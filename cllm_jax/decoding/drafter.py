@@ -1,4 +1,4 @@
-"""What a drafter proposes and what it learns of the target's verdict.
+"""What a drafter is, what it proposes, and what it learns of the target's verdict.
 
 A draft is a chain or a tree of N nodes. Node 0 is the pending token: already committed, not yet in
 the KV cache. In a chain node i+1 follows node i; in a tree each node says which one it follows. The
@@ -9,11 +9,15 @@ and never the answer.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+
+from cllm_jax.decoding.sampling import Sampling
 
 
 @struct.dataclass
@@ -27,6 +31,19 @@ class Draft:
     depth: int = struct.field(pytree_node=False, default=0)
     """For a tree: the most steps from node 0 to any other."""
 
+    @classmethod
+    def chain(cls, tokens_BN: jax.Array) -> 'Draft':
+        """A chain of which every token may be accepted."""
+        return cls(tokens_BN, jnp.ones_like(tokens_BN, bool))
+
+    @classmethod
+    def tree(
+        cls, tokens_BN: jax.Array, valid_BN: jax.Array, parent_N: np.ndarray, depth: int
+    ) -> 'Draft':
+        """A tree of the same form in every row."""
+        parent_BN = jnp.broadcast_to(jnp.asarray(parent_N)[None], tokens_BN.shape)
+        return cls(tokens_BN, jnp.broadcast_to(valid_BN, tokens_BN.shape), parent_BN, depth)
+
 
 @struct.dataclass
 class Verdict:
@@ -37,14 +54,14 @@ class Verdict:
     logits_BNV: jax.Array
     """Its scores there."""
     hidden_BND: jax.Array
-    """The target's last hidden state (behind the final norm) at each node."""
+    """The target's last hidden state (after the final norm) at each node."""
     path_BP: jax.Array
     """The nodes of the accepted path, the pending token first."""
     count_B: jax.Array
     """Tokens committed: as many of the path's nodes entered the cache. 0 for a finished row."""
     prompt_BTD: jax.Array | None = None
-    """After the prefill alone, for drafters with a true `reads_prompt`: the hidden states of the
-    whole prompt, its last token being the pending one, and of what the draft has behind it."""
+    """After the prefill alone, for drafters that set `reads_prompt`: the hidden states of the whole
+    prompt, whose last token is the pending one, and of the draft after it."""
 
 
 @struct.dataclass
@@ -68,35 +85,47 @@ class Sequences:
         return windows(self.tokens_BS, self.length_B, width)
 
 
-class Drafter(Protocol):
-    """A frozen dataclass, so that it can be a static argument of `jax.jit`.
+def setting(default: Any = dataclasses.MISSING) -> Any:
+    """A static field of a drafter."""
+    return struct.field(pytree_node=False, default=default)
 
-    `weights` is the drafter's own pytree (empty for the training-free ones) and `state` whatever
-    it carries from one iteration to the next: arrays with a row per prompt first, or a `Cache`.
+
+class Drafter(ABC):
+    """Proposes tokens; the loop decides. Every drafter is a `flax.struct.dataclass` of this type.
+
+    Its weights, if it has any, are leaves of the pytree; its settings are static (`setting`), so
+    that equal settings share a compilation. What `init`
+    returns is carried from one iteration to the next: arrays with a row per prompt first, or a
+    `Cache`. Everything here runs inside `jax.jit`: no Python control flow on values.
     """
 
-    @property
-    def nodes(self) -> int:
-        """N, the static number of tokens verified per forward."""
+    nodes: int
+    """N, the static number of tokens verified per forward; a field or a property."""
+    title: ClassVar[str] = ''
+    """What tables call it; the name of its class if empty."""
+    reads_prompt: ClassVar[bool] = False
+    """Whether `update` wants the hidden states of the whole prompt (`Verdict.prompt_BTD`)."""
+    typical: ClassVar[bool] = False
+    """Whether typical acceptance, which is lossy, is defined for it (`Sampling.typical`)."""
 
-    def init(self, weights: Any, sequences: Sequences) -> Any:
+    @abstractmethod
+    def draft(self, state: Any, sequences: Sequences, sampling: Sampling) -> tuple[Draft, Any]:
+        """Propose N nodes, of which node 0 is the pending token; and the state.
+
+        Args:
+          sampling: how the target chooses. A drafter that ranks by its own logits adds the noise of
+            their positions, so that it is accepted as far as both choose alike.
+        """
+
+    def init(self, sequences: Sequences) -> Any:
         """State before the first forward, when the last token of the prompt is pending."""
-
-    def draft(self, weights: Any, state: Any, sequences: Sequences) -> tuple[Draft, Any]:
-        """Propose N nodes; node 0 is the pending token."""
+        return ()
 
     def update(
-        self, weights: Any, state: Any, draft: Draft, verdict: Verdict, sequences: Sequences
+        self, state: Any, draft: Draft, verdict: Verdict, sequences: Sequences, sampling: Sampling
     ) -> Any:
         """Learn from the verification; `sequences` is as it was when `draft` was made."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A drafter that has weights, with them."""
-
-    drafter: Drafter
-    weights: Any
+        return state
 
 
 def windows(buffer_BS: jax.Array, start_B: jax.Array, width: int) -> jax.Array:

@@ -3,11 +3,12 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
+from cllm_jax.decoding.drafter import Drafter
+from cllm_jax.decoding.loop import Prompts
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.hf.load import Model
@@ -17,7 +18,7 @@ from cllm_jax.hf.load import Model
 class Request:
     """How to decode; the same for every prompt of a call."""
 
-    drafter: Any
+    drafter: Drafter
     max_tokens: int = 128
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
@@ -28,14 +29,14 @@ class Request:
     """Report the drafts of every iteration."""
 
     def __post_init__(self):
-        if isinstance(self.drafter, type) or not hasattr(self.drafter, 'draft'):
+        if not isinstance(self.drafter, Drafter):
             raise ConfigError(f'drafter {self.drafter!r}: must be one, such as Jacobi(block=16)')
         for name in ('max_tokens', 'batch', 'seed'):
             if not isinstance(value := getattr(self, name), int | np.integer):
                 raise ConfigError(f'{name} {value}: must be a whole number')
         at_least(self, max_tokens=1, batch=1)
         check_seed(self)
-        if self.sampling.typical and not getattr(self.drafter, 'typical_acceptance', False):
+        if self.sampling.typical and not self.drafter.typical:
             raise ConfigError(
                 f'typical {self.sampling.typical}: a lossy rule of Medusa, not of '
                 f'{type(self.drafter).__name__}; leave it out'
@@ -93,8 +94,8 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt; a list of ids is only checked.
 
     Raises:
-      ConfigError: text without a tokenizer or that is no Unicode, no token at all, or an id that is
-        no whole number of the vocabulary.
+      ConfigError: text without a tokenizer or that is not Unicode, no token at all, or an id that
+        is not a whole number of the vocabulary.
     """
     if not isinstance(prompt, str):
         try:
@@ -110,10 +111,10 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     else:
         try:
             prompt.encode()
-        except UnicodeEncodeError as e:  # half of a character, or a byte that is no UTF-8
+        except UnicodeEncodeError as e:  # half of a character, or a byte that is not UTF-8
             lone = prompt[e.start]
             raise ConfigError(
-                f'prompt {prompt[:40]!r}: {lone!r} is no character; pass UTF-8'
+                f'prompt {prompt[:40]!r}: {lone!r} is not a character; pass UTF-8'
             ) from None
         ids = model.tokenizer(prompt)['input_ids']
         if not ids and model.config.bos_id is not None:
@@ -126,6 +127,20 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
             'was the prompt made with another tokenizer?'
         )
     return ids
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], rows: int, width: int, max_tokens: int, keys: jax.Array
+) -> Prompts:
+    """A batch of `rows` prompts of `width` tokens; rows after the last prompt never run."""
+    tokens_BP, length_B = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+    max_tokens_B = np.zeros(rows, np.int32)
+    for i, ids in enumerate(prompts):
+        tokens_BP[i, : len(ids)] = ids
+        length_B[i], max_tokens_B[i] = len(ids), max_tokens
+    if rows > len(prompts):
+        keys = keys[np.minimum(np.arange(rows), len(prompts) - 1)]
+    return Prompts(tokens_BP, length_B, max_tokens_B, keys)
 
 
 def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> None:
@@ -143,6 +158,11 @@ def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> N
                 f'prompt {i}: {len(ids)} tokens + max_tokens {request.max_tokens} exceed the '
                 f"model's {limit} positions; shorten one of them"
             )
+
+
+def stop_ids(model: Model) -> np.ndarray:
+    """The ids that end an answer; -1, which is not a token, if there are none."""
+    return np.asarray(model.config.eos_ids or (-1,), np.int32)
 
 
 def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:

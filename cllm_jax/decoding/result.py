@@ -1,19 +1,51 @@
 """What a decode reports, per prompt."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+
+UNKNOWN = -1
+"""`Trajectory.right` where nobody can tell."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """The drafts one row verified: `states[i]` starts at answer offset `start[i]`.
+    """How a model answered one prompt: from the collector to the batch of a training step.
 
-    Slot 0 of a state is the pending token, the rest are guesses. `states` is int32 `[I, N]`.
+    Row s of `states` (int32 `[S, n]`) is a state of the Jacobi iteration and holds guesses for the
+    answer offsets `start[s] .. start[s] + n`; its first slots are already right. In block mode the
+    states of a block begin with its random start and end with its fixed point; those of a decode
+    are the drafts that its forwards verified. With S = 0 training makes states by chance.
     """
 
     states: np.ndarray
     start: np.ndarray
+    prompt: np.ndarray
+    answer: np.ndarray
+    """The fixed point, the stop token included if it was reached (`finished`)."""
+    forwards: int = 0
+    """Calls of the model, prefill included."""
+    id: str = ''
+    finished: bool = True
+    right: int = UNKNOWN
+    """Whether the answer is correct: 1, 0, or -1 where the task cannot tell."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What is known of one finished prompt; see `DecodeResult`."""
+
+    text: str | None
+    tokens: list[int]
+    accepted: list[int]
+    seconds: float
+    trajectory: Trajectory | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +65,16 @@ class DecodeResult:
     seconds: list[float]
     """Wall-clock from the prompt's prefill to its end, and of a compilation in between."""
     trajectories: list[Trajectory] | None = None
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer]) -> 'DecodeResult':
+        """The answers to several prompts, which have trajectories if any has."""
+        texts, tokens, accepted, seconds = (
+            [getattr(one, name) for one in answers]
+            for name in ('text', 'tokens', 'accepted', 'seconds')
+        )
+        traced = [one.trajectory for one in answers]
+        return cls(texts, tokens, accepted, seconds, None if None in traced else traced)
 
     @property
     def forwards(self) -> list[int]:

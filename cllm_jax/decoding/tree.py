@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft
+from cllm_jax.model.precision import product
 
 
 @struct.dataclass
@@ -34,16 +35,21 @@ def layout(draft: Draft) -> Layout:
     sees_BNN |= jnp.eye(nodes, dtype=bool)[None]
     for _ in range(math.ceil(math.log2(max(draft.depth, 1)))):
         step_BNN = sees_BNN.astype(jnp.float32)
-        sees_BNN = jnp.einsum('bij,bjk->bik', step_BNN, step_BNN) > 0
+        sees_BNN = product('bij,bjk->bik', step_BNN, step_BNN) > 0
     depth_BN = sees_BNN.sum(axis=2, dtype=jnp.int32) - 1
     return Layout(depth_BN, sees_BNN)
 
 
+def causal_mask(positions_BT: jax.Array, slots: int) -> jax.Array:
+    """What tokens at these positions see of a text that begins in slot 0, bool `[B, T, S]`."""
+    return jnp.arange(slots, dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
+
+
 def mask(where: Layout, length_B: jax.Array, slots: int) -> jax.Array:
     """What each node sees of the cache, bool `[B, N, S]`; node i is in slot `length + i`."""
-    slots_S = jnp.arange(slots, dtype=jnp.int32)
     if where.sees_BNN is None:
-        return slots_S[None, None] <= (length_B[:, None] + where.depth_BN)[:, :, None]
+        return causal_mask(length_B[:, None] + where.depth_BN, slots)
+    slots_S = jnp.arange(slots, dtype=jnp.int32)
     nodes = where.depth_BN.shape[1]
     node_BS = slots_S[None] - length_B[:, None]
     inside_BS = (node_BS >= 0) & (node_BS < nodes)
@@ -52,7 +58,7 @@ def mask(where: Layout, length_B: jax.Array, slots: int) -> jax.Array:
     return (node_BS < 0)[:, None] | own_BNS
 
 
-def before(draft: Draft, values_BNX: jax.Array) -> jax.Array:
+def at_parent(draft: Draft, values_BNX: jax.Array) -> jax.Array:
     """For each node what `values` has at the node that it follows; node 0 gets its own."""
     if draft.parent_BN is None:
         return jnp.concatenate([values_BNX[:, :1], values_BNX[:, :-1]], axis=1)
@@ -63,7 +69,7 @@ def before(draft: Draft, values_BNX: jax.Array) -> jax.Array:
 
 def accept(
     draft: Draft, where: Layout, y_BN: jax.Array, liked_BN: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The longest path whose every token is what the target chose after the node before it.
 
     Args:
@@ -73,14 +79,15 @@ def accept(
     Returns:
       How many nodes after the pending one are accepted, int32 `[B]`; the tokens that follow each
       other along the path, `[B, P]`, of which the first accepted + 1 count; and the path's nodes,
-      `[B, P]`, None for a chain, where node i is the i-th.
+      `[B, P]`.
     """
-    right_BN = draft.tokens_BN == before(draft, y_BN)
+    right_BN = draft.tokens_BN == at_parent(draft, y_BN)
     if liked_BN is not None:
         right_BN |= liked_BN
     right_BN = (right_BN & draft.valid_BN).at[:, 0].set(True)
     if draft.parent_BN is None:
-        path_BP, chosen_BP = None, y_BN
+        path_BP = jnp.broadcast_to(jnp.arange(y_BN.shape[1], dtype=jnp.int32)[None], y_BN.shape)
+        chosen_BP = y_BN
         count_B = jnp.cumprod(right_BN[:, 1:].astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
     else:
         right_BN = right_BN.at[:, 1:].set(right_BN[:, 1:] & (where.depth_BN[:, 1:] > 0))
@@ -93,9 +100,7 @@ def accept(
         count_B = on_path_BN.sum(axis=1, dtype=jnp.int32) - 1
         chosen_BP = jnp.take_along_axis(y_BN, path_BP, axis=1)
     if liked_BN is not None:  # else the two are the same
-        drafted_BP = draft.tokens_BN
-        if path_BP is not None:
-            drafted_BP = jnp.take_along_axis(drafted_BP, path_BP, axis=1)
+        drafted_BP = jnp.take_along_axis(draft.tokens_BN, path_BP, axis=1)
         steps_P = jnp.arange(drafted_BP.shape[1], dtype=jnp.int32)[None]
         following_BP = jnp.roll(drafted_BP, -1, axis=1)
         chosen_BP = jnp.where(steps_P < count_B[:, None], following_BP, chosen_BP)

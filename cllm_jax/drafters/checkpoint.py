@@ -11,40 +11,38 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from cllm_jax.decoding.drafter import Drafter, Loaded
-from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.drafters.eagle import Eagle
-from cllm_jax.drafters.medusa import Medusa
-from cllm_jax.drafters.redrafter import ReDrafter
-from cllm_jax.drafters.space import Space
-from cllm_jax.drafters.trained import borrow
+from cllm_jax.drafters.registry import TRAINED
+from cllm_jax.drafters.trained import TrainedDrafter, tables_of
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.files import explain, listed
+from cllm_jax.hf.files import explain, listed, make_readable
 from cllm_jax.hf.load import Model, tokenizer_fingerprint
-from cllm_jax.hf.weights import make_readable
+from cllm_jax.runs.atomic import replace_directory, temporary, write_atomic
 from cllm_jax.runs.checksums import SUMS, check_sums, write_sums
 from cllm_jax.runs.recipe import from_mapping, no_such, to_json
-from cllm_jax.runs.run_dir import replace_directory, temporary, write_atomic
 
-KINDS: dict[str, type] = {'medusa': Medusa, 'redrafter': ReDrafter, 'eagle': Eagle, 'space': Space}
 SETTINGS, WEIGHTS = 'drafter.json', 'drafter.safetensors'
 SETTINGS_BYTES = 1 << 20
-GIVEN = ('config', 'sampling')
-"""Fields that come from the model and from how it decodes, not from the file."""
+GIVEN = ('config', 'backend')
+"""Settings that come from the model and not from the file."""
 
 
-def write_drafter(directory: Path, drafter: Drafter, own: Any, model: Model) -> None:
+def settings_of(drafter: type[TrainedDrafter] | TrainedDrafter) -> list[str]:
+    """The names of a drafter's settings that its file holds."""
+    fields = dataclasses.fields(drafter)
+    static = [f.name for f in fields if not f.metadata.get('pytree_node', True)]
+    return [name for name in static if name not in GIVEN]
+
+
+def write_drafter(directory: Path, drafter: TrainedDrafter, model: Model) -> None:
     """Write a drafter of `model` with its weights; an older one there is replaced at once."""
-    kind = next(name for name, known in KINDS.items() if type(drafter) is known)
-    fields = [f.name for f in dataclasses.fields(drafter) if f.name not in GIVEN]
     about = {
-        'kind': kind,
-        'settings': {name: to_json(getattr(drafter, name)) for name in fields},
+        'kind': drafter.kind,
+        'settings': {name: to_json(getattr(drafter, name)) for name in settings_of(drafter)},
         'vocab_size': model.config.vocab_size,
         'dim': model.config.dim,
         'tokenizer': model.tokenizer and tokenizer_fingerprint(model.tokenizer),
     }
-    _write(directory, about, {name: np.asarray(leaf) for name, leaf in _named(own)})
+    _write(directory, about, {name: np.asarray(leaf) for name, leaf in _named(drafter.own)})
 
 
 def copy_drafter(source: Path, directory: Path, dtype: jnp.dtype) -> None:
@@ -71,13 +69,10 @@ def drafter_arrays(source: Path) -> dict[str, np.ndarray]:
     return _arrays(source)
 
 
-def read_drafter(
-    directory: Path, model: Model, sampling: Sampling | None = None, kind: str = ''
-) -> Loaded:
+def read_drafter(directory: Path, model: Model, kind: str = '') -> TrainedDrafter:
     """The drafter of a directory, or of a run that trained one, for `model`.
 
     Args:
-      sampling: how the target will decode; drafts then follow its noise.
       kind: what it has to be; '' for any.
 
     Raises:
@@ -87,22 +82,20 @@ def read_drafter(
     directory = _of_run(directory)
     about = _about(directory)
     if kind and about['kind'] != kind:
-        raise ConfigError(f'{directory}: holds a {about["kind"]} drafter, no {kind}; name that one')
+        raise ConfigError(
+            f'{directory}: holds a {about["kind"]} drafter, not {kind}; name that one'
+        )
     check_sums(directory)
     _check_model(directory, about, model)
-    known, given = KINDS[about['kind']], {'config': model.config, 'sampling': sampling}
-    names = {f.name for f in dataclasses.fields(known)}
-    given = {k: v for k, v in given.items() if k in names and v is not None}
+    known, given = TRAINED[about['kind']], {'config': model.config, 'backend': model.backend}
+    fields = {f.name for f in dataclasses.fields(known)}
+    given = {name: value for name, value in given.items() if name in fields}
     try:
         drafter = from_mapping(known, about['settings'], str(directory / SETTINGS), given)
     except TypeError as e:  # a setting without a default is missing
         raise DataError(f'{directory / SETTINGS}: {e}; copy it again') from None
-    if isinstance(drafter, Space):
-        if drafter.mask_id >= model.config.vocab_size:
-            raise ConfigError(f'{directory}: mask_id {drafter.mask_id} is no token of the model')
-        return Loaded(drafter, ())
-    tables = borrow(model, None)
-    shapes = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables.embed_VD, tables.head_VD)
+    drafter.check_model(model, str(directory))
+    shapes = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables_of(model.params))
     found = _arrays(directory)
     wanted = {name: leaf.shape for name, leaf in _named(shapes)}
     if {name: array.shape for name, array in found.items()} != wanted:
@@ -110,7 +103,8 @@ def read_drafter(
             f'{directory / WEIGHTS}: not the tensors that {SETTINGS} describes; copy it again'
         )
     arrays = [jnp.asarray(found[name], jnp.float32) for name in wanted]
-    return Loaded(drafter, borrow(model, jax.tree.unflatten(jax.tree.structure(shapes), arrays)))
+    own = jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+    return drafter.with_weights(own, model.params)
 
 
 def _of_run(directory: Path) -> Path:
@@ -123,7 +117,7 @@ def _write(directory: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]
     kept = sorted(p.name for p in directory.glob('*') if p.name not in (SETTINGS, WEIGHTS, SUMS))
     if kept:
         raise DataError(
-            f'{directory}: holds {listed(kept)}, which is no part of a drafter and would be lost; '
+            f'{directory}: holds {listed(kept)}, which is not part of a drafter and would be lost; '
             'choose another directory'
         )
     temp = temporary(directory)
@@ -145,7 +139,7 @@ def _about(directory: Path) -> dict[str, Any]:
     path = directory / SETTINGS
     try:
         if path.stat().st_size > SETTINGS_BYTES:
-            raise DataError(f'{path}: larger than 1 MiB; this is no drafter')
+            raise DataError(f'{path}: larger than 1 MiB; name the directory of a trained drafter')
         about = json.loads(path.read_text('utf-8'))
         if not isinstance(about['settings'], dict) or not isinstance(about['kind'], str):
             raise ValueError
@@ -155,8 +149,8 @@ def _about(directory: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f'{path}: not the description of a drafter; copy it again') from None
-    if about['kind'] not in KINDS:
-        raise ConfigError(f'{path}: {no_such("drafter", about["kind"], KINDS)}')
+    if about['kind'] not in TRAINED:
+        raise ConfigError(f'{path}: {no_such("drafter", about["kind"], TRAINED)}')
     return about
 
 
@@ -167,10 +161,8 @@ def _check_model(directory: Path, about: dict[str, Any], model: Model) -> None:
                 f'{directory}: made for a model with {name} {about.get(name)}, {model.source} has '
                 f'{getattr(model.config, name)}; use the drafter of this model'
             )
-    if model.tokenizer and about.get('tokenizer') not in (
-        None,
-        tokenizer_fingerprint(model.tokenizer),
-    ):
+    made_with = about.get('tokenizer')
+    if model.tokenizer and made_with not in (None, tokenizer_fingerprint(model.tokenizer)):
         raise ConfigError(
             f'{directory}: made with another tokenizer than that of {model.source}; use the '
             'drafter of this model'

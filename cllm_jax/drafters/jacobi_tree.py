@@ -3,17 +3,14 @@
 A forward over guesses gives a distribution for every place, of which plain Jacobi keeps the best
 token. Where a guess of a CLLM turns out wrong, the right token was most often its second choice
 (docs/ablations.md), so the places where that is likeliest get a branch: the second choice, and the
-window's own guesses behind it, verified in the same forward. Nothing more is trained.
+window's own guesses after it, verified in the same forward. Nothing more is trained.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cllm_jax.decoding.drafter import Draft, Sequences, Verdict, put, windows
-from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.decoding.drafter import Draft, Drafter, Sequences, Verdict, put, setting, windows
 from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
 from cllm_jax.drafters.trained import last_of, perturbed
 from cllm_jax.errors import ConfigError, at_least
@@ -32,15 +29,14 @@ class Choices:
     second_logp_BS: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class JacobiTree:
+@struct.dataclass
+class JacobiTree(Drafter):
     """A sliding window of `block` tokens, and `branches` branches of `reach` tokens each."""
 
-    block: int = 16
-    branches: int = 4
-    reach: int = 2
-    sampling: Sampling = Sampling()
-    """How the target chooses, whose noise then ranks the choices too."""
+    block: int = setting(16)
+    branches: int = setting(4)
+    reach: int = setting(2)
+    title = 'Jacobi tree'
 
     def __post_init__(self):
         Jacobi(self.block)  # checks it
@@ -54,12 +50,12 @@ class JacobiTree:
     def nodes(self) -> int:
         return self.block + self.branches * self.reach
 
-    def init(self, weights, sequences: Sequences) -> Choices:
+    def init(self, sequences: Sequences) -> Choices:
         guess_BS = initial_guesses(sequences)
         unknown = (jnp.full(guess_BS.shape, UNKNOWN) for _ in range(2))
         return Choices(guess_BS, jnp.zeros_like(guess_BS), *unknown)
 
-    def draft(self, weights, state: Choices, sequences: Sequences):
+    def draft(self, state: Choices, sequences: Sequences, sampling):
         best_Bn, second_Bn, best_logp_Bn, second_logp_Bn = (
             windows(x_BS, sequences.length_B, self.block) for x_BS in jax.tree.leaves(state)
         )
@@ -93,11 +89,11 @@ class JacobiTree:
         )
         return draft, state
 
-    def update(self, weights, state: Choices, draft: Draft, verdict: Verdict, sequences):
+    def update(self, state: Choices, draft: Draft, verdict: Verdict, sequences, sampling):
         node_Bn = self._carriers(draft, verdict)
         logits_BnV = jnp.take_along_axis(verdict.logits_BNV, node_Bn[:, :, None], axis=1)
         ahead_n = jnp.arange(1, self.block + 1, dtype=jnp.int32)
-        logits_BnV = perturbed(logits_BnV, sequences, ahead_n, self.sampling)
+        logits_BnV = perturbed(logits_BnV, sequences, ahead_n, sampling)
         best_Bn = jnp.take_along_axis(verdict.y_BN, node_Bn, axis=1)
         is_best_BnV = jnp.arange(logits_BnV.shape[2])[None, None] == best_Bn[:, :, None]
         rest_BnV = jnp.where(is_best_BnV, -jnp.inf, logits_BnV)

@@ -6,14 +6,12 @@ itself has written; it goes to a pool under its first token. In the same forward
 first token is the pending one are verified. Nothing is trained.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from cllm_jax.decoding.drafter import Draft
+from cllm_jax.decoding.drafter import Draft, Drafter, setting
 from cllm_jax.drafters.jacobi import Guesses, Jacobi, initial_guesses
 from cllm_jax.errors import ConfigError, at_least
 
@@ -32,18 +30,19 @@ class Ngrams:
     jacobi: Guesses
 
 
-@dataclasses.dataclass(frozen=True)
-class Lookahead:
+@struct.dataclass
+class Lookahead(Drafter):
     """Verify up to `guesses` n-grams per forward and extend a window of `window` columns.
 
-    With `block` above 1 a Jacobi window of that size is verified beside them, as a CLLM wants it:
+    With `block` above 1 a Jacobi window of that size is verified too, as a CLLM wants it:
     the draft then has all that `Jacobi(block)` has, and the n-grams.
     """
 
-    window: int = 7
-    ngram: int = 5
-    guesses: int = 7
-    block: int = 1
+    window: int = setting(7)
+    ngram: int = setting(5)
+    guesses: int = setting(7)
+    block: int = setting(1)
+    title = 'lookahead'
 
     def __post_init__(self):
         at_least(self, window=1, ngram=3, guesses=1)
@@ -58,17 +57,17 @@ class Lookahead:
     def nodes(self) -> int:
         return len(self._parents())
 
-    def init(self, weights, sequences):
+    def init(self, sequences):
         rows, levels = len(sequences.length_B), self.ngram - 1
         guess_BS = initial_guesses(sequences)
         window_BMW = guess_BS[:, : levels * self.window].reshape(rows, levels, self.window)
         pool_BPn = jnp.full((rows, KEPT * self.window, self.ngram), -1, jnp.int32)
         return Ngrams(window_BMW, pool_BPn, Guesses(guess_BS, None))
 
-    def draft(self, weights, state, sequences):
+    def draft(self, state, sequences, sampling):
         pending_B1 = sequences.window(1)
         rows = len(pending_B1)
-        chain, jacobi = Jacobi(self.block).draft(weights, state.jacobi, sequences)
+        chain, jacobi = Jacobi(self.block).draft(state.jacobi, sequences, sampling)
         comb = state.window_BMW.reshape(rows, -1)[:, 1:]
         match_BP = state.pool_BPn[:, :, 0] == pending_B1
         ages_1P = jnp.arange(match_BP.shape[1], dtype=jnp.int32)[None]
@@ -84,11 +83,11 @@ class Lookahead:
             jnp.repeat(known_BG, self.ngram - 1, axis=1),
         ]
         tokens_BN, valid_BN = jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
-        parent_BN = jnp.broadcast_to(jnp.asarray(self._parents())[None], tokens_BN.shape)
         depth = max(self.block - 1, self.window + self.ngram - 3, self.ngram - 1)
-        return Draft(tokens_BN, valid_BN, parent_BN, depth), state.replace(jacobi=jacobi)
+        draft = Draft.tree(tokens_BN, valid_BN, self._parents(), depth)
+        return draft, state.replace(jacobi=jacobi)
 
-    def update(self, weights, state, draft, verdict, sequences):
+    def update(self, state, draft, verdict, sequences, sampling):
         levels, width = self.ngram - 1, self.window
         comb = slice(self.block, self.block + levels * width - 1)
         comb_BC = jnp.concatenate([draft.tokens_BN[:, :1], draft.tokens_BN[:, comb]], axis=1)
@@ -104,7 +103,7 @@ class Lookahead:
         at_BW = jnp.where(at_BW <= width, at_BW - 1, jnp.arange(width, dtype=jnp.int32)[None])
         window_BMW = jnp.take_along_axis(grams_BnW[:, 1:], at_BW[:, None], axis=2)
         first = verdict.replace(y_BN=verdict.y_BN[:, : self.block])
-        jacobi = Jacobi(self.block).update(weights, state.jacobi, draft, first, sequences)
+        jacobi = Jacobi(self.block).update(state.jacobi, draft, first, sequences, sampling)
         return Ngrams(window_BMW, pool_BPn, jacobi)
 
     def _parents(self) -> np.ndarray:

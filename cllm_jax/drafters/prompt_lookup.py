@@ -6,33 +6,37 @@ documents (LLMA, arXiv 2304.04487) they are searched too: an answer that quotes 
 edited or retrieved text, is copied many tokens at a time.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from cllm_jax.decoding.drafter import Draft, Loaded
+from cllm_jax.decoding.drafter import Draft, Drafter, setting
 from cllm_jax.decoding.request import bucket, encode_each
 from cllm_jax.errors import at_least
 from cllm_jax.hf.load import Model
 
 BETWEEN = -1
-"""What stands between two references; no token is equal to it."""
+"""What stands between two references; no token equals it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptLookup:
-    """Propose the `block - 1` tokens behind the latest place that matches the longest suffix.
+@struct.dataclass
+class PromptLookup(Drafter):
+    """Propose the `block - 1` tokens after the latest place that matches the longest suffix.
 
     A match of `ngram` tokens is preferred to one of fewer, down to a single token, and one in the
     text so far to one in a reference. Where the match is closer than `block` tokens, the text from
-    it on is taken as a pattern that goes on. Its weights are the tokens of the references, if any:
-    `[R]` for all prompts, or `[B, R]`, a row for each of a batch that is not refilled.
+    it on is taken as a pattern that goes on.
     """
 
-    block: int = 8
-    ngram: int = 3
+    block: int = setting(8)
+    ngram: int = setting(3)
+    references: jax.Array | None = None
+    """Tokens of the references, if any: `[R]` for all prompts, or `[B, R]`, a row for each of a
+    batch that is not refilled."""
+    title = 'prompt lookup'
 
     def __post_init__(self):
         at_least(self, block=1, ngram=1)
@@ -41,14 +45,16 @@ class PromptLookup:
     def nodes(self) -> int:
         return self.block
 
-    def init(self, weights, sequences):
-        if not len(weights):
+    def init(self, sequences):
+        if self.references is None:
             return ()
-        return jnp.broadcast_to(weights, (len(sequences.tokens_BS), weights.shape[-1]))
+        return jnp.broadcast_to(
+            self.references, (len(sequences.tokens_BS), self.references.shape[-1])
+        )
 
-    def draft(self, weights, state, sequences):
+    def draft(self, state, sequences, sampling):
         tokens_BS, length_B1 = sequences.tokens_BS, sequences.length_B[:, None]
-        if len(weights):
+        if self.references is not None:
             tokens_BS = jnp.concatenate([state, tokens_BS], axis=1)
             length_B1 = length_B1 + state.shape[1]
         slots_1S = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
@@ -68,13 +74,10 @@ class PromptLookup:
         tokens_BN = jnp.concatenate([sequences.window(1), guess_BN], axis=1)
         return Draft(jnp.maximum(tokens_BN, 0), found_B1 & (tokens_BN >= 0)), state
 
-    def update(self, weights, state, draft, verdict, sequences):
-        return state
-
 
 def with_references(
     model: Model, references: Sequence[str | Sequence[int]], block: int = 8, ngram: int = 3
-) -> Loaded:
+) -> PromptLookup:
     """Prompt lookup in texts (or token ids) too, the same for every prompt of a call.
 
     Raises:
@@ -83,7 +86,7 @@ def with_references(
     encoded = encode_each(model, references, 'references')
     ids = [i for text in encoded for i in (*text, BETWEEN)][:-1]
     (padded,) = reference_rows([ids], 1, bucket(len(ids) + 1))  # few lengths to compile
-    return Loaded(PromptLookup(block, ngram), jnp.asarray(padded))
+    return PromptLookup(block, ngram, jnp.asarray(padded))
 
 
 def reference_rows(texts: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:

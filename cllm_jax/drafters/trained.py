@@ -1,24 +1,138 @@
-"""What trained drafters share: the target's tables, its last hidden state, and ranked guesses."""
+"""What trained drafters share: weights, the target's tables and last hidden state, what they learn.
 
-from typing import Any
+A trained drafter is one file: how it drafts, its weights (`new_weights`), its loss, which sizes it
+reads (`of_size`) and its title. `training/objective.py` trains any of them.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
-from cllm_jax.decoding.drafter import Sequences, Verdict
+from cllm_jax.decoding.drafter import Drafter, Sequences, Verdict
 from cllm_jax.decoding.sampling import Sampling, gumbel
+from cllm_jax.errors import at_least
 from cllm_jax.hf.load import Model
 
 
-@struct.dataclass
-class HeadWeights:
-    """The weights of a trained drafter, and what it borrows from the target."""
+@dataclasses.dataclass(frozen=True)
+class HeadsConfig:
+    """Sizes of a drafter that is trained; each method reads those it has."""
 
-    own: Any
+    nodes: int = 16
+    """Medusa, ReDrafter, EAGLE: tokens verified per forward, the pending one included."""
+    ahead: int = 4
+    """Tokens guessed ahead: Medusa's heads, the length of ReDrafter's beams and the depth of
+    EAGLE's tree, SPACE's masks."""
+    beams: int = 4
+    """ReDrafter: beams; EAGLE: nodes extended per level."""
+    layers: int = 2
+    """ReDrafter: residual layers."""
+    own_table: bool = True
+    """Medusa, ReDrafter: an output table of its own (of each head), instead of the model's."""
+    joint: bool = False
+    """Medusa, ReDrafter, EAGLE: train the model too (Medusa-2)."""
+    joint_weight: float = 0.2
+    """Weight of the drafter's loss next to the model's, if joint."""
+
+    def __post_init__(self):
+        at_least(self, nodes=2, ahead=1, beams=1, layers=0, joint_weight=0)
+
+
+@struct.dataclass
+class TargetTables:
+    """What a drafter borrows from the target."""
+
     embed_VD: jax.Array
     head_VD: jax.Array
     """The target's output table; the embedding where they are tied."""
+
+
+def tables_of(params: Any) -> TargetTables:
+    """The tables of a model's parameters."""
+    return TargetTables(params['embed'], params.get('head', params['embed']))
+
+
+@struct.dataclass
+class AnswerBatch:
+    """What a drafter learns from: answers, and what the target computed on the way to them.
+
+    The rows are packed clean text (`training/packing.py`). Answer token a of a row is chosen after
+    the hidden state at `rows_BA[a]`.
+    """
+
+    hidden_BTD: jax.Array
+    """float32 last hidden states."""
+    tokens_BT: jax.Array
+    positions_BT: jax.Array
+    mask_BTT: jax.Array
+    rows_BA: jax.Array
+    labels_BA: jax.Array
+    weight_BA: jax.Array
+    later_A: jax.Array
+    """Total weight of all labels from each place on, over the whole batch."""
+
+    @property
+    def hidden_BAD(self) -> jax.Array:
+        """The hidden states after which answer tokens are chosen."""
+        return jnp.take_along_axis(self.hidden_BTD, self.rows_BA[:, :, None], axis=1)
+
+    def later(self, by: int) -> tuple[jax.Array, jax.Array]:
+        """The labels `by` places later, and their weights: 0 where the answer ended earlier."""
+        by = min(by, self.labels_BA.shape[1])
+        pad = ((0, 0), (0, by))
+        return jnp.pad(self.labels_BA[:, by:], pad), jnp.pad(self.weight_BA[:, by:], pad)
+
+    def scored(self, logits_BAV: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+        """Mean cross-entropy of scores for the labels `by` places later, and the share of right
+        first guesses."""
+        (labels_BA, weight_BA), total = self.later(by), jnp.maximum(self.later_A[by], 1e-9)
+        right_BA = (jnp.argmax(logits_BAV, axis=-1) == labels_BA).astype(jnp.float32)
+        loss_BA = optax.softmax_cross_entropy_with_integer_labels(logits_BAV, labels_BA)
+        return (loss_BA * weight_BA).sum() / total, (right_BA * weight_BA).sum() / total
+
+
+class TrainedDrafter(Drafter):
+    """A drafter with weights of its own, or one that needs a model trained for it (SPACE).
+
+    Its fields `own` (a tree of named arrays) and `tables` are None until `with_weights`.
+    """
+
+    kind: ClassVar[str]
+    """Its name in the registry, in recipes and in `drafter.json`."""
+    trains_model: ClassVar[bool] = False
+    """Whether it is the model itself that learns to draft."""
+
+    @classmethod
+    def of_size(cls, sizes: HeadsConfig, model: Model) -> Self:
+        """The drafter to train for a model, without weights.
+
+        Raises:
+          ConfigError: sizes that the method cannot have.
+        """
+        raise NotImplementedError
+
+    def check_model(self, model: Model, where: str) -> None:
+        """Raise ConfigError, naming `where` it is from, for a model that it cannot draft for."""
+
+    def new_weights(self, key: jax.Array, tables: TargetTables) -> Any:
+        """Weights to begin with."""
+        return {}
+
+    def with_weights(self, own: Any, params: Any) -> Self:
+        """The same drafter with weights, for a model with these parameters."""
+        return self.replace(own=own, tables=tables_of(params))
+
+    def loss(self, answers: AnswerBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of its weights, a float32 scalar, and metrics."""
+        raise NotImplementedError
+
+    def calibrated(self, answers: AnswerBatch) -> Self:
+        """The drafter with whatever settings it chooses by how well it does on some answers."""
+        return self
 
 
 @struct.dataclass
@@ -29,30 +143,23 @@ class LastHidden:
     known_B: jax.Array
     """False before the first forward."""
 
+    @classmethod
+    def unknown(cls, tables: TargetTables, sequences: Sequences) -> Self:
+        """The state before the first forward."""
+        rows, width = len(sequences.length_B), tables.embed_VD.shape[1]
+        return cls(jnp.zeros((rows, width)), jnp.zeros(rows, bool))
 
-def borrow(model: Model, own: Any) -> HeadWeights:
-    """A drafter's weights beside the tables of `model`."""
-    params = model.params
-    return HeadWeights(own, params['embed'], params.get('head', params['embed']))
-
-
-def unknown(weights: HeadWeights, sequences: Sequences) -> LastHidden:
-    """The state before the first forward."""
-    rows, width = len(sequences.length_B), weights.embed_VD.shape[1]
-    return LastHidden(jnp.zeros((rows, width)), jnp.zeros(rows, bool))
+    def after(self, verdict: Verdict) -> Self:
+        """The state after a verification; that of a finished row is never used."""
+        at_B11 = last_of(verdict)[:, :, None]
+        hidden_BD = jnp.take_along_axis(verdict.hidden_BND, at_B11, axis=1)[:, 0]
+        return LastHidden(hidden_BD.astype(jnp.float32), jnp.ones_like(self.known_B))
 
 
 def last_of(verdict: Verdict) -> jax.Array:
-    """The node behind which the new pending token was chosen, int32 `[B, 1]`."""
+    """The node after which the new pending token was chosen, int32 `[B, 1]`."""
     at_B1 = jnp.maximum(verdict.count_B - 1, 0)[:, None]
     return jnp.take_along_axis(verdict.path_BP, at_B1, axis=1)
-
-
-def follow(state: LastHidden, verdict: Verdict) -> LastHidden:
-    """The state after a verification; that of a finished row is of no use any more."""
-    at_B11 = last_of(verdict)[:, :, None]
-    hidden_BD = jnp.take_along_axis(verdict.hidden_BND, at_B11, axis=1)[:, 0]
-    return LastHidden(hidden_BD.astype(jnp.float32), jnp.ones_like(state.known_B))
 
 
 def perturbed(

@@ -14,32 +14,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from cllm_jax.decoding.drafter import Draft
+from cllm_jax.decoding.drafter import Draft, Drafter, setting
 from cllm_jax.decoding.engine import run_until, start
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.hf.load import Model
 
 ITERATIONS = 96
 """Forwards per measurement. To start the loop and to wait for it takes as long as several forwards
-of a small model with one token, and is no part of their time."""
+of a small model with one token, and is not part of their time."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Stall:
-    """A drafter that is never right: `nodes` tokens are verified and one is kept."""
+@struct.dataclass
+class NeverRight(Drafter):
+    """`size` tokens are verified in every forward, and one is kept."""
 
-    nodes: int
+    size: int = setting()
 
-    def init(self, weights, sequences):
-        return ()
+    @property
+    def nodes(self) -> int:
+        return self.size
 
-    def draft(self, weights, state, sequences):
+    def draft(self, state, sequences, sampling):
         tokens_BN = jnp.broadcast_to(sequences.window(1), (len(sequences.length_B), self.nodes))
         return Draft(tokens_BN, jnp.zeros_like(tokens_BN, bool)), state
-
-    def update(self, weights, state, draft, verdict, sequences):
-        return state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ def costs(
     model = endless(model)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-    requests = {n: Request(Stall(n), ITERATIONS + 1, batch=batch) for n in nodes}
+    requests = {n: Request(NeverRight(n), ITERATIONS + 1, batch=batch) for n in nodes}
     seconds: dict[int, list[tuple[float, float]]] = {n: [] for n in nodes}
     for _ in range(repeats + 1):
         for n, request in requests.items():
@@ -92,9 +91,9 @@ def costs(
 def _once(model: Model, request: Request, prompts: list[list[int]]) -> tuple[float, float]:
     keys = row_keys(0, range(len(prompts)))
     begin = time.perf_counter()
-    state = jax.block_until_ready(start(model, request, prompts, keys, ()))
+    state = jax.block_until_ready(start(model, request, prompts, keys))
     middle = time.perf_counter()
-    state = run_until(model, request, (), state, ITERATIONS + 1)
+    state = run_until(model, request, state, ITERATIONS + 1)
     jax.block_until_ready(state)
     end = time.perf_counter()
     assert int(state.iteration) == ITERATIONS + 1

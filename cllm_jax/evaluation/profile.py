@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from cllm_jax.decoding.engine import advance_of, run_until, start, stop_ids
+from cllm_jax.decoding.engine import decoder_of, run_until, start
+from cllm_jax.decoding.loop import programs
 from cllm_jax.decoding.request import Request, row_keys
-from cllm_jax.evaluation.forward_cost import ITERATIONS, Stall, endless
+from cllm_jax.evaluation.forward_cost import ITERATIONS, NeverRight, endless
 from cllm_jax.hf.load import Model
 
 PARTS = (
@@ -35,27 +36,27 @@ INSTRUCTION = re.compile(r'\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]\S* ([\w\-
 OPERATION = re.compile(r'op_name="([^"]*)"')
 
 
-def parts(model: Model, nodes: int, prompt: int = 64) -> dict[str, float]:
+def milliseconds_by_part(model: Model, nodes: int, prompt: int = 64) -> dict[str, float]:
     """Milliseconds per iteration of the loop, batch 1, by part; `whole` is their sum."""
-    model, request = endless(model), Request(Stall(nodes), ITERATIONS + 1)
+    model, request = endless(model), Request(NeverRight(nodes), ITERATIONS + 1)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, prompt)).tolist()
 
     def begin() -> Any:
-        return jax.block_until_ready(start(model, request, ids, row_keys(0, [0]), ()))
+        return jax.block_until_ready(start(model, request, ids, row_keys(0, [0])))
 
     state = begin()
     bound = (np.int32(ITERATIONS + 1), np.int32(1))
-    fixed = (model.module, model.params, request.drafter, (), request.sampling, stop_ids(model))
-    program = advance_of(model).lower(*fixed, *bound, state).compile().as_text()
-    jax.block_until_ready(run_until(model, request, (), state, ITERATIONS + 1))
+    lowered = programs(model.backend).advance.lower(decoder_of(model, request), *bound, state)
+    program = lowered.compile().as_text()
+    jax.block_until_ready(run_until(model, request, state, ITERATIONS + 1))
     state = begin()
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
-            jax.block_until_ready(run_until(model, request, (), state, ITERATIONS + 1))
+            jax.block_until_ready(run_until(model, request, state, ITERATIONS + 1))
         (path,) = glob.glob(f'{directory}/**/*.trace.json.gz', recursive=True)
         with gzip.open(path) as file:
             events = json.load(file)['traceEvents']
-    part_of = _parts_of(program, model.config.vocab_size)
+    part_of = _part_of_each(program, model.config.vocab_size)
     spent: Counter = Counter(dict.fromkeys([name for name, _ in PARTS] + ['other'], 0.0))
     for event in events:
         if event.get('ph') == 'X' and event['name'] in part_of:
@@ -63,7 +64,7 @@ def parts(model: Model, nodes: int, prompt: int = 64) -> dict[str, float]:
     return dict(spent) | {'whole': sum(spent.values())}
 
 
-def _parts_of(program: str, vocabulary: int) -> dict[str, str]:
+def _part_of_each(program: str, vocabulary: int) -> dict[str, str]:
     """The part of every instruction of a compiled program that runs by itself."""
     found = {}
     for line in program.split('\n'):

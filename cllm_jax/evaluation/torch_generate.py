@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cllm_jax.decoding.request import encode
 from cllm_jax.hf.load import Model
-from cllm_jax.hf.weights import write_model
+from cllm_jax.hf.write import write_model
 
 LOOKUP_TOKENS = 10
 """Draft length of prompt lookup, the value of its documentation."""
@@ -27,7 +27,7 @@ def generate_speed(
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / 'model'
-        write_model(path, model.config, model.params, dtype='float32')
+        write_model(path, model, dtype='float32')
         network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     end = list(model.config.eos_ids)
     shared = {'max_new_tokens': max_tokens, 'do_sample': False, 'eos_token_id': end or None}

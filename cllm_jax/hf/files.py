@@ -1,21 +1,26 @@
-"""The safetensors files of a model directory: which they are, what they hold, what is wrong.
+"""The files of a model directory: which hold the weights, what is in them, what is wrong.
 
-Nothing outside the directory is opened, nothing is unpickled, and only headers are read here.
+Nothing outside the directory is opened, and nothing is unpickled.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cllm_jax.errors import DataError
-from cllm_jax.model.config import one_line
+from cllm_jax.errors import DataError, one_line
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
-INDEX_BYTES = 64 << 20
+INDEX_MIB = 64
+WEIGHTS_NAME = re.compile(r'[^/]+\.safetensors')
 LISTED = 10
 
 
@@ -26,6 +31,38 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+
+def listed(names: list[str]) -> str:
+    """At most ten names, and how many more there are."""
+    more = f' and {len(names) - LISTED} more' if len(names) > LISTED else ''
+    return ', '.join(one_line(name) for name in names[:LISTED]) + more
+
+
+def read_json(path: Path, most_mib: int = 1) -> dict[str, Any]:
+    """The JSON object of a small file.
+
+    Raises:
+      DataError: there is no such file, it is too large, or it holds something else.
+    """
+    if not path.is_file():
+        raise DataError(f'{path}: no such file; name a directory that holds a whole model')
+    try:
+        size = path.stat().st_size
+        if size > most_mib << 20:
+            raise DataError(
+                f'{path}: {size} bytes, at most {most_mib} MiB expected; fetch the file again'
+            )
+        data = json.loads(path.read_text('utf-8'))
+    except OSError as e:
+        raise DataError(f'{path}: {e.strerror or e}; make the file readable') from None
+    except (ValueError, RecursionError):
+        raise DataError(f'{path}: not valid JSON; fetch the file again') from None
+    if not isinstance(data, dict):
+        raise DataError(
+            f'{path}: a JSON {type(data).__name__}, an object expected; fetch the file again'
+        )
+    return data
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -45,32 +82,27 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _indexed_files(directory: Path, index: Path) -> list[Path]:
     try:
-        if index.stat().st_size > INDEX_BYTES:
-            raise DataError(f'{index}: larger than 64 MiB; fetch the file again')
-        names = dict.fromkeys(json.loads(index.read_text('utf-8'))['weight_map'].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise DataError(f'{index}: not a safetensors index; fetch the file again') from None
+        names = dict.fromkeys(read_json(index, INDEX_MIB)['weight_map'].values())
+    except (DataError, KeyError, TypeError, AttributeError):
+        raise DataError(
+            f'{index}: not a safetensors index of at most {INDEX_MIB} MiB; fetch the file again'
+        ) from None
     home = directory.resolve()
     # The hub's cache links every file of snapshots/REVISION into blobs/.
     homes = [home, home.parents[1] / 'blobs'] if home.parent.name == 'snapshots' else [home]
     for name in names:
-        shown = one_line(ascii(name))
-        if (
-            not isinstance(name, str)
-            or name != Path(name).name
-            or Path(name).suffix != '.safetensors'
-        ):
+        says = f'{index}: names {one_line(ascii(name))}'
+        if not isinstance(name, str) or not WEIGHTS_NAME.fullmatch(name):
             raise DataError(
-                f'{index}: names {shown}; only a *.safetensors file of the same directory is '
-                'opened, fetch the index again'
+                f'{says}; only a *.safetensors file of the same directory is opened, fetch the '
+                'index again'
             )
         path = directory / name
         if not os.path.isfile(path):
-            raise DataError(f'{index}: names {shown}, which is no file here; fetch that file too')
+            raise DataError(f'{says}, which is not a file here; fetch that file too')
         if not any(path.resolve().is_relative_to(h) for h in homes):
             raise DataError(
-                f'{index}: names {shown}, a link that leads out of the directory; '
-                'copy the file itself here'
+                f'{says}, a link that leads out of the directory; copy the file itself here'
             )
     return [directory / name for name in names]
 
@@ -91,6 +123,20 @@ def explain(path: Path, error: Exception) -> DataError:
     return DataError(f'{path}: damaged safetensors file ({one_line(error, 120)}); fetch it again')
 
 
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file to read from in a `with` block.
+
+    Raises:
+      DataError: the file is damaged; see `explain`.
+    """
+    try:
+        with safe_open(path, framework='np') as f:
+            yield f
+    except (SafetensorError, OSError, ValueError) as e:
+        raise explain(path, e) from None
+
+
 def read_headers(directory: Path) -> dict[str, Stored]:
     """Every tensor of a model directory by name; reads no weights.
 
@@ -99,24 +145,24 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for path in _weight_files(directory):
-        try:
-            with safe_open(path, framework='np') as f:
-                names = list(f.keys())
-                slices = [f.get_slice(name) for name in names]
-                stored = [Stored(path, tuple(s.get_shape()), s.get_dtype()) for s in slices]
-        except (SafetensorError, OSError, ValueError) as e:
-            raise explain(path, e) from None
-        if twice := sorted(found.keys() & set(names)):
+        stored = {}
+        with open_tensors(path) as f:
+            for name in f.keys():  # noqa: SIM118
+                tensor = f.get_slice(name)
+                stored[name] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
+        if twice := sorted(found.keys() & stored.keys()):
             raise DataError(
                 f'{path}: {listed(twice)} also in {found[twice[0]].file.name}; '
                 'delete the stale one of the two files'
             )
-        found |= dict(zip(names, stored, strict=True))
+        found |= stored
     # Old checkpoints store this constant of the architecture.
     return {k: v for k, v in found.items() if not k.endswith('rotary_emb.inv_freq')}
 
 
-def listed(names: list[str]) -> str:
-    """At most ten names, and how many more there are."""
-    more = f' and {len(names) - LISTED} more' if len(names) > LISTED else ''
-    return ', '.join(one_line(name) for name in names[:LISTED]) + more
+def make_readable(directory: Path) -> None:
+    """Every file as readable as its JSON files (safetensors writes mode 0600)."""
+    mode = stat.S_IMODE(next(directory.glob('*.json')).stat().st_mode)
+    for path in directory.rglob('*'):
+        if path.is_file():
+            path.chmod(mode)

@@ -1,6 +1,7 @@
 """Opening a model by name: an embedded one, a directory, a run, or a hub id."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -13,18 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.weights import DTYPES, abstract_params, read_model
-from cllm_jax.model.config import LlamaConfig, one_line, read_config
-from cllm_jax.model.llama import Llama, param_axes
+from cllm_jax.errors import ConfigError, DataError, one_line
+from cllm_jax.hf.config import read_config
+from cllm_jax.hf.weights import DTYPES, read_model
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.model.llama import Llama
 from cllm_jax.runs.checksums import SUMS, sha256
-from cllm_jax.runs.run_dir import has_begun
-from cllm_jax.runtime.sharding import param_shardings
+from cllm_jax.runtime.backend import Backend, backend_for, backend_of
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
-EMBEDDED_ROOT = 'runs/embedded'
-"""Where the embedded models would be trained again; until then they stand for its runs."""
 MIXED = 'mixed'
 Precision = Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16']
 HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
@@ -44,15 +43,21 @@ class Model:
     source: str
     """What the user called it."""
 
+    @functools.cached_property
+    def backend(self) -> Backend:
+        """What suits the devices that the weights live on."""
+        return backend_of(self.params)
+
     @property
     def module(self) -> Llama:
         """The Linen module; equal for equal configs, so it shares compilations."""
         dtype, matrices = self.params['norm'].dtype, self.params['embed'].dtype
-        return Llama(self.config, dtype, None if matrices == dtype else matrices)
+        compute = None if matrices == dtype else matrices
+        return Llama(self.config, dtype, compute, backend=self.backend)
 
 
 def chosen(dtype: str) -> str:
-    """What 'auto' stands for: float32 on CPU, bfloat16 on accelerators. Other names stay.
+    """What 'auto' stands for on the devices that are here (`Backend`). Other names stay.
 
     Raises:
       ConfigError: an unknown name.
@@ -62,18 +67,19 @@ def chosen(dtype: str) -> str:
         raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {known}')
     if dtype != 'auto':
         return dtype
-    return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    return backend_for(jax.devices()).default_dtype
 
 
 def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
-    """The local directory behind a model's name.
+    """The local directory of the model that a name stands for.
 
     `embedded` and `embedded-target` ship with the package. A path never touches the network. A name
-    of the form `owner/name` that is no directory is fetched with `huggingface_hub`: those of its
+    of the form `owner/name` that is not a directory is fetched with `huggingface_hub`: those of its
     files that match `files`.
 
     Raises:
-      ConfigError: no such directory, and not a hub id; or the hub does not deliver it.
+      ConfigError: there is no such directory, and it is not a hub id; or the hub does not deliver
+        it.
       DataError: this installation lacks the embedded model.
     """
     if name in EMBEDDED:
@@ -110,7 +116,7 @@ def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
 
 
 def peek(name: str) -> LlamaConfig:
-    """The architecture behind a model's name; of a hub id only that file is fetched.
+    """The architecture of the model that a name stands for; from the hub comes only config.json.
 
     Raises:
       ConfigError, DataError: see `resolve` and `read_config`.
@@ -143,18 +149,14 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
       name: see `resolve`; a run directory means its best exported checkpoint.
       dtype: 'float32', 'bfloat16', 'float16', or 'mixed': bfloat16 matrices, cache and products,
         float32 everywhere else. 'auto' is what suits the device.
-      mesh: devices that share the weights (`parallel/`); None for one device.
+      mesh: devices that share the weights (`runtime/mesh.py`); None for one device.
 
     Raises:
       ConfigError, DataError: see `resolve`, `read_config` and `read_model`.
     """
     dtype = chosen(dtype)
     directory = resolve(name)
-
-    def place(config: LlamaConfig) -> Any:
-        return mesh and param_shardings(param_axes(config), abstract_params(config), mesh)
-
-    config, params = read_model(directory, storage(dtype), place)
+    config, params = read_model(directory, storage(dtype), mesh)
     if dtype == MIXED:
         params = mixed(params)
     return Model(config, params, read_tokenizer(directory), name)
@@ -202,10 +204,9 @@ def fingerprint(model: Model) -> str:
 
 
 def files_fingerprint(directory: Path) -> str:
-    """sha256 of what a model directory says of itself, without a look at its weights.
+    """sha256 of a model directory's sums (`checksums.py`); its weights are not read.
 
-    That is its sums where it has them (`sums.py`), else config.json and the weights' names and
-    sizes.
+    Without sums: of config.json, and of the names and sizes of its weights' files.
     """
     if (directory / SUMS).exists():
         return sha256(directory / SUMS)
@@ -219,23 +220,3 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 of the vocabulary: token ids mean the same under equal fingerprints."""
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()
-
-
-def named_or(name: str, run: str, embedded: str) -> str:
-    """The model the user named, else the one of a run directory, ROOT/STAGE.
-
-    Only where ROOT is `EMBEDDED_ROOT`, the embedded model takes the place of one that is not there,
-    until its run has begun.
-
-    Raises:
-      ConfigError: no model is named, and there is none.
-    """
-    if name or any((Path(run) / made).exists() for made in ('model', 'config.json')):
-        return name or run
-    if has_begun(Path(run)):
-        raise ConfigError(
-            f'{run}: has no model yet; run that stage to its first test, or name another model'
-        )
-    if Path(run).parent == Path(EMBEDDED_ROOT):
-        return embedded
-    raise ConfigError(f'{run}: has no model; run that stage first, or name another model')

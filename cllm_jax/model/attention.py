@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from cllm_jax.model.config import RopeScaling
 from cllm_jax.model.precision import product, rounded, transposed
+from cllm_jax.runtime.backend import ANY, Backend
 
 NEVER = -1e30
 """Score of a masked key: its weight underflows to exactly 0, and no row becomes NaN."""
@@ -20,6 +21,7 @@ def attend(
     v_KBSH: jax.Array,
     mask_BTS: jax.Array,
     compute: jnp.dtype | None = None,
+    backend: Backend = ANY,
     rounded_kv: bool = False,
 ) -> jax.Array:
     """Grouped-query attention; query t of a row sees exactly the keys its mask row allows.
@@ -28,8 +30,8 @@ def attend(
     be divided among devices by B, so training keeps them apart. Scores and softmax are float32
     whatever the inputs; `compute` is the dtype of what is multiplied (see `product`), None for the
     queries' own. With `rounded_kv` keys and values have been rounded to it already, and are
-    multiplied in the dtype they come in, be it wider (`cache.py`). A query with no visible key
-    (padding) averages all values; its result is never used.
+    multiplied in the dtype they come in, also where that is wider (`cache.py`). A query without a
+    visible key (padding) averages all values; its result is never used.
     """
     batch, queries, _, width = q_BTNH.shape
     groups = math.prod(k_KBSH.shape[:-2]) // batch
@@ -39,17 +41,17 @@ def attend(
     compute = jnp.dtype(compute or q_BTNH.dtype)
     multiplied = k_KBSH.dtype if rounded_kv else compute
     q_KBXH = q_KBXH if multiplied == compute else rounded(q_KBXH, compute).astype(multiplied)
-    o_KBXH = _attend(multiplied, compute, q_KBXH, k_KBSH, v_KBSH, mask_BTS)
+    o_KBXH = _attend(multiplied, compute, backend, q_KBXH, k_KBSH, v_KBSH, mask_BTS)
     o_KBGTH = o_KBXH.astype(q_BTNH.dtype).reshape(groups, batch, -1, queries, width)
     return o_KBGTH.transpose(1, 3, 0, 2, 4).reshape(q_BTNH.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(compute, precision, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
-    return _attend_forward(compute, precision, q_KBXH, k_KBSH, v_KBSH, mask_BTS)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(compute, precision, backend, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
+    return _attend_forward(compute, precision, backend, q_KBXH, k_KBSH, v_KBSH, mask_BTS)[0]
 
 
-def _attend_forward(compute, precision, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
+def _attend_forward(compute, precision, backend, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
     batch, queries, slots = mask_BTS.shape
     scores = product('...XH,...SH->...XS', q_KBXH, k_KBSH, compute)
     by_mask = scores.reshape(-1, batch, q_KBXH.shape[-2] // queries, queries, slots)
@@ -61,7 +63,7 @@ def _attend_forward(compute, precision, q_KBXH, k_KBSH, v_KBSH, mask_BTS):
     return o_KBXH, (q_KBXH, k_KBSH, v_KBSH, p_KBXS, o_KBXH)
 
 
-def _attend_backward(compute, precision, saved, do_KBXH):
+def _attend_backward(compute, precision, backend, saved, do_KBXH):
     # The softmax's own rule sums dp * p over the keys, which XLA's CPU backend does so slowly that
     # it took a quarter of a training step; do * o over the head width is the same number
     # (FlashAttention, arXiv 2205.14135, appendix B.2).
@@ -70,17 +72,19 @@ def _attend_backward(compute, precision, saved, do_KBXH):
     sums_KBX1 = (do_KBXH * o_KBXH).sum(-1, keepdims=True)
     ds_KBXS = (p_KBXS.astype(jnp.float32) * (dp_KBXS - sums_KBX1)).astype(compute)
     dq_KBXH = product('...XS,...SH->...XH', ds_KBXS, k_KBSH, compute)
-    dk_KBSH = key_gradient(ds_KBXS, q_KBXH, compute)
-    dv_KBSH = key_gradient(p_KBXS, do_KBXH, compute)
+    dk_KBSH = key_gradient(ds_KBXS, q_KBXH, compute, backend)
+    dv_KBSH = key_gradient(p_KBXS, do_KBXH, compute, backend)
     grads = zip((dq_KBXH, dk_KBSH, dv_KBSH), (q_KBXH, k_KBSH, v_KBSH), strict=True)
     return (*(d.astype(x.dtype) for d, x in grads), None)
 
 
-def key_gradient(w_KBXS: jax.Array, x_KBXH: jax.Array, compute: jnp.dtype) -> jax.Array:
+def key_gradient(
+    w_KBXS: jax.Array, x_KBXH: jax.Array, compute: jnp.dtype, backend: Backend
+) -> jax.Array:
     """Sum over the queries of their weight for a key times what they have, `[..., S, H]`."""
     # Of the possible orders the one that transposes small arrays.
-    y_KBHS = product('...HX,...XS->...HS', transposed(x_KBXH.astype(compute)), w_KBXS, compute)
-    return transposed(y_KBHS)
+    x_KBHX = transposed(x_KBXH.astype(compute), backend)
+    return transposed(product('...HX,...XS->...HS', x_KBHX, w_KBXS, compute), backend)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -105,6 +109,6 @@ def rope_tables(
 
 @jax.named_scope('rope')
 def rotate(x_BTNH: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Rotary embedding on the two halves of each head, Hugging Face's weight order."""
+    """Rotary embedding on the two halves of each head."""
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)

@@ -21,10 +21,8 @@ class Cache:
     carry to a product, in every layer of every forward: one array for all layers, tokens before
     heads, or batch and heads as two axes each cost more than the products themselves.
 
-    On CPUs a bfloat16 cache holds the bits, as uint16: XLA's CPU backend would write a few rows by
-    converting all of them to float32 and back. It also multiplies one query with bfloat16 keys by
-    converting those; so a cache that is read by one query at a time is float32, with values that
-    bfloat16 has.
+    A bfloat16 cache may hold the bits, as uint16, or the values as float32: see
+    `Backend.cache_dtype`.
     """
 
     k_RSH: tuple[jax.Array, ...]
@@ -35,22 +33,13 @@ class Cache:
         return self.k_RSH[0].shape[1]
 
 
-def init_cache(
-    config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype, one_query: bool = False
-) -> Cache:
-    """An empty cache for values of `dtype`, to be read by several queries at a time or by one.
+def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache of arrays of `dtype` (`Backend.cache_dtype`).
 
     Separate buffers throughout, since one buffer cannot be donated twice.
     """
-    shape, dtype = (config.kv_heads * batch, slots, config.head_dim), _kept(dtype, one_query)
+    shape = (config.kv_heads * batch, slots, config.head_dim)
     return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in 'kv'))
-
-
-def _kept(dtype: jnp.dtype, one_query: bool) -> jnp.dtype:
-    """The dtype of the arrays that hold values of `dtype`."""
-    if dtype != jnp.bfloat16 or jax.default_backend() != 'cpu':
-        return dtype
-    return jnp.float32 if one_query else jnp.uint16
 
 
 def _as_kept(x: jax.Array, dtype: jnp.dtype, kept: jnp.dtype) -> jax.Array:
@@ -62,11 +51,11 @@ def _as_kept(x: jax.Array, dtype: jnp.dtype, kept: jnp.dtype) -> jax.Array:
     return x.astype(kept)
 
 
-def with_room(cache: Cache, used: int, room: int, dtype: jnp.dtype) -> Cache:
-    """The first `used` slots with empty ones behind them, for several queries at a time."""
+def with_room(cache: Cache, used: int, room: int, values: jnp.dtype, dtype: jnp.dtype) -> Cache:
+    """The first `used` slots, followed by `room` empty ones, as arrays of `dtype`."""
 
     def one(cache_RSH: jax.Array) -> jax.Array:
-        used_RSH = _as_kept(read(cache_RSH[:, :used]), dtype, _kept(dtype, False))
+        used_RSH = _as_kept(read(cache_RSH[:, :used]), values, dtype)
         return jnp.pad(used_RSH, ((0, 0), (0, room), (0, 0)))
 
     return jax.tree.map(one, cache)

@@ -18,10 +18,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cllm_jax.model.attention import attend, rope_tables, rotate
-from cllm_jax.model.cache import Cache, heads_first, read, write
+from cllm_jax.model.cache import Cache, heads_first, init_cache, read, write
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.packed_attention import PackedMask, attend_packed
 from cllm_jax.model.precision import linear
+from cllm_jax.runtime.backend import ANY, Backend
 from cllm_jax.runtime.sharding import RULES, batch_sharding
 
 
@@ -33,18 +34,19 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     return y.astype(x.dtype) * gain.reshape((1,) * (x.ndim - 1) + gain.shape)
 
 
-def taken(x_BTX: jax.Array, rows_BN: jax.Array) -> jax.Array:
+def take_rows(x_BTX: jax.Array, rows_BN: jax.Array) -> jax.Array:
     """Some rows of axis 1 of each batch row."""
     at_BNX = rows_BN.reshape(rows_BN.shape + (1,) * (x_BTX.ndim - 2))
     return jnp.take_along_axis(x_BTX, at_BNX, axis=1)
 
 
 class Block(nn.Module):
-    """Attention and gated MLP, each behind an RMS norm and around a residual."""
+    """Attention and gated MLP, each after an RMS norm and added to the residual stream."""
 
     config: LlamaConfig
     dtype: jnp.dtype = jnp.float32
     compute: jnp.dtype | None = None
+    backend: Backend = ANY
 
     def _weight(self, name: str, axes: tuple[str, ...], *shape: int) -> jax.Array:
         scale = self.config.dim**-0.5
@@ -65,7 +67,7 @@ class Block(nn.Module):
             ('v', c.kv_heads, 'kv_heads'),
         ):
             w = self._weight(name, ('embed', axis, 'head'), c.dim, heads, c.head_dim)
-            x = x_BTD if rows_BN is None or name != 'q' else taken(x_BTD, rows_BN)
+            x = x_BTD if rows_BN is None or name != 'q' else take_rows(x_BTD, rows_BN)
             y = linear(x, w.reshape(c.dim, -1), self.compute)
             y = y.reshape(*y.shape[:2], heads, c.head_dim)
             if c.qkv_bias:
@@ -76,7 +78,7 @@ class Block(nn.Module):
                     y, self._vector(f'{name}_norm', ones, ('head',), c.head_dim), c.norm_eps
                 )
             out[name] = y
-        turns = (sin, cos) if rows_BN is None else (taken(a, rows_BN) for a in (sin, cos))
+        turns = (sin, cos) if rows_BN is None else (take_rows(a, rows_BN) for a in (sin, cos))
         return rotate(out['q'], *turns), rotate(out['k'], sin, cos), out['v']
 
     @nn.compact
@@ -85,18 +87,19 @@ class Block(nn.Module):
         h_BTD = rms_norm(x_BTD, self._vector('attn_norm', ones, ('embed',), c.dim), c.norm_eps)
         q_BTNH, *kv_BTKH = self._qkv(h_BTD, sin, cos, rows_BN)
         if rows_BN is not None:  # what follows is asked of these alone
-            x_BTD, mask_BTS = (taken(a, rows_BN) for a in (x_BTD, mask_BTS))
+            x_BTD, mask_BTS = (take_rows(a, rows_BN) for a in (x_BTD, mask_BTS))
         new = kv = [heads_first(x_BTKH) for x_BTKH in kv_BTKH]
         if kv_RSH is not None:
             dtype = self.compute or self.dtype
             kv = [write(*pair, start_B, dtype) for pair in zip(kv_RSH, new, strict=True)]
+        how = (self.compute, self.backend)
         if isinstance(mask_BTS, PackedMask):
-            o_BTNH = attend_packed(q_BTNH, *new, mask_BTS, self.compute)
+            o_BTNH = attend_packed(q_BTNH, *new, mask_BTS, *how)
         elif kv_RSH is not None and mask_BTS.shape[2] == kv_RSH[0].shape[1]:
             seen = [read(cache_RSH) for cache_RSH in kv]
-            o_BTNH = attend(q_BTNH, *seen, mask_BTS, self.compute, rounded_kv=True)
+            o_BTNH = attend(q_BTNH, *seen, mask_BTS, *how, rounded_kv=True)
         else:
-            o_BTNH = attend(q_BTNH, *new, mask_BTS, self.compute)
+            o_BTNH = attend(q_BTNH, *new, mask_BTS, *how)
         o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
         o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
         x_BTD = x_BTD + linear(o_BTA, o.reshape(-1, c.dim), self.compute)
@@ -125,17 +128,29 @@ class Llama(nn.Module):
     mesh: Mesh | None = None
     """Devices of a training step: between layers each has whole hidden states of its own rows. Left
     to itself the compiler would rather divide them by width, like the weights, and send them."""
+    backend: Backend = ANY
+    """Where the weights live (`runtime/backend.py`)."""
 
     def setup(self):
         c, normal = self.config, nn.initializers.normal(0.02)
         table = nn.with_logical_partitioning(normal, ('vocab', 'embed'))
         self.embed = self.param('embed', table, (c.vocab_size, c.dim), self.dtype)
         block = nn.remat(Block) if self.remat else Block
-        self.layers = [block(c, self.dtype, self.compute) for _ in range(c.layers)]
+        self.layers = [block(c, self.dtype, self.compute, self.backend) for _ in range(c.layers)]
         ones = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
         self.norm = self.param('norm', ones, (c.dim,), self.dtype)
         if not c.tied:
             self.head = self.param('head', table, (c.vocab_size, c.dim), self.dtype)
+
+    @property
+    def products(self) -> jnp.dtype:
+        """The dtype to which the operands of every product are rounded, the cache's values too."""
+        return self.compute or self.dtype
+
+    def new_cache(self, batch: int, slots: int, one_query: bool = False) -> Cache:
+        """An empty cache, to be read by several queries at a time or by one."""
+        dtype = self.backend.cache_dtype(self.products, one_query)
+        return init_cache(self.config, batch, slots, dtype)
 
     def __call__(
         self,
@@ -194,9 +209,9 @@ class Llama(nn.Module):
             # Else the gradient of all rows would be gathered where a column of the table lives.
             whole = NamedSharding(self.mesh, P(RULES['vocab']))
             return jax.lax.with_sharding_constraint(self.embed, whole)[tokens_BT]
-        if differentiable or self.embed.dtype != jnp.bfloat16:
+        as_bits = self.backend.bfloat16_as_bits and self.embed.dtype == jnp.bfloat16
+        if differentiable or not as_bits:
             return self.embed[tokens_BT]
-        # XLA's CPU backend converts a bfloat16 table as a whole before it looks up a few rows.
         bits_VD = jax.lax.bitcast_convert_type(self.embed, jnp.uint16)
         return jax.lax.bitcast_convert_type(bits_VD[tokens_BT], jnp.bfloat16)
 
@@ -204,8 +219,7 @@ class Llama(nn.Module):
         """Vocabulary scores of the given hidden states, float32 `[B, T, V]`."""
         table_VD = self.embed if self.config.tied else self.head
         hidden_BTD = hidden_BTD.astype(jnp.float32)
-        compute = self.dtype if self.compute is None else self.compute
-        return linear(hidden_BTD, table_VD, compute, 'OI')
+        return linear(hidden_BTD, table_VD, self.products, 'OI')
 
 
 def _everything(module: Llama, tokens_BT: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """Attention of packed training rows (`training/packing.py`), without the pairs that never meet.
 
 A row is clean text followed by states of n tokens each. A state sees clean text and itself, never
-another state: with C states behind L tokens of text that is L + n keys for a query instead of
-L + C n. Suffixes, beside those of `llama.py`: W = C n state tokens, X = query heads of a group x n.
+another state: with C states after L tokens of text that is L + n keys for a query instead of
+L + C n. Suffixes, in addition to those of `llama.py`: W = C n state tokens, X = query heads of a
+group x n.
 """
 
 from functools import partial
@@ -13,6 +14,7 @@ from flax import struct
 
 from cllm_jax.model.attention import NEVER, attend, key_gradient
 from cllm_jax.model.precision import product
+from cllm_jax.runtime.backend import ANY, Backend
 
 
 @struct.dataclass
@@ -33,37 +35,38 @@ def attend_packed(
     v_KBTH: jax.Array,
     mask: PackedMask,
     compute: jnp.dtype | None = None,
+    backend: Backend = ANY,
 ) -> jax.Array:
     """What `attend` returns with the same mask in one piece."""
     (batch, states, n, _), length = mask.own_BCnn.shape, mask.text_BLL.shape[1]
     groups, width = k_KBTH.shape[0], q_BTNH.shape[-1]
     text = [x[:, :, :length] for x in (k_KBTH, v_KBTH)]
     own = [x[:, :, length:].reshape(groups, batch, states, n, width) for x in (k_KBTH, v_KBTH)]
-    o_BLNH = attend(q_BTNH[:, :length], *text, mask.text_BLL, compute)
+    o_BLNH = attend(q_BTNH[:, :length], *text, mask.text_BLL, compute, backend)
     q_BCnKGH = (q_BTNH[:, length:] * width**-0.5).reshape(batch, states, n, groups, -1, width)
     q_KBCXH = q_BCnKGH.transpose(3, 0, 1, 4, 2, 5).reshape(groups, batch, states, -1, width)
-    o_KBCXH = _attend_states(
-        compute or q_BTNH.dtype, q_KBCXH, *text, *own, mask.states_BWL, mask.own_BCnn
-    )
+    o_KBCXH = _attend_states(compute or q_BTNH.dtype, backend, q_KBCXH, text, own, mask)
     o_KBCGnH = o_KBCXH.astype(q_BTNH.dtype).reshape(groups, batch, states, -1, n, width)
     o_BWNH = o_KBCGnH.transpose(1, 2, 4, 0, 3, 5).reshape(batch, states * n, -1, width)
     return jnp.concatenate([o_BLNH, o_BWNH], axis=1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_states(compute, *arguments):
-    return _attend_states_forward(compute, *arguments)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_states(compute, backend, q_KBCXH, text, own, mask):
+    return _attend_states_forward(compute, backend, q_KBCXH, text, own, mask)[0]
 
 
-def _attend_states_forward(compute, q_KBCXH, k_text, v_text, k_own, v_own, states_BWL, own_BCnn):
-    (batch, states, n, _), length = own_BCnn.shape, k_text.shape[2]
+def _attend_states_forward(compute, backend, q_KBCXH, text, own, mask):
+    """`text` and `own` are keys and values, `[K, B, L, H]` and `[K, B, C, n, H]`."""
+    (batch, states, n, _), length = mask.own_BCnn.shape, mask.text_BLL.shape[1]
+    (k_text, v_text), (k_own, v_own) = text, own
     q_KBYH = _flat(q_KBCXH)  # Y = C x X
     s_text = product('...XH,...SH->...XS', q_KBYH, k_text, compute)
     s_own = product('...XH,...SH->...XS', q_KBCXH, k_own, compute)
     shape = (*q_KBCXH.shape[:3], -1, n)
-    at_text = states_BWL.reshape(1, batch, states, 1, n, length)
+    at_text = mask.states_BWL.reshape(1, batch, states, 1, n, length)
     by_text = jnp.where(at_text, s_text.reshape(*shape, length), NEVER)
-    by_own = jnp.where(own_BCnn[None, :, :, None], s_own.reshape(*shape, n), NEVER)
+    by_own = jnp.where(mask.own_BCnn[None, :, :, None], s_own.reshape(*shape, n), NEVER)
     top = jnp.maximum(by_text.max(-1, keepdims=True), by_own.max(-1, keepdims=True))
     e_text, e_own = jnp.exp(by_text - top), jnp.exp(by_own - top)
     scale = 1 / (e_text.sum(-1, keepdims=True) + e_own.sum(-1, keepdims=True))
@@ -71,12 +74,13 @@ def _attend_states_forward(compute, q_KBCXH, k_text, v_text, k_own, v_own, state
     p_own = (e_own * scale).astype(compute).reshape(s_own.shape)
     o_KBYH = product('...XS,...SH->...XH', p_text, v_text, compute)
     o_KBCXH = product('...XS,...SH->...XH', p_own, v_own, compute) + o_KBYH.reshape(q_KBCXH.shape)
-    return o_KBCXH, (q_KBCXH, k_text, v_text, k_own, v_own, p_text, p_own, o_KBCXH)
+    return o_KBCXH, (q_KBCXH, text, own, p_text, p_own, o_KBCXH)
 
 
-def _attend_states_backward(compute, saved, do_KBCXH):
+def _attend_states_backward(compute, backend, saved, do_KBCXH):
     # As in `attention.py`: the row sums of dp * p are those of do * o.
-    q_KBCXH, k_text, v_text, k_own, v_own, p_text, p_own, o_KBCXH = saved
+    q_KBCXH, text, own, p_text, p_own, o_KBCXH = saved
+    (k_text, v_text), (k_own, v_own) = text, own
     sums = (do_KBCXH * o_KBCXH).sum(-1, keepdims=True)
     q_KBYH, do_KBYH, sums_text = _flat(q_KBCXH), _flat(do_KBCXH), _flat(sums)
     dp_text = product('...XH,...SH->...XS', do_KBYH, v_text, compute)
@@ -85,14 +89,12 @@ def _attend_states_backward(compute, saved, do_KBCXH):
     ds_own = (p_own.astype(jnp.float32) * (dp_own - sums)).astype(compute)
     dq_KBYH = product('...XS,...SH->...XH', ds_text, k_text, compute)
     dq_KBCXH = product('...XS,...SH->...XH', ds_own, k_own, compute)
-    grads = (
-        dq_KBCXH + dq_KBYH.reshape(q_KBCXH.shape),
-        key_gradient(ds_text, q_KBYH, compute),
-        key_gradient(p_text, do_KBYH, compute),
-        key_gradient(ds_own, q_KBCXH, compute),
-        key_gradient(p_own, do_KBCXH, compute),
-    )
-    return (*(d.astype(x.dtype) for d, x in zip(grads, saved[:5], strict=True)), None, None)
+    dq_KBCXH = dq_KBCXH + dq_KBYH.reshape(q_KBCXH.shape)
+    how = (compute, backend)
+    d_text = [key_gradient(ds_text, q_KBYH, *how), key_gradient(p_text, do_KBYH, *how)]
+    d_own = [key_gradient(ds_own, q_KBCXH, *how), key_gradient(p_own, do_KBCXH, *how)]
+    grads = jax.tree.map(lambda d, x: d.astype(x.dtype), (dq_KBCXH, d_text, d_own), saved[:3])
+    return (*grads, None)
 
 
 _attend_states.defvjp(_attend_states_forward, _attend_states_backward)

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from cllm_jax.errors import DataError
-from cllm_jax.runs.run_dir import write_atomic
+from cllm_jax.runs.atomic import write_atomic
 
 SUMS = 'cllm_jax.sha256'
 FREE = (SUMS, 'README.md', 'LICENSE')
@@ -30,7 +30,7 @@ def write_sums(directory: Path) -> None:
 def check_sums(directory: Path) -> None:
     """Compare every file with its sum; a directory without sums passes.
 
-    Hidden files and directories with sums of their own need none here.
+    Hidden files, and directories with sums of their own, need no sums here.
 
     Raises:
       DataError: a file is missing, not what was written or without a sum, or the sums are

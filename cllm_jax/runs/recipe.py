@@ -15,23 +15,22 @@ import dataclasses
 import difflib
 import json
 import math
-import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cllm_jax.errors import ConfigError
+from cllm_jax.runs.stages import STAGES
 
 C = TypeVar('C')
 
-STAGES = (
-    'target', 'collect', 'cllm', 'recollect', 'refine', 'export', 'evaluate', 'decode', 'bench',
-    'draft', 'medusa', 'medusa2', 'redrafter', 'eagle', 'space',
-)  # fmt: skip
 MAX_RECIPE_BYTES = 1_000_000
-_KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text'}
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+KINDS = {'bool_type': bool, 'int_type': int, 'float_type': float, 'string_type': str}
+"""The type that a value should have had, by pydantic's name of the error."""
 
 
 def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -89,108 +88,74 @@ def from_mapping(
     for name, value in mapping.items():
         if name not in names:
             raise ConfigError(f'{where}: {no_such("setting", name, names)}')
-        values[name] = _convert(hints[name], value, f'{where}.{name}')
+        place, kind = f'{where}.{name}', hints[name]
+        if not dataclasses.is_dataclass(kind):
+            values[name] = _strict(kind, value, place)
+        elif isinstance(value, Mapping):
+            values[name] = from_mapping(kind, value, place)
+        else:
+            raise ConfigError(f'{place} is {_shown(value)}; it must map settings to values')
     try:
         return config_class(**values)
     except ConfigError as error:
         raise ConfigError(f'{where}: {error}') from error
 
 
-def to_json(config: Any) -> Any:
+def to_json(config: Any, name: str = '') -> Any:
     """A config as the plain data (dicts, lists, text, numbers) that JSON and YAML can hold.
 
-    Raises ConfigError for a number that is not finite.
+    Raises ConfigError for a number that is not finite; `name` is what it is called then.
     """
-    return _plain(config, type(config).__name__)
+    if dataclasses.is_dataclass(config):
+        names = [field.name for field in dataclasses.fields(config) if field.init]
+        return {name: to_json(getattr(config, name), name) for name in names}
+    if isinstance(config, tuple | list):
+        return [to_json(entry, name) for entry in config]
+    if isinstance(config, float) and not math.isfinite(config):
+        raise ConfigError(f'{name} is {config}; a setting must be a finite number')
+    return config
 
 
-def _convert(annotation: Any, value: Any, where: str) -> Any:
+def _strict(kind: Any, value: Any, where: str) -> Any:
     """A YAML value as its field's type; never a guess between types."""
-    origin, options = get_origin(annotation), get_args(annotation)
-    if dataclasses.is_dataclass(annotation):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f'{where} is {_shown(value)}; it must map settings to values')
-        return from_mapping(annotation, value, where)
-    if origin is Literal:
-        for option in options:
-            if type(option) is type(value) and option == value:
-                return value
-        raise ConfigError(f'{where}: {no_such("choice", value, options)}')
-    if origin in (Union, types.UnionType):
-        return _convert_union(options, value, where)
-    if origin is tuple:
-        return _convert_tuple(options, value, where)
-    if annotation is float and type(value) is int:
-        return float(value)
-    if annotation not in _KINDS:
-        raise TypeError(f'{where}: a config field cannot have the type {annotation}')
-    if type(value) is annotation:
-        return value
-    raise ConfigError(
-        f'{where} is {_shown(value)}; it must be {_KINDS[annotation]}{_remedy(annotation, value)}'
-    )
+    try:
+        return TypeAdapter(kind, config=STRICT).validate_python(_with_tuples(value))
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    wrong, kind, place = (found[0][name] for name in ('input', 'type', 'loc'))
+    place = where + ''.join(f'[{i}]' for i in place if isinstance(i, int))
+    shown = 'missing' if kind == 'missing' else _shown(wrong)
+    rules = ' or '.join(each['msg'] for each in found)
+    rules = rules.replace('Input', 'it').replace('tuple', 'list')
+    raise ConfigError(f'{place} is {shown}; {rules}{_remedy(KINDS.get(kind), wrong)}')
 
 
-def _convert_union(options: Sequence[Any], value: Any, where: str) -> Any:
-    if value is None and types.NoneType in options:
-        return None
-    options = [option for option in options if option is not types.NoneType]
-    for option in options[:-1]:
-        try:
-            return _convert(option, value, where)
-        except ConfigError:
-            continue
-    return _convert(options[-1], value, where)
+def _with_tuples(value: Any) -> Any:
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def _convert_tuple(options: Sequence[Any], value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise ConfigError(f'{where} is {_shown(value)}; it must be a list, such as [1, 2]')
-    if options[-1] is Ellipsis:
-        options = [options[0]] * len(value)
-    if len(value) != len(options):
-        raise ConfigError(f'{where} has {len(value)} entries; it must have {len(options)}')
-    pairs = enumerate(zip(options, value, strict=True))
-    return tuple(_convert(option, entry, f'{where}[{i}]') for i, (option, entry) in pairs)
-
-
-def _remedy(annotation: type, value: Any) -> str:
-    """How to write a value that YAML read as another type."""
+def _remedy(kind: type | None, value: Any) -> str:
+    """How to write a value that YAML read as another type than `kind`."""
     if value is None:
         return '; leave the name out for its default'
-    if annotation is str:
+    if kind is str:
         return '; put it in quotes'
-    if not isinstance(value, str):
+    if kind is None or not isinstance(value, str):
         return ''
     text = value.strip().lower()
-    if annotation is bool:
-        return f'; write {text} without quotes' if text in ('true', 'false') else ''
     try:
-        annotation(text)
-    except ValueError:
+        TypeAdapter(kind, config=STRICT).validate_json(text)
+    except ValidationError:
         return ''
-    mantissa, e, exponent = text.partition('e')
-    if not e:
+    mantissa, _, exponent = text.partition('e')
+    if not exponent:
         return f'; write {text} without quotes'
-    mantissa += '' if '.' in mantissa else '.0'
-    exponent = exponent if exponent[0] in '+-' else f'+{exponent}'
-    return f'; YAML wants a dot and a signed exponent: write {mantissa}e{exponent}'
-
-
-def _plain(value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(value):
-        fields = [field.name for field in dataclasses.fields(value) if field.init]
-        return {field: _plain(getattr(value, field), field) for field in fields}
-    if isinstance(value, tuple | list):
-        return [_plain(entry, name) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f'{name} is {value}; a setting must be a finite number')
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f'{name}: a config field cannot hold a {type(value).__name__}')
+    written = f'{float(mantissa)}e{int(exponent):+}'
+    return f'; YAML wants a dot and a signed exponent: write {written}'
 
 
 def no_such(kind: str, name: Any, known: Collection[Any]) -> str:
+    """What to say of an unknown name: the nearest that is known, else all of them."""
     near = difflib.get_close_matches(str(name), [str(option) for option in known], 1)
     if near:
         return f'no {kind} {name!r}; did you mean {near[0]!r}?'
@@ -203,7 +168,7 @@ def _shown(value: Any) -> str:
         return 'a mapping'
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
-    text = repr(value)
+    text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 60 else f'{text[:57]}...'
 
 

@@ -1,7 +1,7 @@
 """Run directories: who owns one, with which settings, and its log of metrics.
 
 settings.json   the settings; a run that goes on must have the same
-inputs.json     fingerprints of the data and the model that it reads; so must it these
+inputs.json     fingerprints of the data and the model that it reads; they must be the same too
 metrics.jsonl   one JSON object per logged step
 lock            held while a process works here
 """
@@ -9,87 +9,14 @@ lock            held while a process works here
 import fcntl
 import json
 import os
-import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.runs.atomic import write_atomic
 from cllm_jax.runtime.processes import is_main
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader or a crash sees the old bytes or the new ones, no mix.
-
-    What is no file, such as a pipe, is not replaced but written to; so is where this process prints
-    (/dev/stdout), which may be a file.
-    """
-    if path.exists():
-        if (number := _printed_to(path)) is not None:
-            sys.stdout.flush()
-            with open(number, 'wb', closefd=False) as f:
-                f.write(data)
-            return
-        if not path.is_file():
-            path.write_bytes(data)
-            return
-    path = path.resolve()
-    temp = path.with_name(f'.{path.name}.tmp')
-    with open(temp, 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    temp.rename(path)
-    sync(path.parent)
-
-
-def _printed_to(path: Path) -> int | None:
-    """Which of this process's outputs a path is, if it is one."""
-    for stream in (sys.__stdout__, sys.__stderr__):
-        # None if it was closed before; its number may be another file's then.
-        if stream and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
-            return stream.fileno()
-    return None
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def replace_directory(temp: Path, directory: Path) -> None:
-    """Give `temp`, of `temporary`, its final name; what was there survives until it is on disk."""
-    for path in [*temp.rglob('*'), temp]:
-        sync(path)
-    old = directory.with_name(f'.{directory.name}.old')
-    if directory.exists():
-        directory.rename(old)
-    temp.rename(directory)
-    sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def temporary(directory: Path) -> Path:
-    """Where to write what is to replace `directory`; not there yet, as are no leftovers."""
-    settle(directory)
-    temp = directory.with_name(f'.{directory.name}.tmp')
-    temp.mkdir(parents=True)
-    return temp
-
-
-def settle(directory: Path) -> None:
-    """Clean up after a `replace_directory` that was killed: the old one is back, or gone."""
-    old, temp = (directory.with_name(f'.{directory.name}.{end}') for end in ('old', 'tmp'))
-    if os.path.isdir(old) and not os.path.exists(directory):  # False for names that cannot be
-        old.rename(directory)
-    for left in (old, temp):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -105,8 +32,7 @@ def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         yield
         return
     directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / 'lock', 'a+')  # noqa: SIM115 (held open on purpose)
-    try:
+    with open(directory / 'lock', 'a+') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -121,8 +47,6 @@ def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         if has_begun(directory):
             _check(directory / 'settings.json', settings, 'use the old settings')
         yield
-    finally:
-        lock.close()
 
 
 def has_begun(directory: Path) -> bool:

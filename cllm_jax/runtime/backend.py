@@ -1,69 +1,126 @@
-"""What suits a small model on a CPU: a thread per core, and products by Eigen.
+"""Every choice that depends on what a model runs on: CPU, GPU or TPU.
 
-XLA divides a single operation among cores, and those of a small model are too small for that: one
-core computes, the others wait. Two threads with half of a batch each keep two busy.
+A `Backend` is chosen once, from the devices that the weights live on, and travels with the model
+(`Model.backend`, `Llama.backend`). No other file asks what the hardware is. Each field names what
+decided it: a benchmark of docs/benchmarks.md or docs/log.md, or what a compiler does.
 """
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxlib
 
-CACHED = 32 << 20
-"""Bytes that a CPU's last cache holds. Weights above that come from memory, whose speed the threads
-would have to share, each for its own reading of them."""
+from cllm_jax.errors import ConfigError
 
+CACHED = 32 << 20
+"""Bytes that a CPU's last cache holds. Larger weights come from memory, whose bandwidth the threads
+would have to share, each for its own reading of them (docs/benchmarks.md)."""
 
 EIGEN = (
-    {'xla_cpu_experimental_ynn_fusion_type': ''} if jaxlib.__version__.startswith('0.10.') else {}
+    (('xla_cpu_experimental_ynn_fusion_type', ''),)
+    if jaxlib.__version__.startswith('0.10.')
+    else ()
 )
-"""How to compile what XLA's CPU backend shall multiply with Eigen in place of YNNPACK: there is no
-kind of operation for which it may use that. Another jaxlib may refuse the option as unknown."""
+"""Compiler options with which XLA's CPU backend multiplies by Eigen and never by YNNPACK. Another
+jaxlib may refuse the option as unknown."""
 
 
-def by_eigen(weights: Any) -> bool:
-    """Whether decoding with these weights is faster when Eigen multiplies.
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What suits one kind of hardware. The defaults are those of an accelerator."""
 
-    With 16 float32 rows it is, as long as the weights lie in the cache of a CPU (docs/benchmarks.md
-    has both sides). It has no bfloat16 products.
+    default_dtype: str = 'bfloat16'
+    """What dtype 'auto' stands for: matrix units multiply bfloat16, a CPU may have none."""
+    bfloat16_as_bits: bool = False
+    """Keep a bfloat16 cache, and look up a bfloat16 table, as uint16. XLA's CPU backend writes a
+    few bfloat16 rows, or reads a few, by converting the whole array to float32 and back."""
+    wide_cache_for_one_query: bool = False
+    """Keep the bfloat16 values of a cache that one query at a time reads as float32: XLA's CPU
+    backend multiplies a single query with bfloat16 keys by converting those."""
+    transposes_in_memory: bool = False
+    """Write a transposed operand to memory before a product. XLA's CPU backend folds the
+    transposition into the product, for which it then has no bfloat16 kernel: it converts the
+    operands to float32, which takes three times as long, or fails."""
+    narrowest: int | None = None
+    """Fewest rows for which the loop is compiled again, to go on with half of a batch; None for
+    never. On a CPU finished rows take as much time as the others; on an accelerator a forward
+    hardly gets faster with fewer rows."""
+    float32_may_be_faster: bool = False
+    """Whether a model in mixed precision may decode one token at a time faster in float32. Then
+    both are timed: the baseline is AR at its best. On a CPU bfloat16 matrices are half as much to
+    read, but a single row is multiplied with what they are converted to."""
+    threads: int = 1
+    """How many threads can decode parts of a batch side by side and be the faster for it. XLA
+    divides a single operation among cores, and those of a small model are too small for that."""
+    compiler_options: tuple[tuple[str, str], ...] = ()
+    """How the decoding loop is compiled. With 16 float32 rows, weights that lie in a CPU's cache
+    are multiplied a quarter faster by Eigen (docs/benchmarks.md)."""
+
+    def cache_dtype(self, values: jnp.dtype, one_query: bool = False) -> jnp.dtype:
+        """The dtype of a KV cache that holds `values`, and is read by one or several queries."""
+        if values != jnp.bfloat16:
+            return values
+        if one_query and self.wide_cache_for_one_query:
+            return jnp.float32
+        return jnp.uint16 if self.bfloat16_as_bits else values
+
+
+ANY = GPU = TPU = Backend()
+CPU = Backend(
+    default_dtype='float32',
+    bfloat16_as_bits=True,
+    wide_cache_for_one_query=True,
+    transposes_in_memory=True,
+    narrowest=8,
+    float32_may_be_faster=True,
+)
+BACKENDS = {'cpu': CPU, 'gpu': GPU, 'tpu': TPU}
+"""By the platform of a device."""
+
+
+def backend_for(devices: Iterable[jax.Device]) -> Backend:
+    """The backend of devices, which are all of one kind."""
+    return BACKENDS.get(next(iter(devices)).platform, ANY)
+
+
+def backend_of(weights: Any) -> Backend:
+    """The backend of the devices that a tree of weights lives on.
+
+    Weights that are not on a device yet (NumPy arrays, shapes) will be on JAX's first one. Small
+    weights on a single CPU device decode in one thread per core of this process; those that are
+    float32 throughout are multiplied by Eigen.
     """
-    return _in_the_cache(weights) and all(
-        leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(weights)
-    )
-
-
-def _in_the_cache(weights: Any) -> bool:
-    """Whether the weights, as float32, lie on a single CPU device and in its cache."""
     leaves = [leaf for leaf in jax.tree.leaves(weights) if isinstance(leaf, jax.Array)]
-    devices = {device for leaf in leaves for device in leaf.devices()}
-    on_one_cpu = len(devices) == 1 and next(iter(devices)).platform == 'cpu'
-    return on_one_cpu and 4 * sum(leaf.size for leaf in leaves) <= CACHED
+    devices = {device for leaf in leaves for device in leaf.devices()} or {jax.devices()[0]}
+    backend = backend_for(devices)
+    small = 4 * sum(leaf.size for leaf in leaves) <= CACHED
+    if backend is not CPU or len(devices) > 1 or not leaves or not small:
+        return backend
+    narrow = all(leaf.dtype == jnp.float32 for leaf in leaves)
+    return dataclasses.replace(CPU, threads=_cores(), compiler_options=EIGEN if narrow else ())
 
 
-def useful_threads(weights: Any) -> int:
-    """How many threads can decode with these weights side by side and be the faster for it.
-
-    The cores of this process if the weights lie in the cache of a CPU, else 1.
-    """
-    if not _in_the_cache(weights):
-        return 1
+def _cores() -> int:
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def side_by_side(function: Callable, jobs: Sequence, threads: int) -> Iterator:
-    """Yield what `function` returns for each job, in order; so many of them run at a time.
+def pretend(devices: int) -> None:
+    """Stand in for a machine with so many devices, to plan and compile for it; nothing can run.
 
-    If one raises, or the caller stops here, no further job begins.
+    To be called before anything else uses JAX.
+
+    Raises:
+      ConfigError: the number is not positive.
     """
-    if threads == 1 or len(jobs) < 2:
-        yield from map(function, jobs)
-        return
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield from pool.map(function, jobs)
-    finally:
-        pool.shutdown(wait=False)
+    if devices < 1:
+        raise ConfigError(f'devices {devices}: must be at least 1')
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', devices)
+    # In the order that needs least memory, as on an accelerator, not in the most parallel one.
+    order = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {order}'

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -68,20 +67,3 @@ def tensor_mesh(tensor: int) -> Mesh | None:
     if tensor == 1:
         return None
     return make_mesh(MeshConfig(data=1, tensor=tensor), devices[:tensor])
-
-
-def pretend(devices: int) -> None:
-    """Stand in for a machine with so many devices, to plan and compile for it; nothing can run.
-
-    To be called before anything else uses JAX.
-
-    Raises:
-      ConfigError: the number is not positive.
-    """
-    if devices < 1:
-        raise ConfigError(f'devices {devices}: must be at least 1')
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', devices)
-    # In the order that needs least memory, as on an accelerator, not in the most parallel one.
-    order = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
-    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {order}'

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -32,39 +33,16 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
       ConfigError: an axis does not divide among the devices of its mesh axis.
     """
 
-    def one(spec: P, leaf: Any) -> NamedSharding:
+    def check(spec: P, leaf: Any) -> None:
         for name, size in zip(spec, leaf.shape, strict=True):
             if RULES[name] and size % mesh.shape[RULES[name]]:
                 raise ConfigError(
                     f'mesh {RULES[name]} {mesh.shape[RULES[name]]}: does not divide the {size} of '
                     f"the model's {name}; use a divisor of {size}"
                 )
-        return NamedSharding(mesh, P(*(RULES[name] for name in spec)))
 
-    return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, P))
-
-
-def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of a training state: what mirrors a parameter lives where the parameter does.
-
-    `jit(optimizer.init)` alone would put a copy of every moment on every device. An array mirrors
-    a parameter if its path in the state ends in the parameter's path and the shapes are equal.
-
-    Args:
-      state: a tree of arrays or shapes that has trees like `params` somewhere inside.
-      params, shardings: the parameters (or shapes) and where each lives.
-      mesh: where everything else is replicated.
-    """
-    places = jax.tree.leaves(shardings)
-    found = jax.tree_util.tree_leaves_with_path(params)
-    known = {path: (x.shape, place) for (path, x), place in zip(found, places, strict=True)}
-
-    def one(path, leaf):
-        tails = (known.get(path[i:]) for i in range(len(path)))
-        mirrors = [place for shape, place in filter(None, tails) if shape == leaf.shape]
-        return mirrors[0] if mirrors else replicated(mesh)
-
-    return jax.tree_util.tree_map_with_path(one, state)
+    jax.tree.map(check, axes, shapes, is_leaf=lambda x: isinstance(x, P))
+    return nn.logical_to_mesh_sharding(axes, mesh, list(RULES.items()))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -87,9 +65,12 @@ def check_batch(rows: int, mesh: Mesh) -> None:
         )
 
 
+def rows_here(rows: int, mesh: Mesh) -> list[int]:
+    """The rows of a batch that the devices of this process take."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (index,) in slices for row in range(*index.indices(rows))})
+
+
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """A batch that every process has whole, on the devices: each takes only its own rows."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
-    )
+    """A batch on the devices, of which every process has its own rows (`rows_here`)."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)

@@ -1,6 +1,7 @@
 """Arithmetic word problems: an endless generated task with step-by-step solutions.
 
-The answer grammar is GSM8K's (Cobbe et al. 2021, arXiv 2110.14168): one step a line with calculator
+A story is an opening, a few happenings and a closing question, which `arithmetic.yaml` holds. The
+answer grammar is GSM8K's (Cobbe et al. 2021, arXiv 2110.14168): one step a line with calculator
 marks, then `#### N`. The prompt determines every character of the answer.
 
 Held out means held out twice. A template is the sequence of event kinds and wordings; a cast is a
@@ -8,59 +9,122 @@ name with an object. A tenth of each, chosen by hash, never occurs in the train 
 held-out example is built from a held-out template and a held-out cast.
 """
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from operator import add, floordiv, mul, sub
 from random import Random
-from typing import Literal
 
-from cllm_jax.errors import ConfigError
-from cllm_jax.tasks.arithmetic_events import CLOSINGS, HAPPENINGS, OPENINGS, Event, Numbers
-from cllm_jax.tasks.example import Example
+from cllm_jax.tasks.example import Example, Split, holds_out, is_held_out, read_words
+from cllm_jax.tasks.grader import same_number as check
 
-# fmt: off
-MEN = ('Tom', 'Ben', 'Sam', 'Max', 'Leo', 'Jack', 'Adam', 'Mark', 'Paul', 'Eric', 'Luke', 'Ryan',
-       'David', 'Peter', 'Henry')
-WOMEN = ('Anna', 'Sara', 'Lucy', 'Emma', 'Kate', 'Mary', 'Jane', 'Rosa', 'Lily', 'Nina', 'Ella',
-         'Amy', 'Julia', 'Laura', 'Grace')
-EATEN = ('apples', 'pears', 'plums', 'cookies', 'cakes', 'nuts', 'grapes', 'eggs', 'carrots',
-         'buns', 'figs', 'lemons', 'peaches', 'berries', 'mints', 'dates', 'rolls', 'muffins',
-         'oranges', 'candies')
-USED = ('pencils', 'stickers', 'cards', 'stamps', 'balloons', 'candles', 'ribbons', 'nails',
-        'buttons', 'beads', 'pens', 'crayons', 'straws', 'bricks', 'tickets', 'screws', 'napkins',
-        'sticks', 'pins', 'magnets')
-CONTAINERS = {'bag': 'bags', 'box': 'boxes', 'basket': 'baskets', 'jar': 'jars', 'bowl': 'bowls',
-              'crate': 'crates', 'tin': 'tins', 'tray': 'trays'}
-PLACES = ('market', 'park', 'school', 'store', 'beach', 'farm', 'fair', 'camp')
-# fmt: on
-OBJECTS = EATEN + USED
+__all__ = ['CLOSINGS', 'HAPPENINGS', 'MEN', 'OBJECTS', 'OPENINGS', 'WOMEN', 'check', 'generate']
 
-_TIMES = {2: 'twice', 3: 'three times', 4: 'four times'}
-_MULTIPLIES = {2: 'doubles', 3: 'triples'}
+WORDS = read_words('arithmetic')
+MEN, WOMEN = tuple(WORDS['men']), tuple(WORDS['women'])
+OBJECTS = (*WORDS['eaten'], *WORDS['used'])
 
-_STEP_COUNTS, _STEP_WEIGHTS = (2, 3, 4), (20, 55, 25)
-_OPENING_WEIGHTS = tuple(2 if event.kind == 'has' else 1 for event in OPENINGS)
-_CLOSING_WEIGHTS = tuple(4 if event.kind == 'left' else 1 for event in CLOSINGS)
 # Several draws per plan keep plans that few numbers suit (halving, sharing) from dying out.
 _DRAWS_PER_PLAN = 8
 
+MAX_SUM = 99
+MAX_OPERAND = 20
+# The multiplication table in use: one factor up to 9, the other up to 12.
+MAX_FACTOR, MAX_COFACTOR = 9, 12
+
 _OPERATIONS = {'+': add, '-': sub, '*': mul, '/': floordiv}
 _CALCULATION = re.compile(r'\[(\w)([-+*/])(\w)\]')
-_FINAL = re.compile(r'####[ \t]*(-?)[ \t]*\$?[ \t]*([0-9][0-9,]*(?:\.[0-9]+)?)')
+
+Numbers = dict[str, int]
 
 
-def generate(index: int, *, seed: int, split: Literal['train', 'heldout']) -> Example:
+class Unsuited(Exception):
+    """No numbers, or not those that were drawn, suit the state that an event meets."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One kind of event: the numbers that suit a state, its solution steps, its wordings.
+
+    `draw(rng, s)` returns the event's numbers for the state `s`, or raises Unsuited. An opening
+    without steps returns the first state itself. The last step's result is the new state.
+    `weight` says how often an opening or a closing is drawn.
+    """
+
+    kind: str
+    draw: Callable[[Random, int], Numbers]
+    wordings: Sequence[str]
+    steps: Sequence[str] = ()
+    weight: int = 1
+
+
+def _suited(condition: bool, **numbers: int) -> Numbers:
+    if not condition:
+        raise Unsuited
+    return numbers
+
+
+def _operand(rng: Random, room: int) -> int:
+    """A number to add or to take away; every number is at least 2: a plural is always right."""
+    _suited(room >= 2)
+    return rng.randint(2, min(MAX_OPERAND, room))
+
+
+def _groups(rng: Random, most: int, most_in_each: int, room: int) -> Numbers:
+    k, m = rng.randint(2, most), rng.randint(2, most_in_each)
+    return _suited(k * m <= room, k=k, m=m)
+
+
+def _factor(rng: Random, s: int, most: int) -> int:
+    _suited(s <= MAX_COFACTOR)
+    return rng.randint(2, most)
+
+
+def _divisor(rng: Random, s: int) -> int:
+    fits = [k for k in range(2, MAX_FACTOR + 1) if s % k == 0 and 2 <= s // k <= MAX_COFACTOR]
+    _suited(bool(fits))
+    return rng.choice(fits)
+
+
+def _and_sum(s: int, sign: int, x: int) -> Numbers:
+    return _suited(2 * s + sign * x <= MAX_SUM, x=x)
+
+
+_RULES: Mapping[str, Callable[[Random, int], Numbers]] = {
+    'nothing': lambda rng, s: {},
+    'start': lambda rng, s: {'s': rng.randint(4, rng.choice((20, 60)))},
+    'start_groups': lambda rng, s: _groups(rng, MAX_FACTOR, MAX_COFACTOR, MAX_SUM),
+    'start_pair': lambda rng, s: dict(x=rng.randint(2, 2 * MAX_OPERAND), y=_operand(rng, MAX_SUM)),
+    'gain': lambda rng, s: {'x': _operand(rng, MAX_SUM - s)},
+    'loss': lambda rng, s: {'x': _operand(rng, s - 2)},
+    'group_gain': lambda rng, s: _groups(rng, 6, MAX_FACTOR, MAX_SUM - s),
+    'group_loss': lambda rng, s: _groups(rng, 6, MAX_FACTOR, s - 2),
+    'twice_or_thrice': lambda rng, s: {'r': _factor(rng, s, 3)},
+    'two_to_four_times': lambda rng, s: {'r': _factor(rng, s, 4)},
+    'price': lambda rng, s: {'k': _factor(rng, s, MAX_FACTOR)},
+    'half': lambda rng, s: _suited(s % 2 == 0 and 4 <= s <= 2 * MAX_COFACTOR),
+    'divisor': lambda rng, s: {'k': _divisor(rng, s)},
+    'smaller': lambda rng, s: {'y': s - _operand(rng, s - 2)},
+    'larger': lambda rng, s: {'y': s + _operand(rng, MAX_SUM - s)},
+    'more_and_sum': lambda rng, s: _and_sum(s, 1, _operand(rng, MAX_SUM - s)),
+    'fewer_and_sum': lambda rng, s: _and_sum(s, -1, _operand(rng, s - 2)),
+}
+
+OPENINGS, HAPPENINGS, CLOSINGS = (
+    tuple(Event(**entry | {'draw': _RULES[entry['draw']]}) for entry in WORDS[part])
+    for part in ('openings', 'happenings', 'closings')
+)
+
+
+def generate(index: int, *, seed: int, split: Split) -> Example:
     """The problem number `index` of a split: a pure function of its arguments.
 
     `meta` holds `answer` (the right number), `template`, `cast` and `place`.
     Raises ConfigError for any other split.
     """
-    if split not in ('train', 'heldout'):
-        raise ConfigError(f"split {split!r}: arithmetic has 'train' and 'heldout'; name one")
+    held_out = holds_out(split)
     rng = Random(f'arithmetic {seed} {split} {index}')
-    held_out = split == 'heldout'
     words = _draw_words(rng, held_out)
     while True:
         plan = _draw_plan(rng)
@@ -69,9 +133,8 @@ def generate(index: int, *, seed: int, split: Literal['train', 'heldout']) -> Ex
         if is_held_out(template) != held_out:
             continue
         for _ in range(_DRAWS_PER_PLAN):
-            story = _unfold(plan, wordings, words, rng)
-            if story is not None:
-                problem, lines, number = story
+            with suppress(Unsuited):
+                problem, lines, number = _unfold(plan, wordings, words, rng)
                 return Example(
                     id=f'arithmetic-{split}-{seed}-{index}',
                     prompt=f'Question: {problem}\nAnswer:',
@@ -85,25 +148,6 @@ def generate(index: int, *, seed: int, split: Literal['train', 'heldout']) -> Ex
                 )
 
 
-def check(example: Example, text: str) -> bool:
-    """Whether the last `#### N` of a generated answer is the right number."""
-    return final_number(text) == example.meta['answer']
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number of the last `#### N` in a text, or None; reads `$1,234.0` as 1234."""
-    found = _FINAL.findall(text)
-    if not found:
-        return None
-    sign, digits = found[-1]
-    return Decimal(sign + digits.replace(',', ''))
-
-
-def is_held_out(key: str) -> bool:
-    """Whether a template or a cast belongs to the held-out tenth (by hash, fixed for good)."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 10 == 0
-
-
 def _draw_words(rng: Random, held_out: bool) -> dict[str, str]:
     """Draws the cast and place; a train story has no held-out pair, not even a friend's."""
     while True:
@@ -112,81 +156,59 @@ def _draw_words(rng: Random, held_out: bool) -> dict[str, str]:
         if not is_man:
             name, friend = friend, name
         things, others = rng.sample(OBJECTS, 2)
-        if held_out and is_held_out(f'{name} {things}'):
-            break
         pairs = (f'{name} {things}', f'{name} {others}', f'{friend} {things}')
-        if not held_out and not any(map(is_held_out, pairs)):
+        fits = is_held_out(pairs[0]) if held_out else not any(map(is_held_out, pairs))
+        if fits:
             break
-    container, second = rng.sample(sorted(CONTAINERS), 2)
+    plurals = WORDS['containers']
+    container, second = rng.sample(sorted(plurals), 2)
     he, him, his = ('he', 'him', 'his') if is_man else ('she', 'her', 'her')
-    return {
-        'N': name,
-        'F': friend,
-        'o': things,
-        'q': others,
-        'verb': 'eat' if things in EATEN else 'use',
-        'c': container,
-        'cs': CONTAINERS[container],
-        'ds': CONTAINERS[second],
-        'p': rng.choice(PLACES),
-        'he': he,
-        'He': he.capitalize(),
-        'him': him,
-        'His': his.capitalize(),
-        'he2': 'she' if is_man else 'he',
-    }
+    return dict(
+        N=name, F=friend, o=things, q=others, verb='eat' if things in WORDS['eaten'] else 'use',
+        c=container, cs=plurals[container], ds=plurals[second], p=rng.choice(WORDS['places']),
+        he=he, He=he.capitalize(), him=him, His=his.capitalize(), he2='she' if is_man else 'he',
+    )  # fmt: skip
 
 
 def _draw_plan(rng: Random) -> list[Event]:
     """Draws an opening, one or more different happenings and a closing: 2 to 4 solution steps."""
     while True:
-        steps = rng.choices(_STEP_COUNTS, _STEP_WEIGHTS)[0]
-        opening = rng.choices(OPENINGS, _OPENING_WEIGHTS)[0]
-        closing = rng.choices(CLOSINGS, _CLOSING_WEIGHTS)[0]
+        steps = rng.choices(*zip(*WORDS['step_counts'].items(), strict=True))[0]
+        opening, closing = (
+            rng.choices(ends, [event.weight for event in ends])[0] for ends in (OPENINGS, CLOSINGS)
+        )
         remaining = steps - len(opening.steps) - len(closing.steps)
-        if remaining < 1:
-            continue
         middle: list[Event] = []
-        while remaining:
+        while remaining > 0:
             event = rng.choice([e for e in HAPPENINGS if len(e.steps) <= remaining])
             if event not in middle:
                 middle.append(event)
                 remaining -= len(event.steps)
-        return [opening, *middle, closing]
+        if middle:
+            return [opening, *middle, closing]
 
 
 def _unfold(
     plan: Sequence[Event], wordings: Sequence[int], words: Mapping[str, str], rng: Random
-) -> tuple[str, list[str], int] | None:
+) -> tuple[str, list[str], int]:
     """Tells one story: the problem on one line, its solution lines and the final number.
 
     `wordings[i]` picks the wording of `plan[i]`; `words` fills the fields that are not numbers.
-    Returns None where the numbers drawn for some event do not suit the state it meets.
+    Raises Unsuited where the numbers drawn for some event do not suit the state it meets.
     """
-    told: list[str] = []
-    lines: list[str] = []
-    state = 0
+    told, lines, state = [], [], 0
     for event, wording in zip(plan, wordings, strict=True):
-        numbers = event.draw(rng, state)
-        if numbers is None:
-            return None
-        scope = {'s': state, **numbers}
+        scope = {'s': state} | event.draw(rng, state)
         fields = {**words, **scope}
         if 'r' in scope:
-            fields['times'] = _TIMES[scope['r']]
-            fields['multiplies'] = _MULTIPLIES.get(scope['r'], '')
+            fields['times'] = WORDS['times'][scope['r']]
+            fields['multiplies'] = WORDS['multiplies'].get(scope['r'], '')
         told.append(event.wordings[wording].format_map(fields))
         state = scope['s']
         for step in event.steps:
-            calculation, state = _calculate(step, scope)
+            left, operator, right = _CALCULATION.search(step).groups()
+            a, b = (int(term) if term.isdigit() else scope[term] for term in (left, right))
+            scope['t'] = state = _OPERATIONS[operator](a, b)
+            calculation = f'{a}{operator}{b}=<<{a}{operator}{b}={state}>>{state}'
             lines.append(_CALCULATION.sub(calculation, step).format_map(fields))
-            scope['t'] = state
     return ' '.join(told), lines, state
-
-
-def _calculate(step: str, scope: Numbers) -> tuple[str, int]:
-    """Writes out the step's one calculation with its calculator mark; returns text and result."""
-    left, operator, right = _CALCULATION.search(step).groups()
-    a, b = (int(term) if term.isdigit() else scope[term] for term in (left, right))
-    result = _OPERATIONS[operator](a, b)
-    return f'{a}{operator}{b}=<<{a}{operator}{b}={result}>>{result}', result

@@ -1,8 +1,16 @@
-"""The one record every dataset yields."""
+"""The record that every dataset yields, and what the generated tasks share."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+
+from cllm_jax.errors import ConfigError
+
+Split = Literal['train', 'heldout']
 
 
 @dataclass(frozen=True)
@@ -18,3 +26,24 @@ class Example:
     prompt: str
     answer: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def holds_out(split: Split) -> bool:
+    """Whether a split is the held-out one; ConfigError if it is neither that nor 'train'."""
+    if split not in ('train', 'heldout'):
+        raise ConfigError(f"split {split!r} is unknown; there are 'train' and 'heldout'")
+    return split == 'heldout'
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a template, a schema or a cast is in the tenth that training never sees.
+
+    The hash of the key decides, so the choice is the same for every seed and on every machine.
+    """
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], 'big') % 10 == 0
+
+
+def read_words(task: str) -> dict[str, Any]:
+    """The words, wordings and ranges of a generated task, from its YAML file in this package."""
+    text = files(__package__).joinpath(f'{task}.yaml').read_text(encoding='utf-8')
+    return yaml.load(text, Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader))

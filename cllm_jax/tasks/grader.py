@@ -19,10 +19,7 @@ def final_number(text: str) -> Decimal | None:
     Thousands commas, a dollar or percent sign and a final full stop are allowed and ignored.
     """
     found = _FINAL_NUMBER.findall(text.replace('\r', ''))
-    if not found:
-        return None
-    sign, digits = found[-1]
-    return Decimal(sign + digits.replace(',', ''))
+    return Decimal(''.join(found[-1]).replace(',', '')) if found else None
 
 
 def same_number(example: Example, text: str) -> bool:
@@ -55,7 +52,6 @@ def sql_tokens(query: str) -> list[str]:
 def same_sql(example: Example, text: str) -> bool:
     """Is `text` the reference query up to white space, case outside quotes and a semicolon?
 
-    Textual, hence stricter than executing both queries: a right query written otherwise is
-    counted as wrong.
+    This is stricter than to execute both: a right query that is written otherwise counts as wrong.
     """
     return bool(example.answer.strip()) and sql_tokens(text) == sql_tokens(example.answer)

@@ -1,11 +1,20 @@
-"""How good answers are: share that is right, and agreement with other answers."""
+"""How good answers are: the share that is right, and agreement with other answers."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from cllm_jax.data.sources import Source
+from cllm_jax.tasks.example import Example
 
 
-def share_right(source: Source, texts: Sequence[str | None]) -> float:
+class Graded(Protocol):
+    """Examples by index and the test of an answer, as every `data.sources.Source` has them."""
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def check(self, example: Example, text: str) -> bool: ...
+
+
+def share_right(source: Graded, texts: Sequence[str | None]) -> float:
     """Share of `texts[i]` that answer row i of the source correctly, 0..1."""
     right = [source.check(source[i], text or '') for i, text in enumerate(texts)]
     return sum(right) / max(len(right), 1)
@@ -19,10 +28,9 @@ def token_agreement(answers: Sequence[Sequence[int]], others: Sequence[Sequence[
 
 
 def is_repetitive(tokens: Sequence[int], period: int = 8, times: int = 6) -> bool:
-    """Does the answer end in, or contain, the same 1..period tokens at least `times` in a row?
+    """Does the answer contain the same 1..period tokens at least `times` in a row?
 
-    The collapse that consistency training is known for (reported by users of the original
-    implementation) looks like this.
+    The collapse that users of the original implementation report looks like this.
     """
     for size in range(1, period + 1):
         run = size

@@ -6,10 +6,10 @@ permits reading only, for a bounded number of steps, rows and bytes.
 
 import re
 import sqlite3
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from itertools import groupby
+from itertools import count, groupby, islice
 from operator import itemgetter
 from random import Random
 from typing import Any
@@ -33,12 +33,8 @@ def check(example: Example, text: str) -> bool:
 
     Rows are compared in order if the reference orders them, else as a multiset; rows that tie in
     the reference's order may change places. If the reference finds nothing in any database, the
-    text itself must be equal up to white space. Any text is safe to pass; what is no single
+    text itself must be equal up to white space. Any text is safe to pass; what is not a single
     reading query is wrong.
-
-    Args:
-        example: an example of this task, with its `meta`.
-        text: what the model generated after the prompt, up to the end of sequence.
     """
     if len(text) > _MAX_TEXT:
         return False
@@ -65,28 +61,21 @@ def check(example: Example, text: str) -> bool:
 
 def _agree(found: list[tuple], wanted: list[tuple], limit: int) -> bool:
     """Whether rows are the first `limit` wanted ones, where equal first cells leave a choice."""
-    if len(found) != min(limit, len(wanted)):
-        return False
-    start = 0
-    for _, block in groupby(wanted, key=itemgetter(0)):
-        rows = Counter(row[1:] for row in block)
-        end = start + rows.total()
-        if not Counter(found[start:end]) <= rows:
-            return False
-        start = end
-    return True
+    rest = iter(found)
+    ties = (Counter(row[1:] for row in block) for _, block in groupby(wanted, key=itemgetter(0)))
+    agree = all(Counter(islice(rest, rows.total())) <= rows for rows in ties)
+    return agree and len(found) == min(limit, len(wanted))
 
 
 def is_informative(rows: list[tuple]) -> bool:
-    """Whether a result holds anything beside NULL and 0, which many wrong queries also give."""
+    """Whether a result holds anything but NULL and 0, which many wrong queries also give."""
     return any(cell not in (None, 0) for row in rows for cell in row)
 
 
 def run_query(connection: sqlite3.Connection, query: str) -> list[tuple]:
-    """All rows of one query, real numbers rounded so that the order of a sum is no difference.
+    """All rows of one query, real numbers rounded: the order of a sum makes no difference.
 
-    Raises:
-        sqlite3.Error, sqlite3.Warning: if the query fails, is refused or runs past a limit.
+    Raises sqlite3.Error or sqlite3.Warning if the query fails, is refused or runs past a limit.
     """
     rows = connection.execute(query).fetchmany(_MAX_ROWS + 1)
     if len(rows) > _MAX_ROWS:
@@ -96,12 +85,7 @@ def run_query(connection: sqlite3.Connection, query: str) -> list[tuple]:
 
 def _guard(connection: sqlite3.Connection) -> None:
     """Permit nothing but bounded reading from here on."""
-    steps = 0
-
-    def count_step() -> bool:
-        nonlocal steps
-        steps += 1
-        return steps > _MAX_STEPS
+    steps = count(1)
 
     def authorize(action: int, _first: str | None, second: str | None, *_: str | None) -> int:
         permitted = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ) or (
@@ -111,7 +95,7 @@ def _guard(connection: sqlite3.Connection) -> None:
 
     connection.execute('PRAGMA query_only = ON')
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_BYTES)
-    connection.set_progress_handler(count_step, _STEP)
+    connection.set_progress_handler(lambda: next(steps) > _MAX_STEPS, _STEP)
     connection.set_authorizer(authorize)
 
 
@@ -125,19 +109,17 @@ def open_database(meta: Mapping[str, Any], number: int) -> sqlite3.Connection:
     rng = Random(meta['rows_seed'] * DATABASES + number)
     sharp = number == DATABASES - 1
     tables = [Table(name, tuple(columns)) for name, columns in meta['tables'].items()]
-    parent_rows, child_rows = ((20, 28), (28, 28), (20, 14))[number]
-    sizes = {
-        t.name: (child_rows if t.parents else parent_rows) + rng.randint(-2, 2) for t in tables
-    }
+    parents, children = ((20, 28), (28, 28), (20, 14))[number]
+    sizes = {t.name: (children if t.parents else parents) + rng.randint(-2, 2) for t in tables}
     connection = sqlite3.connect(':memory:', isolation_level=None)
     for table in tables:
-        columns = ''.join(f', {column}' for column in table.columns)
-        connection.execute(f'CREATE TABLE {table.name} (id INTEGER PRIMARY KEY{columns})')
         rules = {column: rule for name, column, *rule in meta['filters'] if name == table.name}
-        limits: dict[str, list[int]] = {}
+        limits: dict[str, list[int]] = defaultdict(list)
         for name, column, _, values in (*meta['filters'], *meta['having']) if sharp else ():
-            if name == table.name and column in NUMBERS:
-                limits.setdefault(column, []).extend(values)
+            if name == table.name:
+                limits[column] += values
+        columns = ', '.join(('id INTEGER PRIMARY KEY', *table.columns))
+        connection.execute(f'CREATE TABLE {table.name} ({columns})')
         rows = _draw_rows(rng, table, rules, limits, sizes)
         marks = ', '.join('?' * (1 + len(table.columns)))
         connection.executemany(f'INSERT INTO {table.name} VALUES ({marks})', rows)
@@ -145,13 +127,9 @@ def open_database(meta: Mapping[str, Any], number: int) -> sqlite3.Connection:
 
 
 def _draw_rows(
-    rng: Random,
-    table: Table,
-    rules: Mapping[str, list],
-    limits: Mapping[str, list[int]],
-    sizes: Mapping[str, int],
+    rng: Random, table: Table, rules: Mapping, limits: Mapping, sizes: Mapping[str, int]
 ) -> Iterator[list]:
-    used: dict[str, set] = {column: set() for column in table.columns}
+    used = defaultdict(set)
     for number in range(1, sizes[table.name] + 1):
         fate = rng.random()
         missed = rng.choice(list(rules)) if rules and 0.6 < fate < 0.85 else None
@@ -180,12 +158,13 @@ def _draw_rows(
 
 def _draw_word(rng: Random, column: str, rule: list | None, missed: bool) -> str:
     """A word of the column's pool that meets the rule (or misses it); any without a rule."""
-    if rule is None:
-        return rng.choice(WORDS[column])
-    operator, (word,) = rule
-    if (operator == '=') != missed:
-        return word
-    return rng.choice([other for other in WORDS[column] if other != word])
+    pool = WORDS[column]
+    if rule:
+        operator, (word,) = rule
+        if (operator == '=') != missed:
+            return word
+        pool = [other for other in pool if other != word]
+    return rng.choice(pool)
 
 
 def _draw_number(rng: Random, column: str, rule: list | None, missed: bool) -> int:
@@ -194,14 +173,9 @@ def _draw_number(rng: Random, column: str, rule: list | None, missed: bool) -> i
     if rule is None:
         return rng.randint(low, high)
     operator, values = rule
-    inside = {
-        '>': (values[0] + 1, high),
-        '>=': (values[0], high),
-        '<': (low, values[0] - 1),
-        '<=': (low, values[0]),
-        'BETWEEN': (values[0], values[-1]),
-    }[operator]
-    if not missed:
-        return rng.randint(*inside)
-    outside = [(low, inside[0] - 1), (inside[1] + 1, high)]
-    return rng.randint(*rng.choice([(first, last) for first, last in outside if first <= last]))
+    first = values[0] + (operator == '>') if operator in ('>', '>=', 'BETWEEN') else low
+    last = values[-1] - (operator == '<') if operator in ('<', '<=', 'BETWEEN') else high
+    if missed:
+        outside = [(low, first - 1), (last + 1, high)]
+        first, last = rng.choice([(a, b) for a, b in outside if a <= b])
+    return rng.randint(first, last)

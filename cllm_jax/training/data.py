@@ -3,16 +3,17 @@
 import dataclasses
 import hashlib
 import random
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cllm_jax.cli.console import Console
 from cllm_jax.data.sources import Source, open_source
 from cllm_jax.data.tokenizer import encode_examples, train_tokenizer
+from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.load import (
     DTYPES,
@@ -26,13 +27,25 @@ from cllm_jax.hf.load import (
     with_tokenizer,
 )
 from cllm_jax.model.llama import Llama, init_params
-from cllm_jax.runs.run_dir import has_begun, replace_directory, temporary
+from cllm_jax.runs.atomic import replace_directory, temporary
+from cllm_jax.runs.run_dir import has_begun
 from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig, architecture
-from cllm_jax.training.packing import Sample
+from cllm_jax.training.objective import objective_of
 from cllm_jax.trajectories.clean import clean
 from cllm_jax.trajectories.store import read_manifest, read_records
+
+
+class Listener(Protocol):
+    """Who is told what goes on (`cli/console.py`); nothing here prints."""
+
+    def note(self, text: str) -> None: ...
+
+    def status(self, text: str) -> AbstractContextManager: ...
+
+    def dropped(self, source: Source) -> None: ...
+
 
 TOKENIZER_ROWS = 8000
 """Rows of the dataset that a new tokenizer is trained on."""
@@ -87,7 +100,7 @@ def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
     return tokenizer, {'eos_ids': config.eos_ids, 'pad_id': config.pad_id}
 
 
-def trajectory_samples(settings: TrainConfig, model: Model, console: Console) -> list[Sample]:
+def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) -> list[Trajectory]:
     """The cleaned trajectories of a collection; refused if made with another tokenizer."""
     directory = Path(settings.data)
     made_with = read_manifest(directory)['identity'].get('tokenizer')
@@ -96,34 +109,38 @@ def trajectory_samples(settings: TrainConfig, model: Model, console: Console) ->
             f'{directory}: collected with another tokenizer than that of {model.source}; '
             'collect again with this model'
         )
-    with console.status(f'reading {directory}'):
-        records, counts = clean(read_records(directory), settings.cleaning)
-    console.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
-    return [Sample(r.prompt, r.answer, r.states, r.start) for r in records]
+    with listener.status(f'reading {directory}'):
+        kept, counts = clean(read_records(directory), settings.cleaning)
+    listener.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
+    return kept
 
 
-def read_examples(settings: TrainConfig, data: str, console: Console) -> list[Example]:
+def read_examples(settings: TrainConfig, data: str, listener: Listener) -> list[Example]:
     """The training rows of a dataset."""
     source = open_source(data, split='train', seed=settings.seed, limit=settings.examples)
-    console.dropped(source)
-    with console.status(f'reading {len(source)} examples of {source.name}'):
+    listener.dropped(source)
+    with listener.status(f'reading {len(source)} examples of {source.name}'):
         return [source[i] for i in range(len(source))]
 
 
+def without_states(block: int, prompt: np.ndarray, answer: np.ndarray) -> Trajectory:
+    """A sample whose states, of `block` tokens, are made by chance if there are to be any."""
+    return Trajectory(np.zeros((0, block), np.int32), np.zeros(0, np.int32), prompt, answer)
+
+
 def text_samples(
-    model: Model, examples: list[Example], console: Console, block: int = 0
-) -> list[Sample]:
+    model: Model, examples: list[Example], listener: Listener, block: int = 0
+) -> list[Trajectory]:
     """Prompts with their reference answers, where they have one; no states of `block` tokens."""
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
-    with console.status('tokenising'):
+    with listener.status('tokenising'):
         eos, bos = model.config.eos_ids[0], model.config.bos_id
         pairs = encode_examples(model.tokenizer, examples, eos, bos)
-    states, start = np.zeros((0, block), np.int32), np.zeros(0, np.int32)
-    # An end token alone is no answer: a model that learns it says nothing any more.
-    kept = [Sample(*pair, states, start) for pair in pairs if len(pair[1]) > 1]
+    # An end token alone is not an answer: a model that learns it says nothing any more.
+    kept = [without_states(block, *pair) for pair in pairs if len(pair[1]) > 1]
     if len(kept) < len(pairs):
-        console.note(f'{len(pairs) - len(kept)} rows without an answer left out')
+        listener.note(f'{len(pairs) - len(kept)} rows without an answer left out')
     return kept
 
 
@@ -134,15 +151,18 @@ def held_out_rows(settings: TrainConfig) -> Source:
       ConfigError: there is nothing to learn, either.
     """
     task, test = settings.task, settings.held_out
-    if settings.objective == 'ar' and not settings.data:
-        raise ConfigError("objective 'ar' without data; name a dataset, such as data: sql")
+    reads_data = not objective_of(settings).reads_trajectories
+    if reads_data and not settings.data:
+        raise ConfigError(
+            f'objective {settings.objective!r} without data; name a dataset, such as data: sql'
+        )
     if not task:
-        by_default = settings.data if settings.objective == 'ar' else settings.texts
+        by_default = settings.data if reads_data else settings.texts
         task = by_default or read_manifest(Path(settings.data))['identity']['data']
     return open_source(task, split='heldout', seed=test.seed, limit=test.prompts)
 
 
-def trained_on_too(samples: list[Sample], source: Source, model: Model) -> int:
+def trained_on_too(samples: list[Trajectory], source: Source, model: Model) -> int:
     """How many of the held-out prompts are prompts of samples as well."""
     rows = [source[i] for i in range(len(source))]
     pairs = encode_examples(model.tokenizer, rows, 0, model.config.bos_id)
@@ -150,7 +170,7 @@ def trained_on_too(samples: list[Sample], source: Source, model: Model) -> int:
     return sum(prompt.tobytes() in known for prompt, _ in pairs)
 
 
-def inputs_of(settings: TrainConfig, model: Model, samples: list[Sample]) -> dict[str, str]:
+def inputs_of(settings: TrainConfig, model: Model, samples: list[Trajectory]) -> dict[str, str]:
     """Names and fingerprints of what a run learns from; the same for a root that was moved."""
     inputs = {'model': settings.model.replace(f'{settings.root}/', 'ROOT/', 1)}
     if settings.model != 'new':
@@ -165,32 +185,32 @@ def inputs_of(settings: TrainConfig, model: Model, samples: list[Sample]) -> dic
 
 
 def prepare(
-    settings: TrainConfig, mesh: Mesh | None, console: Console, run: Path
-) -> tuple[Model, list[Sample]]:
+    settings: TrainConfig, mesh: Mesh | None, listener: Listener, run: Path
+) -> tuple[Model, list[Trajectory]]:
     """The model to start from and its training samples, for the run of that directory."""
-    if settings.objective != 'ar':
+    objective = objective_of(settings)
+    if objective.reads_trajectories:
         model = with_tokenizer(load(settings.model, settings.dtype, mesh))
-        samples = trajectory_samples(settings, model, console)
+        samples = trajectory_samples(settings, model, listener)
         block = samples[0].states.shape[1] if samples else 0
-        if settings.objective != 'consistency':  # only the answers count
-            block = settings.heads.ahead + 1
-            states, start = np.zeros((0, block), np.int32), np.zeros(0, np.int32)
-            samples = [Sample(s.prompt, s.answer, states, start) for s in samples]
+        if not objective.keeps_states:
+            block = objective.block(settings)
+            samples = [without_states(block, s.prompt, s.answer) for s in samples]
         if settings.texts and samples:
-            examples = read_examples(settings, settings.texts, console)
-            samples += text_samples(model, examples, console, block)
+            examples = read_examples(settings, settings.texts, listener)
+            samples += text_samples(model, examples, listener, block)
     else:
-        examples = read_examples(settings, settings.data, console)
+        examples = read_examples(settings, settings.data, listener)
         if settings.model == 'new':
             model = new_model(settings, examples, run)
         else:
             model = with_tokenizer(load(settings.model, settings.dtype, mesh))
-        samples = text_samples(model, examples, console)
+        samples = text_samples(model, examples, listener)
     begun = [s for s in samples if len(s.prompt)]
     if len(begun) < len(samples):
-        console.note(f'{len(samples) - len(begun)} samples without a prompt left out')
-    kept = [s for s in begun if len(s) <= settings.max_length]
-    console.note(f'{len(kept)} samples, {len(begun) - len(kept)} too long left out')
+        listener.note(f'{len(samples) - len(begun)} samples without a prompt left out')
+    kept = [s for s in begun if s.length <= settings.max_length]
+    listener.note(f'{len(kept)} samples, {len(begun) - len(kept)} too long left out')
     if settings.steps and not kept:
         raise DataError(
             'no training sample is left; check the data and their answers, max_length and cleaning'

@@ -11,21 +11,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cllm_jax.decoding.result import Trajectory
+from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama, param_axes
+from cllm_jax.runtime.backend import backend_for
 from cllm_jax.runtime.sharding import batch_sharding
-from cllm_jax.training.packing import Batch, Noise, Sample, make_batch
-from cllm_jax.training.step import (
-    LossWeights,
-    OptimizerConfig,
-    TrainState,
-    make_optimizer,
-    make_step,
-    new_state,
-    state_places,
-    text_loss,
-)
+from cllm_jax.training.config import TrainConfig
+from cllm_jax.training.objective import objective_of
+from cllm_jax.training.optimizer import make_optimizer
+from cllm_jax.training.packing import Batch, make_batch
+from cllm_jax.training.step import TrainState, make_step, new_state, state_places, text_loss
 
 COLLECTIVE = re.compile(
     r' = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
@@ -33,48 +30,37 @@ COLLECTIVE = re.compile(
 SHAPE = re.compile(r'(\w+)\[([\d,]*)\]')
 
 
-@dataclasses.dataclass(frozen=True)
-class StepShape:
-    """A training step as far as its shapes go."""
+def longest(settings: TrainConfig) -> tuple[int, int]:
+    """The tokens of a prompt and its answer that a plan counts with: as many as settings allow.
 
-    config: LlamaConfig
-    dtype: Any
-    compute: Any
-    remat: bool
-    optimizer: OptimizerConfig
-    weights: LossWeights
-    noise: Noise | None
-    batch: int
-    prompt: int
-    """Tokens of the prompt of every sample."""
-    answer: int
-    """Tokens of its answer."""
-    block: int
+    An answer is one of `held_out.max_tokens`, but at most half of a sample.
+    """
+    answer = min(settings.held_out.max_tokens, settings.max_length // 2)
+    return settings.max_length - answer, answer
 
 
-def abstract_batch(shape: StepShape, mesh: Mesh) -> Batch:
+def abstract_batch(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Batch:
     """Shapes and places of a batch in which every sample is as long as can be."""
-    states = np.zeros((0, shape.block), np.int32)
-    sample = Sample(
-        np.zeros(shape.prompt, np.int32), np.zeros(shape.answer, np.int32), states, states[:, 0]
-    )
-    one = make_batch([sample], 1, 0, 0, shape.noise)
+    objective = objective_of(settings)
+    noise = objective.noise(settings, Model(config, None, None, settings.model))
+    states = np.zeros((0, objective.block(settings)), np.int32)
+    prompt, answer = (np.zeros(tokens, np.int32) for tokens in longest(settings))
+    sample = Trajectory(states, np.zeros(0, np.int32), prompt, answer)
+    one = make_batch([sample], 1, 0, 0, noise)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
-            (shape.batch, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh)
+            (settings.batch, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh)
         ),
         one,
     )
 
 
-def abstract_state(shape: StepShape, mesh: Mesh) -> TrainState:
-    """Shapes and places of the training state; nothing is computed."""
-    optimizer, params = (
-        make_optimizer(shape.optimizer, 100),
-        abstract_params(shape.config, shape.dtype),
-    )
+def abstract_state(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> TrainState:
+    """Shapes and places of the training state of a whole model; nothing is computed."""
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    params = abstract_params(config, DTYPES[settings.dtype])
     state = jax.eval_shape(partial(new_state, optimizer), params)
-    places = state_places(optimizer, param_axes(shape.config), params, mesh)
+    places = state_places(optimizer, param_axes(config), params, mesh)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
     )
@@ -88,35 +74,36 @@ def bytes_here(tree: Any) -> int:
     )
 
 
-def activation_bytes(shape: StepShape, batch: Batch, mesh: Mesh) -> int:
-    """An estimate of what the backward pass finds kept on one device, the largest parts only.
+def activation_bytes(settings: TrainConfig, config: LlamaConfig, batch: Batch, mesh: Mesh) -> int:
+    """An estimate of what the backward pass finds kept on one device, only of what is large.
 
     Per token and layer: the residual stream twice, both normed inputs, queries, keys, values and
     the attention's result, three times the MLP's width, and the softmax over the keys it may see
     (`packed_attention.py`). With `remat` only the stream of every layer, and one whole layer. Also
     three float32 arrays of logits.
     """
-    c, tensor = shape.config, mesh.shape['tensor']
-    rows = -(-shape.batch // (shape.optimizer.accumulate * mesh.shape['data'] * mesh.shape['fsdp']))
+    c, tensor = config, mesh.shape['tensor']
+    parts = settings.optimizer.accumulate * mesh.shape['data'] * mesh.shape['fsdp']
+    rows = -(-settings.batch // parts)
     tokens, scored = batch.tokens_BT.shape[1], batch.rows_BR.shape[1]
     clean = tokens - batch.offset_BW.shape[1]
     pairs = clean * clean + (tokens - clean) * (clean + batch.block)
-    wide, narrow = np.dtype(shape.dtype).itemsize, np.dtype(shape.compute).itemsize
+    wide, narrow = DTYPES[settings.dtype].itemsize, DTYPES[settings.compute].itemsize
     split = tokens * ((2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.mlp_dim) + c.heads * pairs
     layer = tokens * 4 * c.dim * wide + split * narrow // tensor
-    layers = c.layers * tokens * c.dim * wide + layer if shape.remat else c.layers * layer
+    layers = c.layers * tokens * c.dim * wide + layer if settings.remat else c.layers * layer
     return rows * (layers + 3 * 4 * scored * c.vocab_size // tensor)
 
 
-def needs(shape: StepShape, mesh: Mesh) -> dict[str, int]:
+def memory_per_device(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> dict[str, int]:
     """Bytes on each device, by what they are for."""
-    state, batch = abstract_state(shape, mesh), abstract_batch(shape, mesh)
+    state, batch = abstract_state(settings, config, mesh), abstract_batch(settings, config, mesh)
     return {
         'weights': bytes_here(state.params),
         'gradients': bytes_here(state.params),
         'optimiser state': bytes_here(state.opt_state),
         'batch': bytes_here(batch),
-        'activations (estimate)': activation_bytes(shape, batch, mesh),
+        'activations (estimate)': activation_bytes(settings, config, batch, mesh),
     }
 
 
@@ -144,18 +131,21 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def compiled_needs(shape: StepShape, mesh: Mesh) -> Compiled:
+def compiled_step(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Compiled:
     """The same as the compiler sees it, for the backend of the mesh's devices.
 
     On CPU it is an upper bound: products in bfloat16 are widened there, gathered weights with them;
     and where a TPU would scatter the sum of a gradient, it adds all of all gradients everywhere.
     """
-    state, batch = abstract_state(shape, mesh), abstract_batch(shape, mesh)
-    places = jax.tree.map(lambda x: x.sharding, state)
-    module = Llama(shape.config, shape.dtype, shape.compute, shape.remat, mesh)
-    optimizer = make_optimizer(shape.optimizer, 100)
+    state, batch = abstract_state(settings, config, mesh), abstract_batch(settings, config, mesh)
+    dtype, compute = DTYPES[settings.dtype], DTYPES[settings.compute]
+    backend = backend_for(mesh.devices.flat)
+    module = Llama(config, dtype, compute, settings.remat, mesh, backend)
     step = make_step(
-        text_loss(module, shape.weights), optimizer, shape.optimizer.accumulate, places
+        partial(text_loss, module, settings.loss),
+        make_optimizer(settings.optimizer, settings.steps),
+        settings.optimizer.accumulate,
+        jax.tree.map(lambda x: x.sharding, state),
     )
     begin = time.perf_counter()
     compiled = step.lower(state, batch).compile()

@@ -1,38 +1,49 @@
-"""What a run trains: the loss of its parameters, and what they decode with when they are tested."""
+"""What a run trains: one class for each kind of objective, and the table of their names.
+
+An objective says which settings it reads, what its samples and batches look like, and makes of a
+model what the run trains (`Learner`). Trained drafters bring their own losses (`drafters/`).
+"""
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from cllm_jax.decoding.drafter import Drafter
-from cllm_jax.drafters.checkpoint import write_drafter
+from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.hf.load import Model
-from cllm_jax.hf.weights import write_model
+from cllm_jax.drafters.registry import TRAINED
+from cllm_jax.drafters.trained import AnswerBatch, TrainedDrafter, tables_of
+from cllm_jax.errors import ConfigError
+from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.model.llama import Llama, param_axes
-from cllm_jax.training.step import Loss, LossWeights, text_loss
+from cllm_jax.training.config import TrainConfig
+from cllm_jax.training.held_out import Trained
+from cllm_jax.training.losses import cross_entropy
+from cllm_jax.training.packing import Batch, Noise, make_batch
+from cllm_jax.training.step import (
+    Loss,
+    LossWeights,
+    batch_totals,
+    hidden_states,
+    text_loss,
+    visible,
+)
+
+CALIBRATION = 64
+"""Samples by which a drafter chooses its settings (Medusa its tree)."""
+OF_CONSISTENCY = ('loss.global_weight', 'loss.local_weight')
+OF_STATES = (*OF_CONSISTENCY, 'loss.state_weight')
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """A model with the drafter that a test decodes with, and what is kept of the two."""
-
-    model: Model
-    drafter: Drafter
-    weights: Any = ()
-    own: Any = None
-    """Weights of the drafter to write; None if there are none."""
-    new_model: bool = True
-    """Whether the model is another than before the run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What `run.train` needs to know."""
+class Learner:
+    """What a run trains, and what it needs for that."""
 
     params: Any
     """What is trained, as it is at first."""
@@ -42,44 +53,277 @@ class Objective:
     trained: Callable[[Any], Trained]
     """What parameters make."""
     frozen: Any = ()
-    """What the loss needs beside them."""
+    """What the loss reads but does not train."""
+    noise: Noise | None = None
+    """Which states a batch has; None for none."""
     faster: bool = True
     """Whether tokens per forward are what is wanted, at the same quality; else quality alone."""
+    mesh: Mesh | None = None
+    """Devices to train on; None for one."""
 
 
-def of_text(
-    model: Model,
-    weights: LossWeights,
-    block: int,
-    compute: Any = None,
-    remat: bool = False,
-    mesh: Mesh | None = None,
-) -> Objective:
-    """All of a model is trained: on texts, or for consistency; tested with a Jacobi window."""
-    module = Llama(model.config, model.params['norm'].dtype, compute, remat, mesh)
-    return Objective(
-        params=model.params,
-        axes=param_axes(model.config),
-        loss=text_loss(module, weights),
-        trained=lambda params: Trained(dataclasses.replace(model, params=params), Jacobi(block)),
-        faster=bool(weights.global_weight or weights.local_weight),
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A kind of run. What is here suits one that trains all of a model."""
+
+    name: str
+    ignored: tuple[str, ...]
+    """Settings, and groups of them, that it does not read."""
+    reads_trajectories: bool = True
+    """Whether it learns from a collection; else from a dataset."""
+    keeps_states: bool = False
+    """Whether it learns from the states of a collection; else from its answers alone."""
+    drafting: type[TrainedDrafter] | None = None
+    """The drafter that is trained, or that a model is trained for."""
+
+    def trains_model(self, settings: TrainConfig) -> bool:
+        """Whether the model changes."""
+        return True
+
+    def unread(self, settings: TrainConfig) -> Iterator[tuple[str, str]]:
+        """Settings that nothing would read, and why."""
+        for name in self.ignored:
+            yield name, f'with objective {self.name}, which ignores it'
+        if self.reads_trajectories and not settings.texts:
+            yield 'examples', 'without texts, whose rows they would be'
+        if settings.model != 'new':
+            yield 'new', f'with model {settings.model or "(default)"}, which is not new'
+
+    def loss_weights(self, settings: TrainConfig) -> LossWeights:
+        """The weights of the losses that it has.
+
+        Raises:
+          ConfigError: no loss at all, or what the objective or noise.pairs would ignore.
+        """
+        return dataclasses.replace(
+            settings.loss, global_weight=0.0, local_weight=0.0, state_weight=0.0
+        )
+
+    def noise(self, settings: TrainConfig, model: Model) -> Noise | None:
+        """Which states a batch has; None for none."""
+        return None
+
+    def block(self, settings: TrainConfig) -> int:
+        """Tokens of a state that is made by chance."""
+        return settings.heads.ahead + 1 if self.drafting else settings.held_out.block
+
+    def drafter(self, settings: TrainConfig, model: Model) -> Drafter:
+        """What held-out tests decode with, before it has weights."""
+        if self.drafting:
+            return self.drafting.of_size(settings.heads, model)
+        return Jacobi(settings.held_out.block)
+
+    def learner(
+        self,
+        settings: TrainConfig,
+        model: Model,
+        samples: Sequence[Trajectory],
+        mesh: Mesh | None = None,
+    ) -> Learner:
+        """What the run trains, starting from a model."""
+        module, drafter = module_of(settings, model, mesh), self.drafter(settings, model)
+        return Learner(
+            params=model.params,
+            axes=param_axes(model.config),
+            loss=partial(text_loss, module, settings.loss),
+            trained=lambda params: Trained(dataclasses.replace(model, params=params), drafter),
+            noise=self.noise(settings, model),
+            faster=self.reads_trajectories,
+            mesh=mesh,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnTexts(Objective):
+    """A model learns the answers of a dataset."""
+
+    def loss_weights(self, settings):
+        if not settings.loss.ar_weight:
+            raise ConfigError(
+                'objective ar with loss.ar_weight 0: it has no other loss; set a weight'
+            )
+        if settings.texts:
+            raise ConfigError(
+                f'texts {settings.texts} with objective ar, which learns data alone; leave texts '
+                'out'
+            )
+        return super().loss_weights(settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnConsistency(Objective):
+    """A model learns to jump from any state of a trajectory to its fixed point."""
+
+    def loss_weights(self, settings):
+        loss, noise = settings.loss, settings.noise
+        if not (loss.global_weight or loss.local_weight):
+            raise ConfigError(
+                'objective consistency with loss.global_weight and loss.local_weight 0: '
+                'set one of them, or use objective ar'
+            )
+        if loss.local_weight and not noise.pairs:
+            raise ConfigError(
+                f'loss.local_weight {loss.local_weight} without noise.pairs: a state is taught by '
+                'its successor; add noise.pairs'
+            )
+        if settings.texts and noise.pairs:
+            raise ConfigError(
+                'texts with noise.pairs: states made by chance have no successor; leave one of '
+                'them out'
+            )
+        if noise.pairs and (noise.fresh or noise.corruption or noise.mask >= 0):
+            raise ConfigError(
+                'noise.fresh, noise.corruption or noise.mask with noise.pairs: a state that is '
+                'changed has no successor; leave them out, or noise.pairs'
+            )
+        return loss
+
+    def noise(self, settings, model):
+        return settings.noise
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnMasks(Objective):
+    """A model learns to draft by reading mask tokens (SPACE)."""
+
+    def loss_weights(self, settings):
+        if settings.noise.pairs:
+            raise ConfigError(
+                f'noise.pairs with objective {self.name}: masks have no successor; leave it out'
+            )
+        state = settings.loss.state_weight or 1.0
+        return dataclasses.replace(super().loss_weights(settings), state_weight=state)
+
+    def noise(self, settings, model):
+        mask = self.drafter(settings, model).mask_id
+        return dataclasses.replace(settings.noise, fresh=1.0, mask=mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnDrafter(Objective):
+    """A drafter of a model learns the model's answers; with `heads.joint` the model learns too."""
+
+    def trains_model(self, settings):
+        return settings.heads.joint
+
+    def unread(self, settings):
+        yield from super().unread(settings)
+        if not settings.heads.joint:
+            for name in ('loss.ar_weight', 'heads.joint_weight'):
+                yield name, 'without heads.joint: the model is not trained'
+
+    def learner(self, settings, model, samples, mesh=None):
+        drafter, joint = self.drafter(settings, model), settings.heads.joint
+        module, tables = module_of(settings, model, mesh), tables_of(model.params)
+        own = jax.jit(drafter.new_weights)(jax.random.key(settings.seed), tables)
+        axes = jax.tree.map(lambda leaf: PartitionSpec(*[None] * leaf.ndim), own)
+        rows = min(len(samples), CALIBRATION)
+        calibration = make_batch(samples, rows, settings.seed, 0, None)
+
+        def trained(params: Any) -> Trained:
+            own, now = (params['drafter'], params['model']) if joint else (params, model.params)
+            made = drafter.with_weights(own, now)
+            if type(made).calibrated is not TrainedDrafter.calibrated:  # else not worth a forward
+                made = made.calibrated(_calibration_answers(module, now, calibration))
+            return Trained(dataclasses.replace(model, params=now), made, new_model=joint)
+
+        if not joint:
+            loss = partial(drafter_loss, drafter, module)
+            return Learner(own, axes, loss, trained, model.params, mesh=mesh)
+        weights = settings.loss.ar_weight, settings.heads.joint_weight
+        params = {'model': model.params, 'drafter': own}
+        axes = {'model': param_axes(model.config), 'drafter': axes}
+        return Learner(
+            params, axes, partial(joint_loss, drafter, module, weights), trained, mesh=mesh
+        )
+
+
+def _drafting(name: str, drafter: type[TrainedDrafter]) -> Objective:
+    if drafter.trains_model:
+        changed = ('noise.fresh', 'noise.corruption', 'noise.mask')
+        ignored = (*changed, 'heads.joint', 'held_out.block', *OF_CONSISTENCY)
+        return LearnMasks(name, ignored, drafting=drafter)
+    return LearnDrafter(name, ('noise', 'held_out.block', *OF_STATES), drafting=drafter)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    'ar': LearnTexts('ar', ('noise', 'cleaning', 'heads', *OF_STATES), reads_trajectories=False),
+    'consistency': LearnConsistency('consistency', ('heads',), keeps_states=True),
+    **{name: _drafting(name, drafter) for name, drafter in TRAINED.items()},
+}
+"""By the name that settings give them."""
+
+
+def objective_of(settings: TrainConfig) -> Objective:
+    """The objective that settings name."""
+    return OBJECTIVES[settings.objective]
+
+
+def check_ignored(settings: TrainConfig) -> None:
+    """Raises ConfigError for a setting that says something and would do nothing."""
+    default = TrainConfig()
+    for name, why in objective_of(settings).unread(settings):
+        said = attrgetter(name)
+        if said(settings) != said(default):
+            remedy = 'write model: new' if name == 'new' else 'leave it out'
+            raise ConfigError(f'{name} {why}; {remedy}')
+
+
+def check_losses(settings: TrainConfig) -> TrainConfig:
+    """The settings with the losses that the objective has; see `Objective.loss_weights`."""
+    weights = objective_of(settings).loss_weights(settings)
+    return dataclasses.replace(settings, loss=weights)
+
+
+def module_of(settings: TrainConfig, model: Model, mesh: Mesh | None) -> Llama:
+    """The module of a model as a training step computes it."""
+    return Llama(
+        model.config,
+        model.params['norm'].dtype,
+        DTYPES[settings.compute],
+        settings.remat,
+        mesh,
+        model.backend,
     )
 
 
-def keep(directory: Path, trained: Trained, fetched: Callable[[Any], Any], write: bool) -> None:
-    """Write what was trained to `directory/model` and `directory/drafter`.
+def answers_of(module: Llama, params: Any, batch: Batch, later_A: jax.Array) -> AnswerBatch:
+    """What a drafter learns from: the answers of a packed batch without states.
 
     Args:
-      fetched: brings parameters to the host; every process calls it.
-      write: whether this process writes.
+      later_A: see `AnswerBatch`; of the whole batch, if this is a part of one.
     """
-    params = fetched(trained.model.params) if trained.new_model else None
-    own = None if trained.own is None else fetched(trained.own)
-    if not write:
-        return
-    model = trained.model
-    if params is not None:
-        dtype, where = str(params['norm'].dtype), directory / 'model'
-        write_model(where, model.config, params, model.tokenizer, dtype=dtype, sums=True)
-    if own is not None:
-        write_drafter(directory / 'drafter', trained.drafter, jax.device_get(own), model)
+    count = batch.ar_weight_BA.shape[1]
+    return AnswerBatch(
+        hidden_BTD=hidden_states(module, params, batch).astype(jnp.float32),
+        tokens_BT=batch.tokens_BT,
+        positions_BT=batch.positions_BT,
+        mask_BTT=visible(batch),
+        rows_BA=batch.rows_BR[:, :count],
+        labels_BA=batch.labels_BR[:, :count],
+        weight_BA=batch.ar_weight_BA,
+        later_A=later_A,
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _calibration_answers(module: Llama, params: Any, batch: Batch) -> AnswerBatch:
+    return answers_of(module, params, batch, batch_totals(batch)['later_A'])
+
+
+def drafter_loss(drafter: TrainedDrafter, module: Llama, params, frozen, batch, totals):
+    """A `Loss` of the weights of a drafter; `frozen` are the parameters of its model."""
+    answers = answers_of(module, frozen, batch, totals['later_A'])
+    loss, metrics = drafter.with_weights(params, frozen).loss(answers)
+    return loss, metrics | {'loss': loss}
+
+
+def joint_loss(drafter, module, weights: tuple[float, float], params, frozen, batch, totals):
+    """A `Loss` of a model and its drafter, with a weight for the loss of each."""
+    now = params['model']
+    answers = answers_of(module, now, batch, totals['later_A'])
+    drafted, metrics = drafter.with_weights(params['drafter'], now).loss(answers)
+    logits_BAV = module.apply({'params': now}, answers.hidden_BAD, method='logits')
+    ar = cross_entropy(logits_BAV, answers.labels_BA, answers.weight_BA, totals['ar'])
+    loss = weights[0] * ar + weights[1] * drafted
+    return loss, metrics | {'ar_loss': ar, 'loss': loss}

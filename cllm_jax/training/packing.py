@@ -12,37 +12,21 @@ is one comparison.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import grain
 import numpy as np
 from flax import struct
 
+from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import at_least, shares
 
 LENGTH_STEP = 32
 ANSWER_STEP = 64
 SORT_WINDOW = 16
 """Batches are cut from runs of this many batches sorted by length, to pad little."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A tokenised prompt with its answer (EOS included) and the Jacobi states that led there.
-
-    `states` is int32 `[S, n]`; row s holds guesses for answer offsets `start[s] .. start[s] + n`.
-    With S = 0 states are made by chance: any share of the right tokens, random ones elsewhere.
-    """
-
-    prompt: np.ndarray
-    answer: np.ndarray
-    states: np.ndarray | None = None
-    start: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +76,12 @@ class Batch:
     """The same in the trajectory's next state (local consistency); zeros without pairs."""
     local_weight_BW: Any
     offset_BW: Any
-    """How far a state token is behind the first wrong one; -1 before it."""
+    """How far a state token comes after the first wrong one; -1 before it."""
     block: int = struct.field(pytree_node=False, default=0)
     """Tokens of a state; 0 without states."""
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # each look-up costs 15 us, and sixteen steps share a window
 def _window(count: int, size: int, seed: int, window: int) -> tuple[int, ...]:
     """The sample indices of one window of an endless, every epoch reshuffled, order (Grain)."""
     indices = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
@@ -105,19 +89,24 @@ def _window(count: int, size: int, seed: int, window: int) -> tuple[int, ...]:
 
 
 def samples_of_step(
-    samples: Sequence[Sample], batch: int, seed: int, step: int
-) -> list[tuple[int, Sample]]:
+    samples: Sequence[Trajectory], batch: int, seed: int, step: int
+) -> list[tuple[int, Trajectory]]:
     """The samples of a step with their running numbers: similar lengths, a function of the step."""
     window, place = divmod(step, SORT_WINDOW)
     first = window * SORT_WINDOW * batch
     ids = _window(len(samples), SORT_WINDOW * batch, seed, window)
-    ranked = sorted(range(len(ids)), key=lambda i: (len(samples[ids[i]]), i))
+    ranked = sorted(range(len(ids)), key=lambda i: (samples[ids[i]].length, i))
     chunk = int(np.random.default_rng((seed, window)).permutation(SORT_WINDOW)[place])
     return [(first + i, samples[ids[i]]) for i in ranked[chunk * batch : (chunk + 1) * batch]]
 
 
 def make_batch(
-    samples: Sequence[Sample], batch: int, seed: int, step: int, noise: Noise | None
+    samples: Sequence[Trajectory],
+    batch: int,
+    seed: int,
+    step: int,
+    noise: Noise | None,
+    rows: Sequence[int] | None = None,
 ) -> Batch:
     """The batch of a step; the same arguments give the same bytes on any machine.
 
@@ -126,31 +115,46 @@ def make_batch(
       batch: rows per step.
       seed, step: what to draw.
       noise: how states are chosen; None for plain autoregressive training.
+      rows: those to pack, as they are in the whole batch; None for all.
     """
     chosen = samples_of_step(samples, batch, seed, step)
-    length = _up(max(len(s) for _, s in chosen), LENGTH_STEP)
+    length = _up(max(s.length for _, s in chosen), LENGTH_STEP)
     answer = _up(max(len(s.answer) for _, s in chosen), ANSWER_STEP)
     width = windows = 0
     if noise is not None:
         width = chosen[0][1].states.shape[1]
         windows = noise.windows or -(-answer // width)
         windows += windows % 2 if noise.pairs else 0
-    rows = []
-    for number, sample in chosen:
+    packed = []
+    for number, sample in chosen if rows is None else [chosen[i] for i in rows]:
         row = _clean_row(sample, length, answer, windows * width)
         if noise is not None:
             rng = np.random.default_rng((seed, step, number))
-            _add_states(row, sample, noise, rng, length, answer, windows)
-        rows.append(row)
-    return Batch(**{k: np.stack([row[k] for row in rows]) for k in rows[0]}, block=width)
+            _add_states(row, sample, noise, rng, windows)
+        packed.append(row)
+    return Batch(**{k: np.stack([row[k] for row in packed]) for k in packed[0]}, block=width)
+
+
+def batches(
+    samples: Sequence[Trajectory],
+    batch: int,
+    seed: int,
+    steps: range,
+    noise: Noise | None,
+    rows: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """The batches of consecutive steps; see `make_batch`. The next one is packed in a thread."""
+    pack = partial(make_batch, samples, batch, seed, noise=noise, rows=rows)
+    packed = grain.MapDataset.range(steps.start, steps.stop).map(pack)
+    return iter(packed.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))
 
 
 def _up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _clean_row(sample: Sample, length: int, answer: int, noisy: int) -> dict[str, np.ndarray]:
-    total, prompt, used = length + noisy, len(sample.prompt), len(sample)
+def _clean_row(sample: Trajectory, length: int, answer: int, noisy: int) -> dict[str, np.ndarray]:
+    total, prompt, used = length + noisy, len(sample.prompt), sample.length
     tokens = np.zeros(total, np.int32)
     tokens[:used] = np.concatenate([sample.prompt, sample.answer])
     segment = np.full(total, -1, np.int32)
@@ -177,7 +181,7 @@ def _clean_row(sample: Sample, length: int, answer: int, noisy: int) -> dict[str
     }
 
 
-def _pick(sample: Sample, noise: Noise, rng: np.random.Generator, count: int) -> list[int]:
+def _pick(sample: Trajectory, noise: Noise, rng: np.random.Generator, count: int) -> list[int]:
     """Indices of `count` states, spread over the answer: one from each of `count` equal parts.
 
     Where states are made by chance, these are the offsets at which they start.
@@ -195,15 +199,15 @@ def _pick(sample: Sample, noise: Noise, rng: np.random.Generator, count: int) ->
 
 def _add_states(
     row: dict[str, np.ndarray],
-    sample: Sample,
+    sample: Trajectory,
     noise: Noise,
     rng: np.random.Generator,
-    length: int,
-    answer: int,
     windows: int,
 ) -> None:
-    """Put `windows` states of a sample behind its clean text, with their teachers and weights."""
+    """Put `windows` states of a sample after its clean text, with their teachers and weights."""
     width, total = sample.states.shape[1], len(sample.answer)
+    answer = len(row['ar_weight_BA'])
+    length = len(row['tokens_BT']) - windows * width
     picked = _pick(sample, noise, rng, windows)
     placed = []
     for place, index in enumerate(picked):

@@ -1,4 +1,4 @@
-"""Collecting Jacobi trajectories: batch by batch (`batch.py`), into shards (`store.py`).
+"""Collecting Jacobi trajectories: batch by batch (`sharded.py`), into shards (`store.py`).
 
 Each process takes every n-th shard of the prompts. Shards are written as they are finished, and a
 prompt's random guesses depend on the run's seed and the prompt's id alone, so that a collection
@@ -9,25 +9,23 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import numpy as np
 
 from cllm_jax.data.sources import Source
 from cllm_jax.data.tokenizer import encode_examples
-from cllm_jax.decoding.engine import text_of
 from cllm_jax.decoding.request import bucket
+from cllm_jax.decoding.result import Trajectory
+from cllm_jax.decoding.text import text_of
 from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import Model
-from cllm_jax.runtime.backend import side_by_side, useful_threads
 from cllm_jax.runtime.processes import barrier, is_main
-from cllm_jax.tasks.example import Example
+from cllm_jax.runtime.threads import side_by_side
 from cllm_jax.tasks.quality import is_repetitive
-from cllm_jax.trajectories.sharded import Found, mesh_of, prompt_keys, trajectories
+from cllm_jax.trajectories.sharded import mesh_of, prompt_keys, trajectories
 from cllm_jax.trajectories.store import (
-    UNKNOWN,
-    Record,
+    Collection,
     finish,
     open_manifest,
     read_manifest,
@@ -35,42 +33,11 @@ from cllm_jax.trajectories.store import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class CollectPlan:
-    """What is collected, and in which portions."""
-
-    block: int
-    mode: Literal['block', 'sliding']
-    max_tokens: int
-    seed: int
-    batch: int
-    shard: int
-    """Prompts per shard; a shard is the unit of resumption."""
-
-
-def _record(
-    model: Model, source: Source, example: Example, prompt: np.ndarray, found: Found
-) -> Record:
-    right, answer = UNKNOWN, found.answer
-    if source.checkable:
-        right = int(source.check(example, text_of(model, answer.tolist())))
-    return Record(
-        id=example.id,
-        prompt=prompt,
-        answer=answer,
-        states=found.states,
-        start=found.start,
-        finished=int(answer[-1]) in model.config.eos_ids,
-        right=right,
-        forwards=found.forwards,
-    )
-
-
 def collect(
     directory: Path,
     model: Model,
     source: Source,
-    plan: CollectPlan,
+    settings: Collection,
     identity: dict[str, Any],
     advance_by: Callable[[int, int], None] = lambda prompts, tokens: None,
 ) -> Counter:
@@ -88,17 +55,17 @@ def collect(
     """
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
-    shards = -(-len(source) // plan.shard)
+    shards = -(-len(source) // settings.shard)
     mine = range(jax.process_index(), shards, jax.process_count())
     manifest = open_manifest(directory, identity, shards, mine)
     for index in mine:
-        begin = index * plan.shard
-        size = min(plan.shard, len(source) - begin)
+        begin = index * settings.shard
+        size = min(settings.shard, len(source) - begin)
         if manifest['shards'][index]:
             advance_by(size, 0)
             continue
         rows = range(begin, begin + size)
-        records, left_out = collect_records(model, source, plan, rows, advance_by)
+        records, left_out = collect_rows(model, source, settings, rows, advance_by)
         counts = {'prompts': size} | left_out | _count(records)
         write_shard(directory, manifest, index, records, counts)
     barrier('collected')
@@ -111,19 +78,19 @@ def collect(
     return counts
 
 
-def collect_records(
+def collect_rows(
     model: Model,
     source: Source,
-    plan: CollectPlan,
+    settings: Collection,
     rows: Sequence[int],
     advance_by: Callable[[int, int], None] = lambda prompts, tokens: None,
-) -> tuple[list[Record], dict[str, int]]:
+) -> tuple[list[Trajectory], dict[str, int]]:
     """The trajectories of some rows of `source`, in order, and how many are left out, by reason.
 
     Rows of a batch wait for the slowest, so each batch gets rows of about the same length, as the
     reference answers tell it.
     """
-    room = model.config.max_positions - plan.max_tokens
+    room = model.config.max_positions - settings.max_tokens
     examples = [source[i] for i in rows]
     pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0], model.config.bos_id)
     left_out = {
@@ -132,32 +99,29 @@ def collect_records(
     }
     order = [i for i, (prompt, _) in enumerate(pairs) if 0 < len(prompt) <= room]
     order.sort(key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
-    width = bucket(max((len(pairs[i][0]) for i in order), default=1))
-    batches = [order[begin : begin + plan.batch] for begin in range(0, len(order), plan.batch)]
+    width, batch = bucket(max((len(pairs[i][0]) for i in order), default=1)), settings.batch
+    batches = [order[begin : begin + batch] for begin in range(0, len(order), batch)]
 
-    def answer(chosen: Sequence[int]) -> list[Found]:
-        return trajectories(
-            model,
-            [pairs[i][0] for i in chosen],
-            prompt_keys(plan.seed, [examples[i].id for i in chosen]),
-            [pairs[i][1] for i in chosen],
-            block=plan.block,
-            mode=plan.mode,
-            max_tokens=plan.max_tokens,
-            rows=plan.batch,
-            width=width,
-        )
+    def answer(chosen: Sequence[int]) -> list[Trajectory]:
+        prompts, references = zip(*(pairs[i] for i in chosen), strict=True)
+        keys = prompt_keys(settings.seed, [examples[i].id for i in chosen])
+        return trajectories(model, prompts, keys, references, settings, width)
 
-    records: dict[int, Record] = {}
-    threads = useful_threads(model.params) if mesh_of(model).size == 1 else 1
+    records: dict[int, Trajectory] = {}
+    threads = model.backend.threads if mesh_of(model).size == 1 else 1
     for chosen, found in zip(batches, side_by_side(answer, batches, threads), strict=True):
         for i, one in zip(chosen, found, strict=True):
-            records[i] = _record(model, source, examples[i], pairs[i][0], one)
+            example, answered = examples[i], one.answer.tolist()
+            judged = {}
+            if source.checkable:
+                judged['right'] = int(source.check(example, text_of(model, answered)))
+            finished = answered[-1] in model.config.eos_ids
+            records[i] = dataclasses.replace(one, id=example.id, finished=finished, **judged)
         advance_by(len(chosen), sum(len(one.answer) for one in found))
     return [records[i] for i in sorted(records)], left_out
 
 
-def _count(records: Sequence[Record]) -> dict[str, int]:
+def _count(records: Sequence[Trajectory]) -> dict[str, int]:
     return {
         'truncated': sum(not r.finished for r in records),
         'repetitive': sum(is_repetitive(r.answer.tolist()) for r in records),

@@ -1,31 +1,29 @@
 """The answers of one batch of prompts, and the Jacobi states on the way to them.
 
 Each device has its own rows of the batch, under `jax.shard_map`; their loops end on their own, and
-nothing is communicated, but inside a group of devices that share a model.
+nothing is communicated, except inside a group of devices that share a model.
 """
 
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cllm_jax.decoding.drafter import Sequences
-from cllm_jax.decoding.engine import stop_ids
-from cllm_jax.decoding.loop import prefill
-from cllm_jax.decoding.request import bucket, cache_slots, row_keys
-from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.decoding.loop import Buffers, Decoder, prefill
+from cllm_jax.decoding.request import bucket, cache_slots, pad_prompts, row_keys, stop_ids
+from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.prompt_lookup import PromptLookup, reference_rows
 from cllm_jax.hf.load import Model
 from cllm_jax.model.cache import Cache
 from cllm_jax.model.llama import Llama
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh
-from cllm_jax.trajectories.blocks import follow
+from cllm_jax.trajectories.blocks import BlockSizes, follow
+from cllm_jax.trajectories.store import Collection
 
 TOGETHER = 4096
 """Tokens of blocks in a device's forward: enough to keep it busy, and a bound on memory, unless one
@@ -34,16 +32,6 @@ block of every row is more."""
 FINDER = PromptLookup(block=4, ngram=8)
 """Finds the answers whose blocks are followed, by trying what the dataset says: a model that was
 trained on it often says the same. Four tokens cost little where it does not."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """How one prompt was answered: see `store.Record`."""
-
-    answer: np.ndarray
-    states: np.ndarray
-    start: np.ndarray
-    forwards: int
 
 
 def mesh_of(model: Model) -> Mesh:
@@ -65,114 +53,84 @@ def trajectories(
     prompts: Sequence[np.ndarray],
     keys: jax.Array,
     references: Sequence[np.ndarray],
-    *,
-    block: int,
-    mode: Literal['block', 'sliding'],
-    max_tokens: int,
-    rows: int,
+    settings: Collection,
     width: int,
-) -> list[Found]:
+) -> list[Trajectory]:
     """Answer prompts together, keeping the states.
 
     Args:
       model: greedy decoding of it is the answer.
-      prompts: token ids.
+      prompts: token ids, at most `settings.batch`; the rest of the batch is padding.
       keys: one PRNG key per prompt, of its random guesses.
       references: what the answers may be. They never change one, only how soon it is found.
-      block: tokens per state (n).
-      mode: `sliding` states are the windows of sliding decoding; `block` ones are those of every
-        block of the answer, which is found first (`blocks.py`).
-      max_tokens: longest answer.
-      rows: size of the batch, at least that of `prompts`; the rest is padding.
+      settings: what is collected. `sliding` states are the windows of sliding decoding; `block`
+        ones are those of every block of the answer, which is found first (`blocks.py`).
       width: length to which prompts are padded.
     """
-    mesh, steps = mesh_of(model), bucket(max_tokens)
-    size = -(-rows // mesh.shape['data']) * mesh.shape['data']
-    prompt_BP = np.zeros((size, width), np.int32)
-    prompt_len_B, max_tokens_B = np.ones(size, np.int32), np.zeros(size, np.int32)
-    for i, prompt in enumerate(prompts):
-        prompt_BP[i, : len(prompt)] = prompt
-        prompt_len_B[i], max_tokens_B[i] = len(prompt), max_tokens
-    keys_B = keys[np.minimum(np.arange(size), len(prompts) - 1)]
-    drafter, weights = Jacobi(block, mode), ()
-    if mode == 'block':
+    mesh, steps, block = mesh_of(model), bucket(settings.max_tokens), settings.block
+    rows = -(-settings.batch // mesh.shape['data']) * mesh.shape['data']
+    batch = pad_prompts(prompts, rows, width, settings.max_tokens, keys)
+    drafter, references_BR = Jacobi(block, settings.mode), None
+    if settings.mode == 'block':
         drafter = FINDER
         texts = [
-            [*prompt[-drafter.ngram :], *reference[:max_tokens]]
+            [*prompt[-drafter.ngram :], *reference[: settings.max_tokens]]
             for prompt, reference in zip(prompts, references, strict=True)
         ]
-        weights = reference_rows(texts, size, bucket(drafter.ngram + max_tokens + 1))
+        most = bucket(drafter.ngram + settings.max_tokens + 1)
+        references_BR = reference_rows(texts, rows, most)
     # Guesses are looked up in the same buffer as tokens: the last block's have to be in it too.
     slots = cache_slots(width, steps, max(drafter.nodes, block))
-    run = _decoder(model.module, drafter, mesh, slots, steps)
-    sequences, cache, forwards_B, trace = run(
-        model.params, stop_ids(model), prompt_BP, prompt_len_B, max_tokens_B, keys_B, weights
-    )
+    run = _decoder(model.module, drafter, mesh, Buffers(slots, steps, trace=drafter is not FINDER))
+    sequences, cache, forwards_B, trace = run(model.params, stop_ids(model), batch, references_BR)
     tokens_BS, length_B = jax.device_get((sequences.tokens_BS, sequences.length_B))
     answers = [tokens_BS[i, len(p) : length_B[i] + 1] for i, p in enumerate(prompts)]
-    if mode == 'block':
-        return _blocks(model, mesh, sequences, cache, block, answers, width)
-    states_BIn, position_BI, forwards_B = jax.device_get(
-        (trace.tokens_BIN, trace.position_BI, forwards_B)
-    )
+    if settings.mode == 'block':
+        states = _blocks(model, sequences, cache, answers, block, width)
+        return [_joined(*row) for row in zip(prompts, answers, *states, strict=False)]
+    wanted = (trace.tokens_BIN, trace.position_BI, forwards_B)
+    states_BIn, position_BI, forwards_B = jax.device_get(wanted)
     found = []
-    for i, answer in enumerate(answers):
-        done = slice(1, forwards_B[i])
-        start = position_BI[i, done] - prompt_len_B[i]
-        found.append(Found(answer, states_BIn[i, done], start, int(forwards_B[i])))
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        verified = slice(1, forwards_B[i])
+        states, start = states_BIn[i, verified], position_BI[i, verified] - len(prompt)
+        found.append(Trajectory(states, start, prompt, answer, int(forwards_B[i])))
     return found
 
 
 @functools.cache
-def _decoder(module: Llama, drafter: Any, mesh: Mesh, slots: int, steps: int) -> Callable:
-    """A compiled `(params, stop_ids, prompts, lengths, max_tokens, keys, weights) -> decoded rows`.
+def _decoder(
+    module: Llama, drafter: Jacobi | PromptLookup, mesh: Mesh, buffers: Buffers
+) -> Callable:
+    """A compiled `(params, stop_ids, prompts, references) -> decoded rows`."""
 
-    What the drafter has for weights has a row per prompt.
-    """
-
-    def decode(params, stop_ids_E, prompt_BP, prompt_len_B, max_tokens_B, keys_B, weights):
-        state = prefill(
-            module,
-            params,
-            drafter,
-            weights,
-            Sampling(),
-            prompt_BP,
-            prompt_len_B,
-            max_tokens_B,
-            stop_ids_E,
-            keys_B,
-            slots=slots,
-            steps=steps,
-            trace=isinstance(drafter, Jacobi),
-            to_the_end=True,
-        )
+    def decode(params, stop_ids_E, prompts, references_BR):
+        own = drafter if references_BR is None else drafter.replace(references=references_BR)
+        state = prefill(Decoder(module, params, own, stop_ids_E), prompts, buffers, to_the_end=True)
         return state.sequences, state.cache, state.forwards_B, state.trace
 
-    return _on_rows(decode, mesh, whole=2, rows=5)
+    return _on_rows(decode, mesh)
 
 
 @functools.cache
-def _follower(module: Llama, mesh: Mesh, block: int, blocks: int, slots: int) -> Callable:
+def _follower(module: Llama, mesh: Mesh, sizes: BlockSizes) -> Callable:
     """A compiled `(params, first, sequences, cache) -> states and forwards`, see `follow`."""
 
     def run(params, first, sequences, cache):
-        state_IBMn, forwards_BM = follow(
-            module, params, sequences, cache, first, block=block, blocks=blocks, slots=slots
-        )
+        state_IBMn, forwards_BM = follow(module, params, sequences, cache, first, sizes)
         return state_IBMn.transpose(1, 2, 0, 3), forwards_BM
 
-    return _on_rows(run, mesh, whole=2, rows=2)
+    return _on_rows(run, mesh)
 
 
-def _on_rows(function: Callable, mesh: Mesh, whole: int, rows: int) -> Callable:
-    """Compiled, each device with all of the first arguments and its rows of the others."""
-    data = PartitionSpec('data')
+def _on_rows(function: Callable, mesh: Mesh) -> Callable:
+    """Compiled, each device with all of the first two arguments and its rows of the last two."""
+    data, everything = PartitionSpec('data'), PartitionSpec()
     return jax.jit(
         jax.shard_map(
             function,
             mesh=mesh,
-            in_specs=(PartitionSpec(),) * whole + (data,) * rows,
+            in_specs=(everything, everything, data, data),
             out_specs=data,
             axis_names={'data'},  # what shares a model is left to the compiler
             check_vma=False,
@@ -182,34 +140,36 @@ def _on_rows(function: Callable, mesh: Mesh, whole: int, rows: int) -> Callable:
 
 def _blocks(
     model: Model,
-    mesh: Mesh,
     sequences: Sequences,
     cache: Cache,
-    block: int,
     answers: Sequence[np.ndarray],
+    block: int,
     width: int,
-) -> list[Found]:
-    """The states of all blocks of decoded answers, as many blocks at a time as are fast."""
-    count = max(-(-(len(answer) - 1) // block) for answer in answers)
+) -> tuple[np.ndarray, np.ndarray]:
+    """The states of all blocks of decoded answers and the forwards of each block.
+
+    As many blocks are followed together as are fast.
+    """
+    mesh, count = mesh_of(model), max(-(-(len(answer) - 1) // block) for answer in answers)
     if count == 0:
-        nothing = np.zeros((0, block), np.int32), np.zeros(0, np.int32)
-        return [Found(answer, *nothing, forwards=1) for answer in answers]
+        rows = len(answers)
+        return np.zeros((rows, 0, block, block), np.int32), np.zeros((rows, 0), np.int32)
     own_rows = len(sequences.length_B) // mesh.shape['data']
     most = max(1, TOGETHER // (own_rows * block))
     slots, first, parts = -(-bucket(width + count * block) // 64) * 64, 0, []
     while first < count:  # powers of two and few sizes of the cache: few programs to compile
         together = 1 << min(count - first, most).bit_length() - 1
-        run = _follower(model.module, mesh, block, together, slots)
+        run = _follower(model.module, mesh, BlockSizes(block, together, slots))
         parts.append(run(model.params, np.int32(first), sequences, cache))
         first += together
-    states_BMIn, forwards_BM = (
-        np.concatenate(part, axis=1) for part in zip(*jax.device_get(parts), strict=True)
-    )
-    return [_joined(*row) for row in zip(answers, states_BMIn, forwards_BM, strict=False)]
+    columns = zip(*jax.device_get(parts), strict=True)
+    return tuple(np.concatenate(part, axis=1) for part in columns)
 
 
-def _joined(answer: np.ndarray, states_MIn: np.ndarray, forwards_M: np.ndarray) -> Found:
-    """One answer's states in order, each block's with its fixed point behind them."""
+def _joined(
+    prompt: np.ndarray, answer: np.ndarray, states_MIn: np.ndarray, forwards_M: np.ndarray
+) -> Trajectory:
+    """One answer's states in order, each block's followed by its fixed point."""
     block = states_MIn.shape[2]
     padded = np.concatenate([answer, np.zeros(block, np.int32)])
     states, start = [np.zeros((0, block), np.int32)], []
@@ -217,7 +177,6 @@ def _joined(answer: np.ndarray, states_MIn: np.ndarray, forwards_M: np.ndarray) 
         begin, forwards = m * block, forwards_M[m]
         states += [states_MIn[m, :forwards], padded[None, begin : begin + block]]
         start += [begin] * (forwards + 1)
+    start = np.asarray(start, np.int32)
     # The prefill is a forward too.
-    return Found(
-        answer, np.concatenate(states), np.asarray(start, np.int32), 1 + int(forwards_M.sum())
-    )
+    return Trajectory(np.concatenate(states), start, prompt, answer, 1 + int(forwards_M.sum()))

@@ -15,41 +15,49 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.decoding.result import Trajectory
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.errors import ConfigError, DataError, at_least, check_seed
+from cllm_jax.runs.atomic import write_atomic
 from cllm_jax.runs.checksums import sha256
-from cllm_jax.runs.run_dir import write_atomic
 from cllm_jax.runtime.processes import barrier, is_main
 
 NAME = 'trajectories'
 MANIFEST = 'manifest.json'
-UNKNOWN = -1
 ENTRY = {'file': str, 'records': int, 'bytes': int, 'sha256': str, 'counts': dict}
 """What the manifest says of a shard."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """How the target model answered one prompt.
+class Collection:
+    """What is collected, and in which portions: part of what a manifest identifies."""
 
-    `answer` is the fixed point, the stop token included if it was reached (`finished`). Row s of
-    `states` (int32 `[S, n]`) is a state of the Jacobi iteration and holds guesses for the answer
-    offsets `start[s] .. start[s] + n`; its first slots are already right. In block mode the states
-    of a block begin with its random start and end with its fixed point. `right` says whether the
-    answer is correct (1, 0, or -1 where the task cannot tell).
-    """
+    block: int = 16
+    """Tokens per state (n)."""
+    mode: Literal['block', 'sliding'] = 'block'
+    """States of the paper's block schedule, or of the sliding window that decodes fastest."""
+    max_tokens: int = 128
+    """Longest answer; one that does not end by then is counted as truncated."""
+    seed: int = 1
+    """Of generated prompts and of the random initial guesses."""
+    batch: int = 16
+    """Prompts decoded together; a small model on a CPU has one such batch per core."""
+    shard: int = 512
+    """Prompts per file; what an interruption can cost."""
 
-    id: str
-    prompt: np.ndarray
-    answer: np.ndarray
-    states: np.ndarray
-    start: np.ndarray
-    finished: bool
-    right: int
-    forwards: int
+    def __post_init__(self):
+        at_least(self, max_tokens=1, batch=1, shard=1)
+        check_seed(self)
+        Jacobi(self.block)  # checks it
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two collections of the same prompts differ."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(Collection)}
 
 
 def features(block: int) -> Any:
@@ -151,7 +159,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def write_shard(
-    directory: Path, manifest: dict[str, Any], index: int, records: Sequence[Record], counts: dict
+    directory: Path,
+    manifest: dict[str, Any],
+    index: int,
+    records: Sequence[Trajectory],
+    counts: dict,
 ) -> None:
     """Add one shard and its entry. The same records give the same bytes."""
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -204,7 +216,7 @@ def finish(directory: Path) -> None:
     )
 
 
-def read_records(directory: Path) -> list[Record]:
+def read_records(directory: Path) -> list[Trajectory]:
     """Every record of a finished collection, in order; each shard is verified before use.
 
     Raises:
@@ -229,6 +241,6 @@ def read_records(directory: Path) -> list[Record]:
             row = schema.deserialize_example_np(data)
             row['id'] = row['id'].decode()
             row |= {k: int(row[k]) for k in ('right', 'forwards')}
-            records.append(Record(**row | {'finished': bool(row['finished'])}))
+            records.append(Trajectory(**row | {'finished': bool(row['finished'])}))
         reader.close()
     return records

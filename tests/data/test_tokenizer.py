@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm_jax.data.sources import open_source
-from cllm_jax.data.tokenizer import END, encode_examples, that_fit, train_tokenizer
+from cllm_jax.data.tokenizer import END, drop_prompts_without_room, encode_examples, train_tokenizer
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.tasks.example import Example
 
@@ -49,20 +49,20 @@ def test_an_empty_prompt_is_the_first_token_of_a_text_if_there_is_one():
 def test_prompts_without_room_for_an_answer_are_left_out_and_counted():
     lengths = [len(TOKENIZER(row.prompt)['input_ids']) for row in ROWS]
     room = sorted(lengths)[400]
-    fitting = that_fit(ROWS, TOKENIZER, None, room)
+    fitting = drop_prompts_without_room(ROWS, TOKENIZER, None, room)
     kept = [row for row, length in zip(ROWS, lengths, strict=True) if length <= room]
     assert list(fitting) == kept
     assert fitting.dropped == {f'prompt longer than {room} tokens': len(ROWS) - len(kept)}
-    assert that_fit(ROWS, TOKENIZER, None, max(lengths)).dropped == {}
+    assert drop_prompts_without_room(ROWS, TOKENIZER, None, max(lengths)).dropped == {}
     with pytest.raises(DataError, match='no prompt has 1 to 3 tokens'):
-        that_fit(ROWS, TOKENIZER, None, 3)
+        drop_prompts_without_room(ROWS, TOKENIZER, None, 3)
 
 
 def test_prompts_without_a_token_are_left_out_and_counted_unless_there_is_a_first_one():
     rows = [Example('a', '', 'x'), Example('b', 'y', 'x')]
     source = dataclasses.replace(ROWS, rows=rows)
-    assert list(that_fit(source, TOKENIZER, 5, 8)) == rows
-    fitting = that_fit(source, TOKENIZER, None, 8)
+    assert list(drop_prompts_without_room(source, TOKENIZER, 5, 8)) == rows
+    fitting = drop_prompts_without_room(source, TOKENIZER, None, 8)
     assert list(fitting) == rows[1:] and fitting.dropped == {'prompt without a token': 1}
 
 

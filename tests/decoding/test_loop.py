@@ -12,36 +12,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
-from cllm_jax.decoding.drafter import Draft, Sequences, windows
+from cllm_jax.decoding.drafter import Draft, Drafter, Sequences, setting, windows
 from cllm_jax.decoding.engine import answers, decode_all
-from cllm_jax.decoding.loop import DecodeState, Trace, advance, prefill
+from cllm_jax.decoding.loop import Buffers, Decoder, Prompts, programs
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling, choose
+from cllm_jax.decoding.state import DecodeState, Trace
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi, initial_guesses
 from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.model.llama import Llama, forward
-from tests.tiny import copy_model, ragged_prompts, random_model, tiny_config
+from cllm_jax.runtime.backend import CPU
+from tests.tiny import compilations, copy_model, ragged_prompts, random_model, tiny_config
 
 ROWS, WIDTH, STEPS, SLOTS, VOCAB, STOPS = 8, 16, 48, 128, 29, 3
 PERIOD = 12
 MODULE = Llama(tiny_config())
+PREFILL, ADVANCE = programs(CPU)
 
 
-@dataclasses.dataclass(frozen=True)
-class Bush:
+@struct.dataclass
+class Bush(Drafter):
     """A random tree, another in each row; two of three nodes repeat what was written PERIOD ago."""
 
-    nodes: int
-    seed: int = 0
+    size: int = setting()
+    seed: int = setting(0)
 
-    def init(self, weights, sequences):
-        return ()
+    @property
+    def nodes(self) -> int:
+        return self.size
 
-    def draft(self, weights, state, sequences):
+    def draft(self, state, sequences, sampling):
         rng = np.random.default_rng(self.seed)
         shape = len(sequences.length_B), self.nodes
         parent_BN = np.full(shape, -1, np.int32)
@@ -55,9 +60,6 @@ class Bush:
         tokens_BN = guess_BN.at[:, 0].set(sequences.window(1)[:, 0])
         valid_BN = jnp.asarray(rng.random(shape) < 0.9)
         return Draft(tokens_BN, valid_BN, jnp.asarray(parent_BN), int(depth_BN.max())), state
-
-    def update(self, weights, state, draft, verdict, sequences):
-        return state
 
 
 AR = AutoRegressive()
@@ -82,7 +84,7 @@ RUNS = [
     (Jacobi(8, lookup=True), GREEDY),
     (Jacobi(5, 'block', recycle=1, lookup=True), MILD),
     (JacobiTree(8, 3, 2), GREEDY),
-    (JacobiTree(5, 2, 3, MILD), MILD),
+    (JacobiTree(5, 2, 3), MILD),
     (Lookahead(window=4, ngram=3, guesses=3), GREEDY),
     (Lookahead(window=3, ngram=4, guesses=2, block=6), MILD),
 ]
@@ -177,30 +179,32 @@ def cases(sampling: Sampling) -> list[Case]:
     return out
 
 
-def first(case: Case, drafter, sampling: Sampling, weights=(), trace=False) -> DecodeState:
+def decoder_of(case: Case, drafter: Drafter, sampling: Sampling) -> Decoder:
+    return Decoder(MODULE, case.params, drafter, jnp.asarray(case.stop_ids), sampling)
+
+
+def first(case: Case, drafter: Drafter, sampling: Sampling, trace=False) -> DecodeState:
     """The state after the prefill."""
     prompt_BP = np.full((ROWS, WIDTH), 3, np.int32)
     for row, prompt in zip(prompt_BP, case.prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(p) for p in case.prompts], np.int32)
-    arrays = [jnp.asarray(a) for a in (prompt_BP, lengths, case.max_tokens, case.stop_ids)]
-    static = {'slots': SLOTS, 'steps': STEPS, 'trace': trace}
-    return prefill(MODULE, case.params, drafter, weights, sampling, *arrays, case.keys, **static)
+    prompts = Prompts(*map(jnp.asarray, (prompt_BP, lengths, case.max_tokens)), case.keys)
+    return PREFILL(decoder_of(case, drafter, sampling), prompts, Buffers(SLOTS, STEPS, 0, trace))
 
 
-def begin(case: Case, drafter, sampling: Sampling, weights=()) -> DecodeState:
+def begin(case: Case, drafter: Drafter, sampling: Sampling) -> DecodeState:
     """AR's prefill, compiled once per sampling rule, then the drafter's state and room to trace."""
     state = first(case, AR, sampling)
     trace = Trace(
         jnp.zeros((ROWS, STEPS, drafter.nodes), jnp.int32), jnp.zeros((ROWS, STEPS), jnp.int32)
     )
-    return state.replace(drafter=drafter.init(weights, state.sequences), trace=trace)
+    return state.replace(drafter=drafter.init(state.sequences), trace=trace)
 
 
-def proceed(case: Case, drafter, sampling, state, weights=(), until=STEPS) -> DecodeState:
-    stop_ids = jnp.asarray(case.stop_ids)
-    until, idle = jnp.int32(until), jnp.int32(ROWS)
-    return advance(MODULE, case.params, drafter, weights, sampling, stop_ids, until, idle, state)
+def proceed(case: Case, drafter, sampling, state, until=STEPS) -> DecodeState:
+    bounds = jnp.int32(until), jnp.int32(ROWS)
+    return ADVANCE(decoder_of(case, drafter, sampling), *bounds, state)
 
 
 @functools.cache
@@ -265,21 +269,8 @@ def test_cache_holds_what_a_fresh_prefill_computes(drafter, sampling):
     """Rejected guesses leave nothing behind (I1, I5)."""
     for case, state in runs(drafter, sampling):
         tokens, length = np.array(state.sequences.tokens_BS), np.array(state.sequences.length_B)
-        fresh = prefill(
-            MODULE,
-            case.params,
-            AR,
-            (),
-            GREEDY,
-            tokens[:, :64],
-            length,
-            np.ones(ROWS, np.int32),
-            np.array([-1], np.int32),
-            case.keys,
-            slots=SLOTS,
-            steps=STEPS,
-            trace=False,
-        )
+        prompts = Prompts(tokens[:, :64], length, np.ones(ROWS, np.int32), case.keys)
+        fresh = PREFILL(decoder_of(case, AR, GREEDY), prompts, Buffers(SLOTS, STEPS))
         kept, new = (np.stack(c.k_RSH + c.v_RSH) for c in (state.cache, fresh.cache))
         kept, new = (x.reshape(len(x), -1, ROWS, *x.shape[2:]) for x in (kept, new))
         for row in range(ROWS):
@@ -306,8 +297,8 @@ def test_trace_starts_random_and_converges(drafter, sampling):
                 right = int(np.cumprod(draft[: len(ahead)] == ahead).sum())
                 assert accepted[i] == right or i == len(accepted) - 1  # the last may be cut
                 if block_mode:
-                    before = tokens[at - at % n : at]
-                    blocks.setdefault(at // n, []).append(np.array([*before, *draft[:room]]))
+                    converged = tokens[at - at % n : at]
+                    blocks.setdefault(at // n, []).append(np.array([*converged, *draft[:room]]))
             for block, states in blocks.items():
                 first = prompt + block * n
                 assert len(states[0]) == n
@@ -356,22 +347,25 @@ def test_a_predictable_answer_is_accepted_in_whole_windows():
             assert all(len(counts) <= 1 + 2 * 48 / n for counts in accepted)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scripted:
-    """Drafts what its weights say: tokens `[B, S]`, and which slots may be accepted."""
+@struct.dataclass
+class Scripted(Drafter):
+    """Drafts what is written in its weights: tokens, and which slots may be accepted."""
 
-    nodes: int
+    tokens_BS: jax.Array
+    allowed_BS: jax.Array
+    size: int = setting()
 
-    def init(self, weights, sequences):
-        return ()
+    @property
+    def nodes(self) -> int:
+        return self.size
 
-    def draft(self, weights, state, sequences):
-        script_BN, valid_BN = (windows(w, sequences.length_B, self.nodes) for w in weights)
+    def draft(self, state, sequences, sampling):
+        script_BN, valid_BN = (
+            windows(x_BS, sequences.length_B, self.size)
+            for x_BS in (self.tokens_BS, self.allowed_BS)
+        )
         tokens_BN = script_BN.at[:, 0].set(sequences.window(1)[:, 0])
         return Draft(tokens_BN, valid_BN), state
-
-    def update(self, weights, state, draft, verdict, sequences):
-        return state
 
 
 def answers_in_place(case):
@@ -395,10 +389,8 @@ def test_a_drafter_decides_the_forwards_and_never_the_answer():
             ('unsure', script, every_third),
             ('mute', script, ~allowed),
         ):
-            weights = jnp.asarray(tokens), jnp.asarray(valid)
-            drafter = Scripted(n)
-            state = begin(case, drafter, MILD, weights)
-            state = proceed(case, drafter, MILD, state, weights)
+            drafter = Scripted(jnp.asarray(tokens), jnp.asarray(valid), n)
+            state = proceed(case, drafter, MILD, begin(case, drafter, MILD))
             answer, accepted[who] = answers(state, ROWS)
             assert answer == case.answers
         for row, answer in enumerate(case.answers):
@@ -437,27 +429,27 @@ def test_the_prefill_verifies_a_draft_too(drafter, sampling):
 def test_a_right_draft_is_accepted_in_the_prefill():
     n = 4
     for case in cases(GREEDY):
-        script = answers_in_place(case)
-        weights = jnp.asarray(script), jnp.ones((ROWS, SLOTS), bool)
-        state = first(case, Scripted(n), GREEDY, weights)
+        script = jnp.asarray(answers_in_place(case))
+        drafter = Scripted(script, jnp.ones((ROWS, SLOTS), bool), n)
+        state = first(case, drafter, GREEDY)
         for accepted, answer in zip(answers(state, ROWS)[1], case.answers, strict=True):
             assert accepted == [min(n, len(answer))]
-        state = proceed(case, Scripted(n), GREEDY, state, weights)
+        state = proceed(case, drafter, GREEDY, state)
         assert answers(state, ROWS)[0] == case.answers
 
 
 def test_one_shape_compiles_once_and_reads_nothing_back():
     runs(Jacobi(8), MILD)
-    compiled = prefill._cache_size(), advance._cache_size()
+    compiled = compilations()
     for case, until in zip(cases(MILD), (1, 2, 9, STEPS), strict=True):
         other = dataclasses.replace(
             case, keys=row_keys(77, range(ROWS)), max_tokens=case.max_tokens[::-1].copy()
         )
-        state = begin(other, Jacobi(8), MILD)
-        stop_ids, until, idle = jnp.asarray(case.stop_ids), jnp.int32(until), jnp.int32(ROWS)
+        state, decoder = begin(other, Jacobi(8), MILD), decoder_of(case, Jacobi(8), MILD)
+        bounds = jnp.int32(until), jnp.int32(ROWS)
         with jax.transfer_guard('disallow'):
-            advance(MODULE, case.params, Jacobi(8), (), MILD, stop_ids, until, idle, state)
-    assert (prefill._cache_size(), advance._cache_size()) == compiled
+            ADVANCE(decoder, *bounds, state)
+    assert compilations() == compiled
 
 
 def test_prefill_arguments_survive_the_donation_of_its_state():
@@ -489,7 +481,7 @@ def test_batching_changes_neither_answers_nor_forwards_nor_states():
     done = []
     request = Request(Jacobi(8), 40, MILD, seed=3, trace=True, batch=1)
     alone = decode_all(model, request, prompts, progress=done.append)
-    assert done == [1, 2, 3, 4, 5]
+    assert done == [1] * 5
     assert alone.tokens == together.tokens and alone.accepted == together.accepted
     assert together.texts == [None] * 5
     assert together.forwards == [len(t.states) + 1 for t in together.trajectories]

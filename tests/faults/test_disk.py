@@ -12,8 +12,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from tests.training.test_trainer import tiny_run
-from tests.trajectories.test_collector import MODEL, PLAN, identity, source
 
 from cllm_jax.errors import CllmError
 from cllm_jax.hf.load import load
@@ -22,6 +20,8 @@ from cllm_jax.training.checkpoint import open_checkpoints
 from cllm_jax.training.trainer import train
 from cllm_jax.trajectories.collector import collect
 from cllm_jax.trajectories.store import read_records
+from tests.training.test_trainer import tiny_run
+from tests.trajectories.test_collector import MODEL, PLAN, identity, source
 
 FLIPS = 100
 CUTS = 40

@@ -13,11 +13,17 @@ import pytest
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import load as load_module
 from cllm_jax.hf.files import SINGLE
-from cllm_jax.hf.load import fingerprint, load, named_or, resolve
-from cllm_jax.hf.weights import write_model
+from cllm_jax.hf.load import fingerprint, load, resolve
+from cllm_jax.hf.write import write_model
 from cllm_jax.model.llama import Llama, forward
-from cllm_jax.runs.run_dir import append_metrics
-from tests.tiny_model import TINY, params_of, refusal, tiny_tokenizer, write_sharded, write_single
+from tests.tiny_model import (
+    TINY,
+    model_of,
+    refusal,
+    tiny_tokenizer,
+    write_sharded,
+    write_single,
+)
 
 
 @pytest.fixture
@@ -54,8 +60,7 @@ def test_a_path_never_touches_the_network(tmp_path, no_network, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     asked = []
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **_: asked.append(a))
-    tokenizer = tiny_tokenizer()
-    write_model(tmp_path / 'owner' / 'name', TINY, params_of(TINY), tokenizer)
+    write_model(tmp_path / 'owner' / 'name', model_of(tokenizer=tiny_tokenizer()))
     monkeypatch.chdir(tmp_path)
     for name in ('owner/name', str(tmp_path / 'owner' / 'name'), './owner/name/'):
         model = load(name)
@@ -123,29 +128,6 @@ def test_a_run_means_its_exported_checkpoint(single, tmp_path):
     assert resolve(str(run)) == run
     (tmp_path / 'bare').mkdir()
     assert 'config.json' in refusal(load, str(tmp_path / 'bare'), of=DataError)
-
-
-def test_a_stage_takes_the_model_of_a_run_that_has_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(load_module, 'EMBEDDED_ROOT', f'{tmp_path}/embedded')
-    for root in ('embedded', 'other'):
-        run = tmp_path / root / 'target'
-
-        def named(run=run):
-            return named_or('', str(run), 'embedded-target')
-
-        for _ in range(2):  # not there, and nothing in it but a lock
-            if root == 'embedded':
-                assert named() == 'embedded-target'
-            else:
-                with pytest.raises(ConfigError, match='other/target: has no model; run that stage'):
-                    named()
-            run.mkdir(parents=True, exist_ok=True)
-            (run / 'lock').touch()
-        append_metrics(run / 'metrics.jsonl', {'step': 20})
-        with pytest.raises(ConfigError, match='target: has no model yet; run that stage to its'):
-            named()
-        (run / 'model').mkdir()
-        assert named() == str(run)
 
 
 def test_tokenizers_absent_and_unreadable(single):

@@ -8,6 +8,7 @@ import pytest
 from cllm_jax.model.attention import attend
 from cllm_jax.model.cache import compact, init_cache, read, with_room, write
 from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runtime.backend import CPU
 
 CONFIG = LlamaConfig(vocab_size=8, dim=12, layers=2, heads=2, kv_heads=2, head_dim=6, mlp_dim=8)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -15,7 +16,7 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 def filled(rng, dtype, batch, one_query=False):
     """A cache of 10 slots with random contents, and those as `[layer][K, B, S, H]`."""
-    cache = init_cache(CONFIG, batch, 10, dtype, one_query)
+    cache = init_cache(CONFIG, batch, 10, CPU.cache_dtype(dtype, one_query))
     new = [rng.normal(size=(2, batch, 10, 6)).astype(np.float32) for _ in range(4)]
     arrays, shape = jax.tree.flatten(cache)
     start_B = jnp.zeros(batch, jnp.int32)
@@ -48,7 +49,7 @@ def test_a_cache_for_one_query_holds_the_same_values_and_can_go_on_for_more(dtyp
     for found, values in zip(contents(cache, 3), expected, strict=True):
         assert (found == values).all()
     usual, _ = filled(np.random.default_rng(0), dtype, 3)
-    longer = with_room(cache, 7, 5, dtype)
+    longer = with_room(cache, 7, 5, dtype, CPU.cache_dtype(dtype))
     for found, array in zip(jax.tree.leaves(longer), jax.tree.leaves(usual), strict=True):
         assert found.dtype == array.dtype
         assert found.shape == (6, 12, 6)

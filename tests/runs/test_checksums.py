@@ -5,7 +5,8 @@ import random
 import pytest
 
 from cllm_jax.errors import CllmError, DataError
-from cllm_jax.hf.weights import read_model, write_model
+from cllm_jax.hf.weights import read_model
+from cllm_jax.hf.write import write_model
 from cllm_jax.runs.checksums import SUMS, check_sums, write_sums
 from tests.tiny import random_model
 
@@ -19,7 +20,7 @@ def flip(path, rng: random.Random) -> None:
 
 def test_every_flipped_bit_of_a_model_is_found(tmp_path):
     model = random_model()
-    write_model(tmp_path, model.config, model.params, dtype='float32', sums=True)
+    write_model(tmp_path, model, dtype='float32', sums=True)
     read_model(tmp_path)
     rng = random.Random(0)
     for path in sorted(tmp_path.iterdir()) * 10:

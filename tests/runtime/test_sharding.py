@@ -15,7 +15,7 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import Model, load
-from cllm_jax.hf.weights import write_model
+from cllm_jax.hf.write import write_model
 from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.runtime import processes as distributed
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh, shape
@@ -183,7 +183,7 @@ def test_decoding_over_four_devices_returns_the_same_tokens(temperature):
 def test_weights_are_read_straight_into_their_shards(tmp_path):
     """The same bits as reading all at once, in the places the rules say."""
     config = tiny_config(vocab=32, dim=32, heads=8, kv_heads=4, head_dim=8, mlp_dim=24)
-    write_model(tmp_path / 'm', config, random_model(config=config).params, dtype='float32')
+    write_model(tmp_path / 'm', random_model(config=config), dtype='float32')
     plain = load(str(tmp_path / 'm'), 'float32')
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
     spread = load(str(tmp_path / 'm'), 'float32', mesh)

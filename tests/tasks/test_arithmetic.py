@@ -1,4 +1,3 @@
-import hashlib
 import json
 import re
 from collections import Counter
@@ -8,15 +7,16 @@ import pytest
 
 from cllm_jax.errors import ConfigError
 from cllm_jax.tasks.arithmetic import (
+    CLOSINGS,
+    HAPPENINGS,
     MEN,
     OBJECTS,
+    OPENINGS,
     WOMEN,
     check,
-    final_number,
     generate,
-    is_held_out,
 )
-from cllm_jax.tasks.arithmetic_events import CLOSINGS, HAPPENINGS, OPENINGS
+from cllm_jax.tasks.example import is_held_out
 
 DRAWS = 3000
 MARK = re.compile(r'(\d+)([-+*/])(\d+)=<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)')
@@ -98,15 +98,6 @@ def test_an_example_depends_on_its_arguments_alone():
     asked = [(i, s, p) for i in range(50) for s in (0, 1) for p in ('train', 'heldout')]
     assert len({generate(i, seed=s, split=p).prompt for i, s, p in asked}) == len(asked)
     assert len({generate(i, seed=s, split=p).id for i, s, p in asked}) == len(asked)
-
-
-def test_the_text_of_a_seed_never_changes():
-    digest = hashlib.sha256()
-    for split in ('train', 'heldout'):
-        for index in range(200):
-            example = generate(index, seed=7, split=split)
-            digest.update((example.prompt + example.answer).encode())
-    assert digest.hexdigest()[:16] == '17e85dcef2f828b2'
 
 
 def test_an_unknown_split_is_refused():
@@ -239,7 +230,7 @@ def test_check_accepts_the_reference_and_its_other_spellings(examples):
     for example in examples[::10]:
         n = example.meta['answer']
         assert check(example, example.answer)
-        for text in (f'#### {n}.0', f'#### ${n}', f'####{n}', f'#### {n} of them', f'#### {n}.'):
+        for text in (f'#### {n}.0', f'#### ${n}', f'####{n}', f'#### {n}%', f'#### {n}.'):
             assert check(example, text), text
         assert check(example, f'#### {n + 1}\n#### {n}')
 
@@ -248,7 +239,9 @@ def test_check_refuses_any_other_number(examples):
     for example in examples[::10]:
         n = example.meta['answer']
         body = example.answer.rpartition('#### ')[0]
-        for wrong in (n + 1, n - 1, -n, n * 10, f'{n}5', f'{n}.5', f'1{n}', ''):
+        for wrong in (
+            n + 1, n - 1, -n, n * 10, f'{n}5', f'{n}.5', f'1{n}', f'{n}/3', f'{n} of them', '',
+        ):  # fmt: skip
             assert not check(example, f'{body}#### {wrong}'), wrong
         assert not check(example, f'#### {n}\n#### {n + 1}')
 
@@ -259,12 +252,3 @@ def test_garbage_is_wrong_and_never_raises():
                  '####\n', '\0\ud800', '<<2+2=', '#### ' + '9' * 10_000, '#### 1.' + '0' * 10_000,
                  '#### nan', '#### 1e999999999', str(example.meta['answer'])):  # fmt: skip
         assert check(example, text) is False
-
-
-@pytest.mark.parametrize(
-    ('text', 'number'),
-    [('#### 1,234', 1234), ('#### $1,234.0', 1234), ('#### -$5', -5), ('a #### 3 #### 4', 4),
-     ('#### 7\n#### x', 7), ('none', None)],
-)  # fmt: skip
-def test_final_number_reads_gsm8k_answers(text, number):
-    assert final_number(text) == number

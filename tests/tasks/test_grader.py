@@ -2,7 +2,7 @@
 
 import pytest
 
-from cllm_jax.tasks import grader
+from cllm_jax.tasks import arithmetic, grader
 from cllm_jax.tasks.example import Example
 
 
@@ -27,6 +27,32 @@ from cllm_jax.tasks.example import Example
 )
 def test_same_number(text, right):
     assert grader.same_number(Example('', '', 'so\n#### 1,080'), text) is right
+
+
+@pytest.mark.parametrize(
+    ('text', 'number'),
+    [
+        ('#### 1,234', 1234),
+        ('#### $1,234.0', 1234),
+        ('#### -$5', -5),
+        ('#### .5', 0.5),
+        ('#### 3\n#### 4', 4),
+        ('#### 7\n#### x', 7),
+        ('a #### 3', None),
+        ('#### 72/3', None),
+        ('#### 72 clips', None),
+        ('none', None),
+    ],
+)
+def test_final_number_is_all_that_its_line_holds(text, number):
+    assert grader.final_number(text) == number
+
+
+def test_the_arithmetic_task_is_graded_by_the_same_number():
+    example = arithmetic.generate(0, seed=0, split='heldout')
+    number = example.meta['answer']
+    for text in (example.answer, f'#### {number}', f'#### {number}/3', f'{number}', ''):
+        assert arithmetic.check(example, text) is grader.same_number(example, text)
 
 
 def test_same_number_without_a_reference_is_false():

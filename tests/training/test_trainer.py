@@ -21,12 +21,7 @@ from cllm_jax.model.llama import Llama, forward, init_params
 from cllm_jax.model.precision import linear
 from cllm_jax.runs.checksums import SUMS
 from cllm_jax.runs.run_dir import (
-    append_metrics,
-    claim,
-    has_begun,
-    open_run,
     read_metrics,
-    rewind_metrics,
 )
 from cllm_jax.tasks.example import Example
 from cllm_jax.training import trainer as training_run
@@ -562,49 +557,3 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_
         assert int(good.step) == int(kept.step) == 4
         for a, b in zip(jax.tree.leaves(good.params), jax.tree.leaves(kept.params), strict=True):
             np.testing.assert_array_equal(a, b)
-
-
-def test_a_run_directory_has_one_owner_and_one_set_of_settings(tmp_path):
-    with (
-        open_run(tmp_path, {'a': 1}),
-        pytest.raises(ConfigError, match='working here'),
-        open_run(tmp_path, {'a': 1}),
-    ):
-        pass
-    for a in (2, 1):  # what ended before it began claims nothing
-        with open_run(tmp_path, {'a': a}):
-            pass
-    for a in (2, 1):  # nor does what failed before its first step
-        with open_run(tmp_path, {'a': a}):
-            claim(tmp_path, {'a': a}, {'b': a})
-        append_metrics(tmp_path / 'metrics.jsonl', {'step': 0})
-    assert not has_begun(tmp_path)
-    append_metrics(tmp_path / 'metrics.jsonl', {'step': 1})
-    with pytest.raises(ConfigError, match='begun with a = 1, now 2'), open_run(tmp_path, {'a': 2}):
-        pass
-    with pytest.raises(ConfigError, match='begun with b = 1, now 2'):
-        claim(tmp_path, {'a': 1}, {'b': 2})
-    assert json.loads((tmp_path / 'settings.json').read_text()) == {'a': 1}
-
-
-def test_damaged_records_of_a_run_are_left_out_or_refused(tmp_path):
-    log, good = tmp_path / 'metrics.jsonl', {'step': 1, 'loss': 2.0}
-    line = json.dumps(good).encode()
-    for damage in (b'\0' * 40, line[:9], b'[]', b'{}', b'\xff\xfe', b''):
-        log.write_bytes(line + b'\n' + damage + b'\n' + line[:5])
-        assert read_metrics(log) == [good]
-        rewind_metrics(log, 1)
-        assert log.read_bytes() == line + b'\n'
-    for text in ('[]', '{"a": 1', '\0\0', '1', '\xff'):
-        (tmp_path / 'settings.json').write_text(text, 'latin-1')
-        refused = pytest.raises(DataError, match=r'settings\.json: not a JSON object')
-        with refused, open_run(tmp_path, {'a': 1}):
-            pass
-
-
-def test_a_run_goes_on_where_it_was_moved_to(tmp_path):
-    (tmp_path / 'here').mkdir()
-    (tmp_path / 'here/settings.json').write_text(json.dumps({'a': 1, 'root': '/old/place'}))
-    (tmp_path / 'here').rename(tmp_path / 'there')
-    with open_run(tmp_path / 'there', {'a': 1}):
-        pass
