@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 import cllm_jax
+from cllm_jax.runs.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 PAGES = ['README.md', 'CONTRIBUTING.md', 'launch/README.md']
@@ -177,6 +178,13 @@ def test_recipes_parse(page, monkeypatch, tmp_path):
         for stage in yaml.safe_load(text):
             words = ['python', '-m', f'cllm_jax.{commands.get(stage, stage)}']
             parse_only(monkeypatch, [*words, '--config', str(recipe), '--stage', stage])
+
+
+def test_the_table_of_stages_says_what_each_writes():
+    rows = re.findall(r'^\| (`\w+`.*?) \|.*\| `ROOT/(\S+)` \|$', text_of('docs/training.md'), re.M)
+    told = {stage: written for names, written in rows for stage in re.findall(r'\w+', names)}
+    told = {stage: written.replace('STAGE', stage) for stage, written in told.items()}
+    assert told == {name: stage.writes for name, stage in STAGES.items() if stage.writes}
 
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/adding_a_drafter.md'])
