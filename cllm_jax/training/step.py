@@ -206,8 +206,8 @@ def _step(
     """One step.
 
     Returns the new state and float32 scalar metrics: the loss and its terms, what else the loss
-    reports (for `text_loss`: `ar_accuracy`, and `agreement`, argmax of state tokens against the fixed
-    point, overall and at offsets 0, 3, 7 after the first wrong token), the gradient norm, and
+    reports (for `text_loss`: `ar_accuracy`, and `agreement`, argmax of state tokens against the
+    fixed point, overall and at offsets 0, 3, 7 after the first wrong token), the gradient norm, and
     `skipped`, how many updates in a row were not finite.
     """
     totals = batch_totals(batch)

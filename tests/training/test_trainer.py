@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cllm_jax.training.heads import HeadsConfig, of_heads
 
 from cllm_jax.cli.console import Console
 from cllm_jax.data.sources import Source
@@ -28,7 +29,6 @@ from cllm_jax.training import trainer as training_run
 from cllm_jax.training.checkpoint import open_checkpoints, restore
 from cllm_jax.training.config import TrainConfig
 from cllm_jax.training.data import prepare
-from cllm_jax.training.heads import HeadsConfig, of_heads
 from cllm_jax.training.losses import divergence
 from cllm_jax.training.objective import of_text
 from cllm_jax.training.packing import Noise, Sample, make_batch, samples_of_step
