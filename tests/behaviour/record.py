@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (safetensors reads bfloat16 with it)
 import numpy as np
 from safetensors.numpy import load_file, save_file
