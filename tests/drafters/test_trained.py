@@ -24,12 +24,11 @@ from tests.drafters.examples import (
     GREEDY,
     MODEL,
     PROMPTS,
-    compilations,
     decoded,
     plain,
     with_random_weights,
 )
-from tests.tiny import random_model, tiny_config
+from tests.tiny import compilations, random_model, tiny_config
 
 
 @pytest.mark.parametrize(
