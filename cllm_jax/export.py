@@ -39,8 +39,6 @@ class ExportConfig:
     """Where the model directories go; default ROOT/export."""
     dtype: Literal['bfloat16', 'float32', 'float16'] = 'bfloat16'
     """Of the exported weights."""
-    quick: bool = False
-    """Accepted for launch/local.sh; an export is quick anyway."""
 
 
 def best_numbers(run: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
     call(monkeypatch, train, *common, *fast, '--stage', 'target')
     call(monkeypatch, collect, *common)
     call(monkeypatch, train, *common, *fast)
-    call(monkeypatch, export, *common)
+    call(monkeypatch, export, *common[:-1])
     call(monkeypatch, evaluate, *common, '--task', 'sql', '--json', tmp_path / 'result.json')
     assert not (tmp_path / 'evaluate.json').exists()  # --quick is no result of the run
     few = ('--limit', '1', '--timed', '1', '--repeats', '1', '--max-tokens', '4')

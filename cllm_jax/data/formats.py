@@ -2,7 +2,7 @@
 
 Whatever is not as the format says raises DataError (see json_rows.py): a row is never skipped in
 silence. Unless a row brings its own id, ids are `format-line` or, in a file that is one JSON list,
-`format-item`, both counted from 1.
+`format-item`, both counted from 1. `prompts.yaml` says how a question is put to the model.
 """
 
 import os
@@ -10,12 +10,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from cllm_jax.data import prompts
 from cllm_jax.data.json_rows import Row, expect_object, items, rows, short
 from cllm_jax.errors import DataError
-from cllm_jax.tasks.example import Example
+from cllm_jax.tasks.example import Example, read_words
 from cllm_jax.tasks.grader import final_number
 
+PROMPTS = read_words('prompts', __package__)
 MAX_HUMAN_TURN = 1024  # characters; CLLM's limit for ShareGPT
 
 _CALCULATOR_MARK = re.compile(r'<<[^<>]*>>')
@@ -26,8 +26,7 @@ _MODEL = ('gpt', 'chatgpt', 'assistant', 'bing', 'bard')
 def read_jsonl(path: str | Path) -> list[Example]:
     """Rows `{"prompt": str, "answer": str, "id": str}`; answer (then '') and id are optional.
 
-    An id may be a whole number too. Prompt and answer are used as they stand. Ids must differ,
-    since results are kept by id.
+    An id may be a whole number too; ids must differ. Prompt and answer are used as they stand.
     """
     examples: list[Example] = []
     line_of: dict[str, int] = {}
@@ -37,10 +36,8 @@ def read_jsonl(path: str | Path) -> list[Example]:
         name = f'jsonl-{row.number}'
         if 'id' in row.fields:
             name = str(row.fields['id']) if type(row.fields['id']) is int else row.text('id')
-        if name in line_of:
-            first = line_of[name]
+        if (first := line_of.setdefault(name, row.number)) != row.number:
             raise row.error(f'id {short(name)} is that of line {first} too; make it unique')
-        line_of[name] = row.number
         examples.append(Example(name, prompt, answer))
     return examples
 
@@ -48,17 +45,14 @@ def read_jsonl(path: str | Path) -> list[Example]:
 def read_gsm8k(path: str | Path, *, calculator_marks: bool = True) -> list[Example]:
     """GSM8K (arXiv 2110.14168), rows `{"question", "answer"}`, in CLLM's prompt.
 
-    Every answer must have the line `#### N` with its final number. `calculator_marks=False` takes
-    the `<<48/2=24>>` marks out of the answers.
+    Every answer must have the line `#### N`. `calculator_marks=False` removes the `<<48/2=24>>`.
     """
     examples = []
     for row in rows(path):
-        prompt, answer = prompts.gsm8k(row.text('question')), row.text('answer')
+        prompt, answer = PROMPTS['gsm8k'].format(row.text('question')), row.text('answer')
         if final_number(answer) is None:
-            raise row.error(
-                "'answer' has no line '#### N' with the final number, as GSM8K's have; "
-                'open other files as jsonl'
-            )
+            fault = "'answer' has no line '#### N' with the final number, as GSM8K's have"
+            raise row.error(f'{fault}; open other files as jsonl')
         if not calculator_marks:
             answer = _CALCULATOR_MARK.sub('', answer)
         examples.append(Example(f'gsm8k-{row.number}', prompt, answer))
@@ -72,8 +66,9 @@ def read_wikisql(path: str | Path) -> list[Example]:
     """
     examples = []
     for row in rows(path):
-        columns = row.texts('columns')
-        prompt = prompts.wikisql(row.text('question'), columns)
+        question = row.text('question')
+        names = ', '.join('"' + name.replace('"', '""') + '"' for name in row.texts('columns'))
+        prompt = PROMPTS['wikisql'].format(columns=names, question=question)
         examples.append(Example(f'wikisql-{row.number}', prompt, ' ' + row.text('sql')))
     return examples
 
@@ -89,7 +84,7 @@ def read_codesearchnet(path: str | Path) -> list[Example]:
         doc, code = 'docstring', 'code'
         if 'func_documentation_string' in row.fields:
             doc, code = 'func_documentation_string', 'func_code_string'
-        prompt = prompts.codesearchnet(row.text(doc))
+        prompt = PROMPTS['codesearchnet'].format(row.text(doc))
         examples.append(Example(f'codesearchnet-{row.number}', prompt, row.text(code)))
     return examples
 
@@ -104,18 +99,16 @@ def read_spider(path: str | Path) -> list[Example]:
     path = Path(os.path.expanduser(path))
     if os.path.isdir(path):
         path = path / 'dev.json'
-    schemas = {}
-    for item in items(path.with_name('tables.json')):
-        schemas[item.text('db_id')] = _spider_schema(item)
+    tables = items(path.with_name('tables.json'))
+    schemas = {item.text('db_id'): _spider_schema(item) for item in tables}
     examples = []
     for item in items(path):
         database = item.text('db_id')
         if database not in schemas:
-            raise item.error(
-                f'database {short(database)} is not in the tables.json beside the file; '
-                'take both files from the same release'
-            )
-        prompt = prompts.spider(item.text('question'), schemas[database])
+            fault = f'database {short(database)} is not in the tables.json of the same directory'
+            raise item.error(f'{fault}; take both files from the same release')
+        question = item.text('question')
+        prompt = PROMPTS['spider'].format(schema=schemas[database], question=question)
         query = item.text('query')
         examples.append(Example(f'spider-{item.number}', prompt, query, {'db_id': database}))
     return _some(examples, path)
@@ -124,9 +117,9 @@ def read_spider(path: str | Path) -> list[Example]:
 def read_sharegpt(path: str | Path, dropped: Counter[str] | None = None) -> list[Example]:
     """ShareGPT: `[{"conversations": [{"from", "value"}, ...]}]`, first human turn and its reply.
 
-    As in CLLM, later turns are ignored and conversations whose human turn is longer than 1024
-    characters are left out; so are those without such a turn or a reply to it. `dropped`, where
-    given, counts what was left out, by reason. White space around both texts is removed.
+    As in CLLM, later turns are ignored and a conversation is left out whose human turn is longer
+    than 1024 characters; so is one without such a turn or a reply. `dropped` counts what was left
+    out, by reason. White space around both texts is removed.
     """
     dropped = Counter() if dropped is None else dropped
     examples = []
@@ -139,7 +132,7 @@ def read_sharegpt(path: str | Path, dropped: Counter[str] | None = None) -> list
         elif not reply:
             dropped['no reply'] += 1
         else:
-            prompt = prompts.vicuna(message)
+            prompt = PROMPTS['sharegpt'].format(message)
             examples.append(Example(f'sharegpt-{item.number}', prompt, ' ' + reply))
     return _some(examples, path)
 
@@ -157,8 +150,8 @@ def _first_exchange(item: Row) -> tuple[str, str]:
     return ''.join(values[first : first + 1]), reply[1] if reply[0] in _MODEL else ''
 
 
-def _spider_schema(item: Row) -> list[tuple[str, list[str]]]:
-    """`(table, columns)` pairs; Spider lists columns as `[table index, name]`, `*` as -1."""
+def _spider_schema(item: Row) -> str:
+    """`table (column, column); table (...)`; Spider lists `[table index, name]`, `*` as -1."""
     tables = [(name, []) for name in item.texts('table_names_original')]
     for column in item.array('column_names_original'):
         match column:
@@ -166,11 +159,9 @@ def _spider_schema(item: Row) -> list[tuple[str, list[str]]]:
                 if table >= 0:
                     tables[table][1].append(item.encodable(name, 'column_names_original'))
             case _:
-                raise item.error(
-                    f"'column_names_original' has {short(column)}; every entry must be "
-                    '[table index, column name]'
-                )
-    return tables
+                fault = f"'column_names_original' has {short(column)}"
+                raise item.error(f'{fault}; every entry must be [table index, column name]')
+    return '; '.join(f'{table} ({", ".join(columns)})' for table, columns in tables)
 
 
 def _some(examples: list[Example], path: Path | str) -> list[Example]:

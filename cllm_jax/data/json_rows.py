@@ -1,8 +1,8 @@
 """JSON objects out of files that may be damaged: bytes to lines to objects to fields.
 
 Files may be plain or gzip; a byte order mark, CRLF line ends and blank lines are accepted. What is
-wrong raises DataError with the file, the line, the rule and the remedy. Lines and files are bounded
-in size, so a file of another kind is refused before it fills the memory.
+wrong raises DataError. Lines and files are bounded in size, so a file of another kind is refused
+before it fills the memory.
 """
 
 import gzip
@@ -91,8 +91,7 @@ def rows(path: str | Path) -> Iterator[Row]:
             line = _read(file.readline, MAX_LINE, where)
             if not line:
                 break
-            if number == 1:
-                line = line.removeprefix(_BOM)
+            line = line.removeprefix(_BOM if number == 1 else b'')
             if line.strip():
                 any_row = True
                 yield Row(_json(line, where), where, number)
@@ -168,18 +167,15 @@ def _json(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode('utf-8'))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f'{where}: not UTF-8 text (byte {error.start + 1}); convert the file to UTF-8'
-        ) from None
+        fault = f'not UTF-8 text (byte {error.start + 1}); convert the file to UTF-8'
     except json.JSONDecodeError as error:
+        line = f'line {error.lineno} ' if error.lineno > 1 else ''
+        fault = f'not JSON ({error.msg}, {line}column {error.colno}); mend it or remove it'
         if data.startswith(b'version https://git-lfs'):
-            reason = 'a git-lfs pointer, not the data; run git lfs pull'
-        else:
-            place = f'line {error.lineno} column' if error.lineno > 1 else 'column'
-            reason = f'not JSON ({error.msg}, {place} {error.colno}); mend it or remove it'
-        raise DataError(f'{where}: {reason}') from None
+            fault = 'a git-lfs pointer, not the data; run git lfs pull'
     except (ValueError, RecursionError) as error:
-        raise DataError(f'{where}: unreadable JSON ({error}); mend it or remove it') from None
+        fault = f'unreadable JSON ({error}); mend it or remove it'
+    raise DataError(f'{where}: {fault}')
 
 
 def _kind(value: Any) -> str:

@@ -1,10 +1,8 @@
 """The one list of datasets that a config can name, and how to open one.
 
-Adding a dataset is one line in `GENERATED` (a task that makes its rows) or in `FORMATS` (rows read
-from a file).
+To add one takes a line in `GENERATED` (a task that makes its rows) or in `FORMATS` (a file).
 """
 
-import difflib
 import hashlib
 import json
 from collections import Counter
@@ -14,9 +12,9 @@ from functools import partial
 from types import ModuleType
 
 from cllm_jax.data import formats, tfds
-from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.errors import ConfigError, DataError, did_you_mean
 from cllm_jax.tasks import arithmetic, grader, sql
-from cllm_jax.tasks.example import Example, Split
+from cllm_jax.tasks.example import Example, Split, holds_out
 
 Check = Callable[[Example, str], bool]
 
@@ -29,9 +27,8 @@ class Source:
     """Rows with random access (what Grain reads) and the test of their grader.
 
     `check(example, text)` tells whether a generated answer is right. `checkable` is False where
-    that says little: open-ended tasks (chat, code), where `check` compares with the one reference,
-    and rows without a reference, where it is False. `dropped` counts, by reason, the rows of the
-    file that the reader left out.
+    that says little: open-ended tasks (chat, code), and rows without a reference. `dropped` counts,
+    by reason, the rows of the file that the reader left out.
     """
 
     name: str
@@ -49,10 +46,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is read and its answers are checked.
+    """How a file is read and its answers are checked; `graded` is False where that says little.
 
-    `graded` is False where a check means little. `drops` is True for a reader that leaves rows out:
-    it takes a Counter as well, and counts them there by reason.
+    A reader that `drops` rows takes a Counter as well, and counts them there by reason.
     """
 
     read: Callable[..., list[Example]]
@@ -79,8 +75,7 @@ FORMATS: Mapping[str, Format] = {
 def rows_fingerprint(source: Source) -> str:
     """The number of rows, and the sha256 (its first 16 digits) of all ids, prompts and answers."""
     digest = hashlib.sha256()
-    for i in range(len(source)):
-        row = source[i]
+    for row in source.rows:
         digest.update(json.dumps([row.id, row.prompt, row.answer]).encode())
     return f'{len(source)} rows, sha256 {digest.hexdigest()[:16]}'
 
@@ -97,14 +92,12 @@ def open_source(
     - `tfds:NAME?split=train&data_dir=DIR&prompt=FIELD&answer=FIELD`, see `tfds.read_spec`.
 
     Of a file, split 'heldout' has the rows whose prompt's sha256 is divisible by 20 and 'train'
-    the others, so no prompt is in both; a spec that ends in `#all` has every row whatever the
-    split. `limit` below the number of rows then takes a pseudo-random choice given by `seed` alone,
-    in random order; a smaller limit takes a prefix of a larger one's choice.
+    the others, so no prompt is in both; a spec that ends in `#all` has every row. `limit` then
+    takes a random choice given by `seed`; a smaller limit takes a prefix of a larger one's choice.
 
     Raises ConfigError for a spec, split or limit that cannot be, DataError for a bad file.
     """
-    if split not in ('train', 'heldout'):
-        raise ConfigError(f"split {split!r} is unknown; it is 'train' or 'heldout'")
+    holds_out(split)  # refuses any other split
     if limit is not None and limit < 1:
         raise ConfigError(f'limit {limit} of {spec!r} must be at least 1; leave it out for all')
     plain = spec.removesuffix('#all')
@@ -158,17 +151,16 @@ def _kind_and_path(spec: str) -> tuple[str, str]:
         return kind, path
     if file.endswith(('.jsonl', '.jsonl.gz')) and (not path or '/' in kind):
         return 'jsonl', file
-    near = difflib.get_close_matches(kind, [*GENERATED, '+'.join(GENERATED), *FORMATS], n=1)
-    hint = f'did you mean {near[0]!r}? ' if near else ''
+    tasks = [*GENERATED, '+'.join(GENERATED)]
+    hint = f'{did_you_mean(kind, [*tasks, *FORMATS])} a dataset is {", ".join(tasks)}'.lstrip()
     raise ConfigError(
-        f'dataset {spec!r} is unknown; {hint}a dataset is {", ".join(GENERATED)}, '
-        f'{"+".join(GENERATED)}, a path ending in .jsonl or .jsonl.gz, or FORMAT:PATH with FORMAT '
-        f'one of {", ".join(FORMATS)}'
+        f'dataset {spec!r} is unknown; {hint}, a path ending in .jsonl or .jsonl.gz, or '
+        f'FORMAT:PATH with FORMAT one of {", ".join(FORMATS)}'
     )
 
 
 def _of_split(rows: list[Example], split: Split, spec: str) -> list[Example]:
-    heldout = split == 'heldout'
+    heldout = holds_out(split)
     kept = [row for row in rows if (_digest(row.prompt) % HELDOUT_ONE_IN == 0) == heldout]
     if not kept:
         trained = ', also those that are trained on' if heldout else ''

@@ -1,16 +1,15 @@
 """Any prepared TensorFlow Datasets dataset, read without TensorFlow.
 
-TFDS can read array_record files by index with no TensorFlow installed; its other formats cannot be
-read that way here and are refused. Nothing is downloaded or prepared: the dataset must be on disk.
+TFDS can read array_record files by index without TensorFlow; other formats are refused. Nothing is
+downloaded or prepared: the dataset must be on disk.
 """
 
-import difflib
 import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.errors import ConfigError, DataError, no_such, one_line
 from cllm_jax.tasks.example import Example
 
 OPTIONS = ('split', 'data_dir', 'prompt', 'answer')
@@ -38,25 +37,22 @@ def read_tfds(
     known = list(builder.info.features)
     for field in fields:
         if field not in known:
-            near = difflib.get_close_matches(field, known, n=1)
-            hint = f'did you mean {near[0]!r}?' if near else 'set prompt= and answer='
-            raise DataError(f'{name}: no field {field!r}; {hint} (fields: {", ".join(known)})')
+            hint = no_such('field', field, known)
+            raise DataError(f'{name}: {hint} (prompt= and answer= name the fields)')
     try:
         rows = builder.as_data_source(split)
     except Exception as error:  # TFDS raises a dozen types here, unknown splits among them
         splits = ', '.join(builder.info.splits) or 'none'
-        raise DataError(
-            f'{name}: split {split!r} cannot be read ({_line(error)}); splits: {splits}'
-        ) from None
+        fault = f'split {split!r} cannot be read ({one_line(error, 120)}); splits: {splits}'
+        raise DataError(f'{name}: {fault}') from None
     examples = []
     for number in range(len(rows)):
         where = f'{name} {split} row {number}'
         try:
             row = rows[number]
         except Exception as error:  # a damaged shard: the types come from C++ and protobuf
-            raise DataError(
-                f'{where}: cannot be read ({_line(error)}); prepare the dataset again'
-            ) from None
+            fault = f'cannot be read ({one_line(error, 120)}); prepare the dataset again'
+            raise DataError(f'{where}: {fault}') from None
         texts = [_text(row[field], field, where) for field in fields]
         examples.append(Example(f'tfds-{number}', texts[0], ''.join(texts[1:])))
     if not examples:
@@ -73,11 +69,7 @@ def read_spec(spec: str) -> list[Example]:
     options: dict[str, str | None] = {}
     for option, value in parse_qsl(query, keep_blank_values=True):
         if option not in OPTIONS:
-            near = difflib.get_close_matches(option, OPTIONS, n=1)
-            hint = f'; did you mean {near[0]!r}?' if near else ''
-            raise ConfigError(
-                f'tfds:{spec}: unknown option {option!r}{hint} (options: {", ".join(OPTIONS)})'
-            )
+            raise ConfigError(f'tfds:{spec}: {no_such("option", option, OPTIONS)}')
         if not value and option != 'answer':
             raise ConfigError(f'tfds:{spec}: option {option!r} is empty; leave it out or set it')
         options[option] = value or None
@@ -88,30 +80,29 @@ def _builder(name: str, data_dir: str | Path | None) -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise ConfigError(
-            f'{name}: TFDS datasets need a package that is not installed; '
-            'pip install tensorflow-datasets'
-        ) from None
+        fault = 'TFDS datasets need a package that is not installed'
+        raise ConfigError(f'{name}: {fault}; pip install tensorflow-datasets') from None
     try:
         directory = os.path.expanduser(name)
         if os.path.isfile(os.path.join(directory, 'dataset_info.json')):
             builder = tfds.builder_from_directory(directory)
         else:
-            where = None if data_dir is None else os.path.expanduser(data_dir)
+            where = data_dir and os.path.expanduser(data_dir)
             # Not tfds.builder: it may reach for the network, and it needs the dataset's code.
             builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
     except Exception as error:  # TFDS raises a dozen types for absent and damaged directories
         place = data_dir or "TFDS' own directory (name another with data_dir=)"
         raise DataError(
-            f'{name}: no prepared TFDS dataset in {place} ({_line(error)}); run its '
+            f'{name}: no prepared TFDS dataset in {place} ({one_line(error, 120)}); run its '
             "download_and_prepare() with file_format='array_record'"
         ) from None
     found = getattr(builder.info.file_format, 'value', builder.info.file_format)
     if found != 'array_record':
-        raise DataError(
-            f'{name}: prepared as {found}, which needs TensorFlow to read; prepare it again with '
+        remedy = (
             "tfds.builder(NAME, file_format='array_record', data_dir=NEW).download_and_prepare()"
         )
+        fault = f'prepared as {found}, which needs TensorFlow to read'
+        raise DataError(f'{name}: {fault}; prepare it again with {remedy}')
     return builder
 
 
@@ -126,9 +117,3 @@ def _text(value: Any, field: str, where: str) -> str:
         except UnicodeDecodeError as error:
             fault = f'is not UTF-8 text (byte {error.start + 1}); choose a text field'
     raise DataError(f'{where}: field {field!r} {fault}')
-
-
-def _line(error: Exception) -> str:
-    """The first line of a foreign message, which may run to pages."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line if len(line) <= 120 else line[:117] + '...'

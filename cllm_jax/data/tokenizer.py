@@ -24,7 +24,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """A byte-level BPE tokenizer in `transformers` form, with single-digit numbers.
 
     It has an end and a padding token, no BOS, and covers every byte, so no text is unknown.
-    Raises ConfigError for fewer tokens than the 256 bytes and the two special ones.
+    Raises ConfigError for a vocabulary that is too small for that.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast  # slow to import
@@ -43,10 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
     )
 
 
@@ -57,7 +54,7 @@ def drop_prompts_without_room(
 
     Raises DataError if no row is left.
     """
-    rows = [source[i] for i in range(len(source))]
+    rows = list(source.rows)
     lengths = [len(prompt) for prompt, _ in encode_examples(tokenizer, rows, 0, bos_id)]
     kept = [row for row, length in zip(rows, lengths, strict=True) if 0 < length <= room]
     if not kept:

@@ -158,6 +158,7 @@ def _shares_right(drafter: Medusa, answers: AnswerBatch) -> jax.Array:
     rows = []
     for k in range(drafter.heads):
         labels_BA, weight_BA = answers.later(k + 1)
-        hit_BAR = (best_BAKR[:, :, k] == labels_BA[:, :, None]) * weight_BA[:, :, None]
+        is_right_BAR = best_BAKR[:, :, k] == labels_BA[:, :, None]
+        hit_BAR = jnp.where(is_right_BAR, weight_BA[:, :, None], 0)
         rows.append(hit_BAR.sum((0, 1)) / jnp.maximum(weight_BA.sum(), 1))
     return jnp.stack(rows)

@@ -37,6 +37,19 @@ TRAINED: dict[str, type[TrainedDrafter]] = {
 """Those that `train` makes, each an objective of its name."""
 
 
+def register(name: str, drafter: type[Drafter]) -> None:
+    """Add a drafter of another package, under the name by which `DrafterConfig` asks for it.
+
+    Raises:
+      ConfigError: a trained one has another `kind`.
+    """
+    if issubclass(drafter, TrainedDrafter):
+        if drafter.kind != name:
+            raise ConfigError(f'drafter {name!r}: its kind is {drafter.kind!r}; name it like that')
+        TRAINED[name] = drafter
+    DRAFTERS[name] = drafter
+
+
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
     """Which drafter decodes, as every command that decodes takes it."""

@@ -12,17 +12,16 @@ Relative paths in a recipe are relative to the current directory.
 """
 
 import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, no_such
 from cllm_jax.runs.stages import STAGES
 
 C = TypeVar('C')
@@ -152,14 +151,6 @@ def _remedy(kind: type | None, value: Any) -> str:
         return f'; write {text} without quotes'
     written = f'{float(mantissa)}e{int(exponent):+}'
     return f'; YAML wants a dot and a signed exponent: write {written}'
-
-
-def no_such(kind: str, name: Any, known: Collection[Any]) -> str:
-    """What to say of an unknown name: the nearest that is known, else all of them."""
-    near = difflib.get_close_matches(str(name), [str(option) for option in known], 1)
-    if near:
-        return f'no {kind} {name!r}; did you mean {near[0]!r}?'
-    return f'no {kind} {name!r}; there are {", ".join(map(str, known))}'
 
 
 def _shown(value: Any) -> str:

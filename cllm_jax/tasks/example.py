@@ -43,7 +43,7 @@ def is_held_out(key: str) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], 'big') % 10 == 0
 
 
-def read_words(task: str) -> dict[str, Any]:
-    """The words, wordings and ranges of a generated task, from its YAML file in this package."""
-    text = files(__package__).joinpath(f'{task}.yaml').read_text(encoding='utf-8')
+def read_words(name: str, package: str = __package__) -> dict[str, Any]:
+    """The words, wordings and ranges of a task, from the YAML file of its name in the package."""
+    text = files(package).joinpath(f'{name}.yaml').read_text(encoding='utf-8')
     return yaml.load(text, Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader))

@@ -65,8 +65,8 @@ class TrainConfig:
     """Dataset (see the README) for ar; else a trajectory directory, default ROOT/trajectories
     (stage refine: ROOT/retrajectories). Drafters learn from its answers."""
     texts: str = ''
-    """A dataset whose answers are trained on as well as the trajectories; for consistency with states
-    of right and random tokens. It keeps the quality up, and costs no collection."""
+    """A dataset whose answers are trained on too, for consistency with states of right and random
+    tokens. It keeps the quality up, and costs no collection."""
     examples: int | None = None
     """Rows of the dataset (of ar, or of texts) to use; all of a file if not given."""
     max_length: int = 512

@@ -41,6 +41,9 @@ OF_CONSISTENCY = ('loss.global_weight', 'loss.local_weight')
 OF_STATES = (*OF_CONSISTENCY, 'loss.state_weight')
 
 
+Samples = Sequence[Trajectory]
+
+
 @dataclasses.dataclass(frozen=True)
 class Learner:
     """What a run trains, and what it needs for that."""
@@ -89,12 +92,12 @@ class Objective:
         if settings.model != 'new':
             yield 'new', f'with model {settings.model or "(default)"}, which is not new'
 
-    def loss_weights(self, settings: TrainConfig) -> LossWeights:
-        """The weights of the losses that it has.
+    def refused(self, settings: TrainConfig) -> Iterator[tuple[Any, str]]:
+        """Whether settings are wrong together, and what then is said."""
+        yield from ()
 
-        Raises:
-          ConfigError: no loss at all, or what the objective or noise.pairs would ignore.
-        """
+    def loss_weights(self, settings: TrainConfig) -> LossWeights:
+        """The weights of the losses, 0 for those that it does not have."""
         return dataclasses.replace(
             settings.loss, global_weight=0.0, local_weight=0.0, state_weight=0.0
         )
@@ -114,11 +117,7 @@ class Objective:
         return Jacobi(settings.held_out.block)
 
     def learner(
-        self,
-        settings: TrainConfig,
-        model: Model,
-        samples: Sequence[Trajectory],
-        mesh: Mesh | None = None,
+        self, settings: TrainConfig, model: Model, samples: Samples, mesh: Mesh | None = None
     ) -> Learner:
         """What the run trains, starting from a model."""
         module, drafter = module_of(settings, model, mesh), self.drafter(settings, model)
@@ -137,46 +136,41 @@ class Objective:
 class LearnTexts(Objective):
     """A model learns the answers of a dataset."""
 
-    def loss_weights(self, settings):
-        if not settings.loss.ar_weight:
-            raise ConfigError(
-                'objective ar with loss.ar_weight 0: it has no other loss; set a weight'
-            )
-        if settings.texts:
-            raise ConfigError(
-                f'texts {settings.texts} with objective ar, which learns data alone; leave texts '
-                'out'
-            )
-        return super().loss_weights(settings)
+    def refused(self, settings):
+        ar, texts = settings.loss.ar_weight, settings.texts
+        yield not ar, 'objective ar with loss.ar_weight 0: it has no other loss; set a weight'
+        yield texts, f'texts {texts} with objective ar, which learns data alone; leave texts out'
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnConsistency(Objective):
     """A model learns to jump from any state of a trajectory to its fixed point."""
 
-    def loss_weights(self, settings):
+    def refused(self, settings):
         loss, noise = settings.loss, settings.noise
-        if not (loss.global_weight or loss.local_weight):
-            raise ConfigError(
-                'objective consistency with loss.global_weight and loss.local_weight 0: '
-                'set one of them, or use objective ar'
-            )
-        if loss.local_weight and not noise.pairs:
-            raise ConfigError(
-                f'loss.local_weight {loss.local_weight} without noise.pairs: a state is taught by '
-                'its successor; add noise.pairs'
-            )
-        if settings.texts and noise.pairs:
-            raise ConfigError(
-                'texts with noise.pairs: states made by chance have no successor; leave one of '
-                'them out'
-            )
-        if noise.pairs and (noise.fresh or noise.corruption or noise.mask >= 0):
-            raise ConfigError(
-                'noise.fresh, noise.corruption or noise.mask with noise.pairs: a state that is '
-                'changed has no successor; leave them out, or noise.pairs'
-            )
-        return loss
+        yield (
+            not (loss.global_weight or loss.local_weight),
+            'objective consistency with loss.global_weight and loss.local_weight 0: '
+            'set one of them, or use objective ar',
+        )
+        yield (
+            loss.local_weight and not noise.pairs,
+            f'loss.local_weight {loss.local_weight} without noise.pairs: a state is taught by its '
+            'successor; add noise.pairs',
+        )
+        yield (
+            settings.texts and noise.pairs,
+            'texts with noise.pairs: states made by chance have no successor; leave one of them '
+            'out',
+        )
+        yield (
+            noise.pairs and (noise.fresh or noise.corruption or noise.mask >= 0),
+            'noise.fresh, noise.corruption or noise.mask with noise.pairs: a state that is changed '
+            'has no successor; leave them out, or noise.pairs',
+        )
+
+    def loss_weights(self, settings):
+        return settings.loss
 
     def noise(self, settings, model):
         return settings.noise
@@ -186,11 +180,12 @@ class LearnConsistency(Objective):
 class LearnMasks(Objective):
     """A model learns to draft by reading mask tokens (SPACE)."""
 
+    def refused(self, settings):
+        name = self.name
+        reason = f'noise.pairs with objective {name}: masks have no successor; leave it out'
+        yield settings.noise.pairs, reason
+
     def loss_weights(self, settings):
-        if settings.noise.pairs:
-            raise ConfigError(
-                f'noise.pairs with objective {self.name}: masks have no successor; leave it out'
-            )
         state = settings.loss.state_weight or 1.0
         return dataclasses.replace(super().loss_weights(settings), state_weight=state)
 
@@ -270,21 +265,22 @@ def check_ignored(settings: TrainConfig) -> None:
 
 
 def check_losses(settings: TrainConfig) -> TrainConfig:
-    """The settings with the losses that the objective has; see `Objective.loss_weights`."""
-    weights = objective_of(settings).loss_weights(settings)
-    return dataclasses.replace(settings, loss=weights)
+    """The settings with the losses that the objective has.
+
+    Raises:
+      ConfigError: no loss at all, or what the objective or noise.pairs would ignore.
+    """
+    objective = objective_of(settings)
+    for wrong, message in objective.refused(settings):
+        if wrong:
+            raise ConfigError(message)
+    return dataclasses.replace(settings, loss=objective.loss_weights(settings))
 
 
 def module_of(settings: TrainConfig, model: Model, mesh: Mesh | None) -> Llama:
     """The module of a model as a training step computes it."""
-    return Llama(
-        model.config,
-        model.params['norm'].dtype,
-        DTYPES[settings.compute],
-        settings.remat,
-        mesh,
-        model.backend,
-    )
+    dtype, compute = model.params['norm'].dtype, DTYPES[settings.compute]
+    return Llama(model.config, dtype, compute, settings.remat, mesh, model.backend)
 
 
 def answers_of(module: Llama, params: Any, batch: Batch, later_A: jax.Array) -> AnswerBatch:

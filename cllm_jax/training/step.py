@@ -205,10 +205,10 @@ def _step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step.
 
-    Returns the new state and float32 scalar metrics: the loss and its terms, what else the loss
-    reports (for `text_loss`: `ar_accuracy`, and `agreement`, argmax of state tokens against the fixed
-    point, overall and at offsets 0, 3, 7 after the first wrong token), the gradient norm, and
-    `skipped`, how many updates in a row were not finite.
+    Returns the new state and float32 scalar metrics: the loss, its terms and what else it reports
+    (`text_loss`: `ar_accuracy`, and `agreement`, argmax of state tokens against the fixed point,
+    overall and at offsets 0, 3, 7 after the first wrong token), the gradient norm, and `skipped`,
+    how many updates in a row were not finite.
     """
     totals = batch_totals(batch)
     gradient = jax.value_and_grad(loss, has_aux=True)

@@ -81,7 +81,8 @@ def trajectories(
         references_BR = reference_rows(texts, rows, most)
     # Guesses are looked up in the same buffer as tokens: the last block's have to be in it too.
     slots = cache_slots(width, steps, max(drafter.nodes, block))
-    run = _decoder(model.module, drafter, mesh, Buffers(slots, steps, trace=drafter is not FINDER))
+    buffers = Buffers(slots, steps, trace=drafter is not FINDER)
+    run = compiled_decoder(model.module, drafter, mesh, buffers)
     sequences, cache, forwards_B, trace = run(model.params, stop_ids(model), batch, references_BR)
     tokens_BS, length_B = jax.device_get((sequences.tokens_BS, sequences.length_B))
     answers = [tokens_BS[i, len(p) : length_B[i] + 1] for i, p in enumerate(prompts)]
@@ -99,7 +100,7 @@ def trajectories(
 
 
 @functools.cache
-def _decoder(
+def compiled_decoder(
     module: Llama, drafter: Jacobi | PromptLookup, mesh: Mesh, buffers: Buffers
 ) -> Callable:
     """A compiled `(params, stop_ids, prompts, references) -> decoded rows`."""
@@ -113,7 +114,7 @@ def _decoder(
 
 
 @functools.cache
-def _follower(module: Llama, mesh: Mesh, sizes: BlockSizes) -> Callable:
+def compiled_follower(module: Llama, mesh: Mesh, sizes: BlockSizes) -> Callable:
     """A compiled `(params, first, sequences, cache) -> states and forwards`, see `follow`."""
 
     def run(params, first, sequences, cache):
@@ -159,7 +160,7 @@ def _blocks(
     slots, first, parts = -(-bucket(width + count * block) // 64) * 64, 0, []
     while first < count:  # powers of two and few sizes of the cache: few programs to compile
         together = 1 << min(count - first, most).bit_length() - 1
-        run = _follower(model.module, mesh, BlockSizes(block, together, slots))
+        run = compiled_follower(model.module, mesh, BlockSizes(block, together, slots))
         parts.append(run(model.params, np.int32(first), sequences, cache))
         first += together
     columns = zip(*jax.device_get(parts), strict=True)

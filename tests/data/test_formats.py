@@ -101,6 +101,11 @@ def test_any_bytes_are_refused_or_read(tmp_path_factory, data):
 # Formats: rows to examples.
 
 
+def test_prompts_end_where_answers_begin():
+    ends = {kind: text[-1] for kind, text in formats.PROMPTS.items()}
+    assert ends == dict(gsm8k='\n', spider='\n', codesearchnet='\n', sharegpt=':', wikisql=':')
+
+
 def test_jsonl_fields_are_used_as_they_stand(tmp_path):
     path = write(
         tmp_path / 'a.jsonl', {'prompt': ' p\n', 'answer': ' a ', 'id': 'x'}, {'prompt': ''}

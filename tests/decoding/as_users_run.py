@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 
@@ -50,7 +51,8 @@ def main() -> None:
     source = open_source('sql+arithmetic', split='heldout', seed=3, limit=4)
     prompts = [source[i].prompt for i in range(4)]
     flags = {
-        'optimised': not jax.config.jax_disable_most_optimizations,
+        'optimised': not jax.config.values['jax_disable_most_optimizations'],
+        'xla': os.environ.get('XLA_FLAGS', ''),
         'devices': len(jax.devices()),
         'precision': jax.config.jax_default_matmul_precision,
         'promotion': jax.config.jax_numpy_dtype_promotion,

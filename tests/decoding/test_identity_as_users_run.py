@@ -32,7 +32,8 @@ def report():
 
 
 def test_the_process_has_the_flags_of_users_and_every_drafter_that_there_is(report):
-    flags = {'optimised': True, 'devices': 1, 'precision': None, 'promotion': 'standard'}
+    flags = {'optimised': True, 'xla': '', 'devices': 1}
+    flags |= {'precision': None, 'promotion': 'standard'}
     assert report['flags'] == flags
     assert {known.__name__ for known in DRAFTERS.values()} <= set(report['drafters'])
 

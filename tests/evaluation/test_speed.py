@@ -1,17 +1,26 @@
-"""What speed means."""
+"""What speed means: the same prompts, the same tokens, and AR at its best."""
 
+import dataclasses
+
+import pytest
+
+import cllm_jax as cllm
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.evaluation.speed import (
-    Way,
+    Method,
+    one_by_one,
+    plain_methods,
     share_identical,
     tokens_per_forward,
     tokens_per_second,
 )
-from tests.tiny import random_model
+from tests.tiny import random_model, tiny_config
+
+PROMPTS = [[1, 2, 3], [4, 5], [6]]
 
 
 def result(tokens, accepted):
@@ -26,14 +35,26 @@ def test_tokens_per_forward_weighs_prompts_by_their_forwards():
 
 
 def test_speed_is_measured_on_the_same_tokens():
-    model = random_model()
-    ways = {
-        'ar': Way(model, Request(AutoRegressive(), 8)),
-        'jacobi': Way(model, Request(Jacobi(4), 8)),
-    }
-    prompts = [[1, 2, 3], [4, 5]]
-    speed = tokens_per_second(ways, prompts, repeats=1)
-    assert speed.keys() == ways.keys() and min(speed.values()) > 0
-    ar, jacobi = (decode_all(model, way.request, prompts) for way in ways.values())
-    assert share_identical(ar, jacobi) == 1
+    plain = Method(random_model(config=tiny_config(layers=1)), Request(AutoRegressive(), 8))
+    methods, seen = {'ar': plain, 'jacobi': plain.with_drafter(Jacobi(4))}, []
+    speed = tokens_per_second(methods, PROMPTS, repeats=1, progress=seen.append, batch=2)
+    assert speed.keys() == methods.keys() and min(speed.values()) > 0 and seen == [2, 1]
+    ar, jacobi = (one_by_one(method, PROMPTS) for method in methods.values())
+    assert ar.tokens == jacobi.tokens == decode_all(plain.model, plain.request, PROMPTS).tokens
     assert tokens_per_forward(ar) == 1
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'names'), [('float32', ['AR']), ('mixed', ['AR', 'AR, float32'])]
+)
+def test_ar_is_also_tried_in_float32_where_that_may_be_faster(dtype, names):
+    plain = Method(cllm.load('embedded', dtype), Request(AutoRegressive(), 8, seed=5))
+    methods = plain_methods('AR', plain)
+    assert list(methods) == names and methods['AR'] is plain
+    for other in list(methods.values())[1:]:
+        assert other.request == plain.request
+        assert other.model.module.compute is None and other.model.params['embed'].dtype == 'float32'
+    accelerator = dataclasses.replace(plain.model.backend, float32_may_be_faster=False)
+    quick = dataclasses.replace(plain.model)
+    vars(quick)['backend'] = accelerator
+    assert list(plain_methods('AR', Method(quick, plain.request))) == ['AR']

@@ -20,7 +20,7 @@ from cllm_jax.training.checkpoint import open_checkpoints
 from cllm_jax.training.trainer import train
 from cllm_jax.trajectories.collector import collect
 from cllm_jax.trajectories.store import read_records
-from tests.training.test_trainer import tiny_run
+from tests.tiny_training import tiny_run
 from tests.trajectories.test_collector import MODEL, PLAN, identity, source
 
 FLIPS = 100
@@ -34,9 +34,8 @@ def whole(tmp_path_factory) -> Path:
     """A collection and a finished training run with its checkpoints and model."""
     root = tmp_path_factory.mktemp('whole')
     collect(root / 'trajectories', MODEL, source(), PLAN, identity())
-    model, data, held_out, plan = tiny_run()
     with jax.numpy_dtype_promotion('standard'):
-        train(root / 'run', model, data, held_out, plan)
+        train(root / 'run', *tiny_run())
     return root
 
 

@@ -1,212 +1,86 @@
-"""A batch that threads share, one for each core, gives what one thread gives."""
+"""The backend is that of the devices that weights live on, and changes no answer."""
 
-import contextlib
 import dataclasses
-import threading
-from unittest.mock import patch
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cllm_jax.decoding import engine as generate
-from cllm_jax.decoding.engine import _decode, advance_of, decode_all, start, stop_ids
-from cllm_jax.decoding.loop import advance, prefill_by_eigen
+from cllm_jax.decoding.engine import decode_all, decoder_of, start
+from cllm_jax.decoding.loop import programs
 from cllm_jax.decoding.request import Request, row_keys
-from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.hf.load import mixed
 from cllm_jax.runtime import backend as choice
-from cllm_jax.runtime.backend import CACHED, by_eigen, side_by_side, useful_threads
+from cllm_jax.runtime.backend import ANY, CACHED, CPU, EIGEN, GPU, TPU, backend_for, backend_of
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh
-from cllm_jax.trajectories import collector as collecting
-from cllm_jax.trajectories.collector import CollectPlan, collect
-from tests.tiny import byte_tokenizer, ragged_prompts, random_model, text_config
-from tests.trajectories.test_collector import identity, source
+from tests.tiny import ragged_prompts, random_model, tiny_config
 
-ENDS = tuple(range(1, 261, 23))
-MODEL = random_model(config=text_config(layers=1, eos_ids=ENDS), tokenizer=byte_tokenizer())
-PROMPTS = ragged_prompts(3, (1, 9, 3, 14, 2, 5, 16, 8, 4, 11, 7), vocab=200)
-
-
-@pytest.fixture
-def cores(monkeypatch):
-    """Says how many cores there are."""
-
-    def have(count: int) -> None:
-        for user in (generate, collecting):
-            monkeypatch.setattr(user, 'useful_threads', lambda weights: count)
-
-    return have
-
-
-@pytest.fixture
-def parts(monkeypatch):
-    """Sizes of the parts in which batches were decoded, and the threads that did it."""
-    found, decode_part = [], generate._decode_part
-
-    def spied(model, request, prompts, *rest):
-        found.append((len(prompts), threading.get_ident()))
-        return decode_part(model, request, prompts, *rest)
-
-    monkeypatch.setattr(generate, '_decode_part', spied)
-    return found
+MODEL = random_model(config=tiny_config(layers=1))
+PROMPTS = ragged_prompts(3, (1, 9, 3))
 
 
 @pytest.mark.parametrize(
-    'request_',
-    [
-        Request(Jacobi(6), 24, trace=True),
-        Request(Lookahead(3, 3, 2), 24, Sampling(1.0), seed=3, trace=True),
-        Request(Jacobi(6), 24, batch=6, trace=True),
-        Request(Jacobi(6), 24, stop=('e', 'q'), trace=True),
-    ],
-    ids=('one batch', 'tree, sampled', 'refilled', 'stop strings'),
+    ('platform', 'backend'), [('cpu', CPU), ('gpu', GPU), ('tpu', TPU), ('new', ANY)]
 )
-def test_shared_batches_give_the_same_answers(cores, parts, request_):
-    cores(1)
-    alone, done = decode_all(MODEL, request_, PROMPTS), []
-    cores(3)
-    shared = decode_all(MODEL, request_, PROMPTS, (), done.append)
-    assert sorted(size for size, _ in parts) == [3, 4, 4, 11]
-    here = threading.get_ident()
-    assert [thread == here for _, thread in parts] == [True, False, False, False]
-    assert shared.texts == alone.texts and shared.tokens == alone.tokens
-    assert shared.accepted == alone.accepted
-    assert sum(done) == len(PROMPTS)
-    for here, one in zip(shared.trajectories, alone.trajectories, strict=True):
-        np.testing.assert_array_equal(here.states, one.states)
-        np.testing.assert_array_equal(here.start, one.start)
+def test_a_device_has_the_backend_of_its_platform(platform, backend):
+    assert backend_for([SimpleNamespace(platform=platform)]) is backend
 
 
-def test_parts_share_one_compilation(cores, parts):
-    compiled = []
-    event = '/jax/core/compile/backend_compile_duration'
-    cores(3)
-    jax.clear_caches()
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **about: compiled.append(about) if name == event else None
-    )
-    try:
-        decode_all(MODEL, Request(Jacobi(5), 20), [*PROMPTS, PROMPTS[0] * 40])
-    finally:
-        jax.monitoring.clear_event_listeners()
-    assert len(parts) == 3 and prefill_by_eigen._cache_size() == 1
-    names = [about['fun_name'] for about in compiled]
-    assert names.count('jit(prefill)') == 1, names
-
-
-@pytest.mark.parametrize(('rows', 'sizes'), [(1, [1]), (3, [3]), (4, [2, 2]), (6, [2, 2, 2])])
-def test_no_thread_has_a_single_row(cores, parts, rows, sizes):
-    cores(8)
-    decode_all(MODEL, Request(Jacobi(5), 4), PROMPTS[:rows])
-    assert [size for size, _ in parts] == sizes
-
-
-@pytest.mark.parametrize('mode', ['block', 'sliding'])
-def test_a_collection_has_the_same_bytes_with_any_number_of_cores(cores, tmp_path, mode):
-    model = dataclasses.replace(MODEL, params=jax.device_put(MODEL.params, jax.devices()[0]))
-    plan, files = CollectPlan(8, mode, max_tokens=20, seed=3, batch=4, shard=16), []
-    for count in (1, 3):
-        cores(count)
-        out, told = tmp_path / f'{count}', []
-        with patch('jax.local_devices', return_value=jax.devices()[:1]):
-            counts = collect(
-                out, model, source(), plan, identity(plan), lambda n, tokens, t=told: t.append(n)
-            )
-        assert told == [4] * 5 and counts['prompts'] == 20
-        files.append({path.name: path.read_bytes() for path in out.glob('*-of-*')})
-    assert files[0] == files[1] and files[0]
+@pytest.mark.parametrize(
+    ('backend', 'values', 'several', 'single'),
+    [
+        (CPU, jnp.float32, jnp.float32, jnp.float32),
+        (CPU, jnp.bfloat16, jnp.uint16, jnp.float32),
+        (TPU, jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+        (GPU, jnp.float16, jnp.float16, jnp.float16),
+    ],
+)
+def test_a_cache_keeps_what_its_backend_reads_fast(backend, values, several, single):
+    assert backend.cache_dtype(values) == several
+    assert backend.cache_dtype(values, one_query=True) == single
 
 
 def test_large_and_divided_weights_are_left_to_one_thread():
-    weights = jax.numpy.ones((4, CACHED // 16))
-    assert useful_threads(weights) == useful_threads((weights, np.ones(3))) >= 1
+    weights = jnp.ones((4, CACHED // 16))
+    assert backend_of(weights).threads == backend_of((weights, np.ones(3))).threads >= 1
     everywhere = NamedSharding(make_mesh(MeshConfig()), PartitionSpec(None, 'data'))
-    assert useful_threads(jax.device_put(weights, everywhere)) == 1
-    assert useful_threads((weights, jax.numpy.ones(1))) == 1
-    assert useful_threads(np.ones(3)) == 1
+    for other in (jax.device_put(weights, everywhere), (weights, jnp.ones(1)), np.ones(3)):
+        assert backend_of(other).threads == 1
 
 
-def wait_for_threads() -> None:
-    for thread in threading.enumerate():
-        if 'ThreadPoolExecutor' in thread.name:
-            thread.join(60)
-            assert not thread.is_alive()
+def test_what_eigen_would_be_slow_with_is_left_as_it_is():
+    def options(weights):
+        return backend_of(weights).compiler_options
 
-
-def test_side_by_side_keeps_the_order_and_stops_at_an_error():
-    begun, second, stop = [], threading.Event(), threading.Event()
-
-    def job(i):
-        begun.append(i)
-        if i == 0:
-            assert second.wait(60), 'two run at a time'
-            raise ValueError('the first')
-        second.set()
-        assert stop.wait(60)
-
-    with pytest.raises(ValueError, match='the first'):
-        list(side_by_side(job, range(9), 2))
-    stop.set()
-    wait_for_threads()
-    assert set(begun) <= {0, 1, 2}
-    assert list(side_by_side(lambda i: -i, range(9), 3)) == [-i for i in range(9)]
-
-
-def test_an_error_in_one_part_ends_the_others(cores, monkeypatch):
-    """At their next report, not with their last prompt."""
-    cores(2)
-    reports, faulty, failed, decode_part = [], set(), threading.Event(), generate._decode_part
-
-    def spied(model, request, prompts, *rest):
-        if prompts[0] == PROMPTS[0]:
-            faulty.add(threading.get_ident())
-        return decode_part(model, request, prompts, *rest)
-
-    def progress(done):
-        if threading.get_ident() in faulty:
-            raise KeyboardInterrupt
-        reports.append(done)
-        assert failed.wait(60)
-
-    monkeypatch.setattr(generate, '_decode_part', spied)
-    monkeypatch.setattr(generate, 'Lock', contextlib.nullcontext)
-    request, keys = Request(Jacobi(6), 24, batch=4), row_keys(0, range(22))
-    with pytest.raises(KeyboardInterrupt):
-        _decode(MODEL, request, PROMPTS * 2, keys, (), progress)
-    failed.set()
-    wait_for_threads()
-    assert len(reports) <= 1
+    assert options(MODEL.params) == EIGEN
+    assert options(mixed(MODEL.params)) == ()
+    weights = jnp.ones(CACHED // 4)
+    assert options(weights) == EIGEN and options((weights, jnp.ones(1))) == ()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    shared = jax.device_put(MODEL.params, NamedSharding(mesh, PartitionSpec()))
+    assert options(shared) == ()
 
 
 def test_small_float32_models_are_multiplied_by_eigen(monkeypatch):
     """The answers are the same, and the compiled loop has nothing of the other library."""
     request = Request(Jacobi(5), 20)
-    state = start(MODEL, request, [[1, 2]], row_keys(0, [0]), ())
-    bound = stop_ids(MODEL), np.int32(20), np.int32(1), state
 
-    def other_library() -> int:
-        how = (request.drafter, (), request.sampling)
-        lowered = advance_of(MODEL).lower(MODEL.module, MODEL.params, *how, *bound)
+    def fusions_of_the_other_library(model) -> int:
+        state = start(model, request, [[1, 2]], row_keys(0, [0]))
+        bounds = np.int32(20), np.int32(1)
+        run = programs(model.backend).advance
+        lowered = run.lower(decoder_of(model, request), *bounds, state)
         return lowered.compile().as_text().count('ynn_fusion')
 
-    fast, fusions = decode_all(MODEL, request, PROMPTS[:3]), other_library()
+    fast, fusions = decode_all(MODEL, request, PROMPTS), fusions_of_the_other_library(MODEL)
     monkeypatch.setattr(choice, 'CACHED', 0)
-    assert advance_of(MODEL) is advance
-    plain = decode_all(MODEL, request, PROMPTS[:3])
+    large = dataclasses.replace(MODEL)
+    assert MODEL.backend.compiler_options == EIGEN and large.backend is CPU
+    plain = decode_all(large, request, PROMPTS)
     assert (fast.tokens, fast.accepted) == (plain.tokens, plain.accepted)
-    if choice.EIGEN:
-        assert fusions == 0 < other_library()
-
-
-def test_what_eigen_would_be_slow_with_is_left_as_it_is():
-    assert by_eigen(MODEL.params)
-    assert not by_eigen(mixed(MODEL.params))
-    weights = jax.numpy.ones(CACHED // 4)
-    assert by_eigen(weights) and not by_eigen((weights, jax.numpy.ones(1)))
-    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
-    shared = jax.device_put(MODEL.params, NamedSharding(mesh, PartitionSpec()))
-    assert not by_eigen(shared)
+    if EIGEN:
+        assert fusions == 0 < fusions_of_the_other_library(large)

@@ -1,6 +1,7 @@
 """Eight devices compute what one computes, and every array lives where it should."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.result import Trajectory
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
@@ -24,19 +26,19 @@ from cllm_jax.runtime.sharding import (
     param_shardings,
     place_batch,
     replicated,
-    state_shardings,
+    rows_here,
 )
-from cllm_jax.training.memory import StepShape, abstract_state, bytes_here, compiled_needs, needs
-from cllm_jax.training.packing import Noise, Sample, make_batch
-from cllm_jax.training.step import (
-    LossWeights,
-    OptimizerConfig,
-    make_optimizer,
-    make_step,
-    new_state,
-    state_places,
-    text_loss,
+from cllm_jax.training.config import TrainConfig
+from cllm_jax.training.held_out import HeldOut
+from cllm_jax.training.memory import (
+    abstract_state,
+    bytes_here,
+    compiled_step,
+    memory_per_device,
 )
+from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from cllm_jax.training.packing import Noise, make_batch
+from cllm_jax.training.step import LossWeights, make_step, new_state, state_places, text_loss
 from tests.tiny import ragged_prompts, random_model, tiny_config
 
 CONFIG = tiny_config(vocab=32, dim=32, heads=8, kv_heads=4, head_dim=8, mlp_dim=24)
@@ -46,19 +48,7 @@ MESHES = {
     'data 2 fsdp 2 tensor 2': MeshConfig(data=2, fsdp=2, tensor=2),
 }
 
-SHAPE = StepShape(
-    CONFIG,
-    jnp.dtype('float32'),
-    jnp.dtype('float32'),
-    remat=False,
-    optimizer=OptimizerConfig(),
-    weights=LossWeights(),
-    noise=Noise(),
-    batch=16,
-    prompt=100,
-    answer=60,
-    block=8,
-)
+SETTINGS = TrainConfig(batch=16, max_length=160, held_out=HeldOut(max_tokens=60, block=8))
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +58,15 @@ def mixed_dtypes():
         yield
 
 
-def samples(count: int = 24) -> list[Sample]:
+def samples(count: int = 24) -> list[Trajectory]:
     rng = np.random.default_rng(0)
     found = []
     for _ in range(count):
         answer = rng.integers(2, 32, 9).astype(np.int32)
         states = rng.integers(2, 32, (4, 4)).astype(np.int32)
         start = np.array([0, 2, 4, 5], np.int32)
-        found.append(Sample(rng.integers(2, 32, 5).astype(np.int32), answer, states, start))
+        prompt = rng.integers(2, 32, 5).astype(np.int32)
+        found.append(Trajectory(states, start, prompt, answer))
     return found
 
 
@@ -94,13 +85,13 @@ def test_a_step_is_that_of_one_device(name, kind):
     # Adam takes the sign of a gradient that is all but 0, which another order of sums can turn.
     rate = {'adamw': 2e-3, 'muon': 1e-2}[kind]
     optimizer = make_optimizer(OptimizerConfig(kind=kind, learning_rate=rate, warmup=0.0), 10)
-    places = placed(CONFIG, params, mesh)
-    abstract = jax.eval_shape(lambda p: new_state(optimizer, p), params)
-    everywhere = state_shardings(abstract, params, places, mesh)
+    everywhere = state_places(optimizer, param_axes(CONFIG), params, mesh)
     weights = LossWeights(ar_weight=1.0, global_weight=1.0)
     alone, spread = (new_state(optimizer, params, s) for s in (None, everywhere))
-    one = make_step(text_loss(Llama(CONFIG), weights), optimizer)
-    many = make_step(text_loss(Llama(CONFIG, mesh=mesh), weights), optimizer, 2, everywhere)
+    one = make_step(partial(text_loss, Llama(CONFIG), weights), optimizer)
+    many = make_step(
+        partial(text_loss, Llama(CONFIG, mesh=mesh), weights), optimizer, 2, everywhere
+    )
     for step in range(3):
         batch = make_batch(samples(), 16, 0, step, Noise(windows=2))
         alone, expected = one(alone, batch)
@@ -118,15 +109,15 @@ def test_a_device_keeps_its_share_and_sends_no_activations():
     what they tell each other is weights and gradients: sums if each has all weights, else weights
     for the forward and the backward pass too.
     """
-    part = dataclasses.replace(SHAPE, batch=2)
-    alone = compiled_needs(part, make_mesh(MeshConfig(), jax.devices()[:1]))
+    part = dataclasses.replace(SETTINGS, batch=2)
+    alone = compiled_step(part, CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert not alone.collectives
     weights = 4 * CONFIG.parameters
     for mesh, kinds, times in (
         (MeshConfig(data=8), {'all-reduce'}, 1),
         (MeshConfig(fsdp=8), {'all-reduce', 'all-gather'}, 3),
     ):
-        spread = compiled_needs(SHAPE, make_mesh(mesh))
+        spread = compiled_step(SETTINGS, CONFIG, make_mesh(mesh))
         assert spread.sizes['temporary'] < 1.3 * alone.sizes['temporary']
         assert spread.collectives.keys() == kinds
         sent = sum(count for _, count in spread.collectives.values())
@@ -135,7 +126,7 @@ def test_a_device_keeps_its_share_and_sends_no_activations():
 
 def test_planned_bytes_are_those_of_a_real_state():
     mesh, params = make_mesh(MESHES['data 2 fsdp 2 tensor 2']), random_model(config=CONFIG).params
-    optimizer = make_optimizer(SHAPE.optimizer, 10)
+    optimizer = make_optimizer(SETTINGS.optimizer, 10)
     places = state_places(optimizer, param_axes(CONFIG), params, mesh)
     state = new_state(optimizer, params, places)
     here = jax.devices()[0]
@@ -145,26 +136,32 @@ def test_planned_bytes_are_those_of_a_real_state():
         for shard in leaf.addressable_shards
         if shard.device == here
     ]
-    planned = needs(SHAPE, mesh)
-    assert bytes_here(abstract_state(SHAPE, mesh)) == sum(parts)
+    planned = memory_per_device(SETTINGS, CONFIG, mesh)
+    assert bytes_here(abstract_state(SETTINGS, CONFIG, mesh)) == sum(parts)
     assert planned['weights'] + planned['optimiser state'] + state.step.nbytes == sum(parts)
 
 
-def test_moments_live_where_their_parameters_do():
+@pytest.mark.parametrize(('kind', 'moments'), [('adamw', 2), ('muon', 1)])
+def test_moments_live_where_their_parameters_do(kind, moments):
     mesh, params = make_mesh(MeshConfig(data=2, fsdp=4)), random_model(config=CONFIG).params
-    optimizer = make_optimizer(OptimizerConfig(), 10)
-    abstract = jax.eval_shape(lambda p: new_state(optimizer, p), params)
-    places = placed(CONFIG, params, mesh)
-    found = state_shardings(abstract, params, places, mesh)
-    assert found.params == places
-    q = P('fsdp', 'tensor', None)
-    moments = [
-        (path, s.spec)
-        for path, s in jax.tree_util.tree_leaves_with_path(found.opt_state)
+    optimizer = make_optimizer(OptimizerConfig(kind=kind), 10)
+    found = state_places(optimizer, param_axes(CONFIG), params, mesh)
+    assert found.params == placed(CONFIG, params, mesh)
+    of_q = [
+        place.spec
+        for path, place in jax.tree_util.tree_leaves_with_path(found.opt_state)
         if 'layers_1' in str(path) and "'q'" in str(path)
     ]
-    assert [spec for _, spec in moments] == [q, q]
+    assert of_q == [P('fsdp', 'tensor', None)] * moments
     assert found.step == replicated(mesh)
+    state = jax.eval_shape(lambda p: new_state(optimizer, p), params)
+    assert jax.tree.structure(state) == jax.tree.structure(found)
+
+
+def test_a_process_takes_the_rows_of_its_devices():
+    assert rows_here(16, make_mesh(MESHES['data 2 fsdp 2 tensor 2'])) == list(range(16))
+    some = make_mesh(MeshConfig(), jax.devices()[2:4])
+    assert rows_here(4, some) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize('temperature', [0.0, 0.8])
