@@ -15,7 +15,7 @@ import jax
 
 from cllm_jax.cli.console import Console, print_plan, size, table
 from cllm_jax.cli.guard import guard
-from cllm_jax.cli.settings import parse
+from cllm_jax.cli.settings import MeshFlags, parse
 from cllm_jax.data.sources import Source, rows_fingerprint
 from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.request import cache_slots
@@ -25,7 +25,7 @@ from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
-from cllm_jax.runs.stages import OBJECTIVES, output_of
+from cllm_jax.runs.stages import output_of
 from cllm_jax.runtime.backend import pretend
 from cllm_jax.runtime.mesh import make_mesh
 from cllm_jax.runtime.sharding import check_batch
@@ -93,9 +93,9 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
     check_batch(settings.batch // settings.optimizer.accumulate, mesh)
     if not objective_of(settings).trains_model(settings):
         facts = {'writes to': directory / 'drafter'} | facts_of_drafter(settings)
-        print_plan(console, to_json(settings), facts)
+        print_plan(console, settings, facts)
         return
-    print_plan(console, to_json(settings), {'writes to': directory} | facts_of_model(settings))
+    print_plan(console, settings, {'writes to': directory} | facts_of_model(settings))
     if compiled:
         with console.status('compiling the step'):
             counted = compiled_step(settings, architecture(settings), mesh)
@@ -135,14 +135,7 @@ def train_in(
 
 
 def run() -> None:
-    settings, flags = parse(
-        TrainConfig,
-        program='python -m cllm_jax.train',
-        description=__doc__,
-        stage='cllm',
-        stages={name: {'objective': objective} for name, objective in OBJECTIVES.items()},
-        meshed=True,
-    )
+    settings, flags = parse(TrainConfig, stage='cllm', description=__doc__, flags=MeshFlags)
     if (flags.devices or flags.compile) and not flags.plan:
         raise ConfigError('devices and compile are for planning; add --plan, or leave them out')
     if flags.devices:
@@ -170,9 +163,5 @@ def run() -> None:
         train_in(directory, settings, claimed, held_out, console)
 
 
-def main() -> None:
-    guard(run, stop_together=True)
-
-
 if __name__ == '__main__':
-    main()
+    guard(run, stop_together=True)
