@@ -79,9 +79,9 @@ class Medusa(TrainedDrafter):
         for path in self.choices:
             good = path[:-1] in known and 1 <= len(path) <= self.heads
             if not good or not all(0 <= r < RANKS for r in path):
+                tree = f'a tree with {self.heads} heads and {RANKS} ranks'
                 raise ConfigError(
-                    f'choices: {path} is not a node of a tree with {self.heads} heads and '
-                    f'{RANKS} ranks; every path begins with another one'
+                    f'choices: {path} is not a node of {tree}; every path begins with another one'
                 )
         if len(known) != len(self.choices) + 1:
             raise ConfigError('choices: a path appears twice; leave one of them out')
@@ -94,26 +94,18 @@ class Medusa(TrainedDrafter):
     def nodes(self) -> int:
         return 1 + len(self.choices)
 
-    def init(self, sequences) -> LastHidden:
-        return LastHidden.unknown(self.tables, sequences)
-
     def draft(self, state: LastHidden, sequences, sampling):
-        pending_B1 = sequences.window(1)
         logits_BKV = self.logits(state.hidden_BD[:, None])[:, 0]
         ahead_K = jnp.arange(1, self.heads + 1, dtype=jnp.int32)
         logits_BKV = perturbed(logits_BKV, sequences, ahead_K, sampling)
         _, best_BKR = jax.lax.top_k(logits_BKV, 1 + max(path[-1] for path in self.choices))
         order = sorted(self.choices, key=lambda path: (len(path), path))
         number = {path: i for i, path in enumerate(((), *order))}
-        parent_N = np.array([-1, *(number[path[:-1]] for path in order)], np.int32)
-        heads = np.array([len(path) - 1 for path in order], np.int32)
-        ranks = np.array([path[-1] for path in order], np.int32)
-        tokens_BN = jnp.concatenate([pending_B1, best_BKR[:, heads, ranks]], axis=1)
-        depth = max(map(len, order))
-        return Draft.tree(tokens_BN, state.known_B[:, None], parent_N, depth), state
-
-    def update(self, state, draft, verdict, sequences, sampling):
-        return state.after(verdict)
+        nodes = [(number[path[:-1]], len(path) - 1, path[-1]) for path in order]
+        parents, heads, ranks = np.array(nodes, np.int32).T
+        tokens_BN = jnp.concatenate([sequences.window(1), best_BKR[:, heads, ranks]], axis=1)
+        parent_N = np.concatenate([np.int32([-1]), parents])
+        return Draft.tree(tokens_BN, state.known_B[:, None], parent_N), state
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """What each head says after each hidden state, float32 `[B, T, K, V]`.

@@ -2,8 +2,8 @@
 
 The head is one recurrent cell on the embeddings of the tokens drafted so far, together with the
 target's last hidden state, which stays the same. Its beams share prefixes; packed into a tree each
-prefix is verified once. Acceptance is the loop's, so that greedy and sampled answers are exact; the
-paper's own rule for sampling is biased, since beams are not samples.
+prefix is verified once. Acceptance is the loop's; the paper's own rule for sampling is biased,
+since beams are not samples.
 """
 
 from typing import Any
@@ -24,6 +24,7 @@ from cllm_jax.drafters.trained import (
 )
 from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.hf.load import Model
+from cllm_jax.model.llama import take_rows
 from cllm_jax.model.precision import linear, product
 
 NEVER = -5e4
@@ -80,10 +81,9 @@ class ReDrafter(TrainedDrafter):
 
     def __post_init__(self):
         at_least(self, beams=1, length=2, layers=0)
-        if not self.length <= self.capacity:
-            raise ConfigError(
-                f'capacity {self.capacity}: the tree must hold one beam of {self.length} tokens'
-            )
+        if self.capacity < self.length:
+            rule = f'the tree must hold one beam of {self.length} tokens'
+            raise ConfigError(f'capacity {self.capacity}: {rule}')
 
     @classmethod
     def of_size(cls, sizes: HeadsConfig, model: Model) -> 'ReDrafter':
@@ -92,9 +92,6 @@ class ReDrafter(TrainedDrafter):
     @property
     def nodes(self) -> int:
         return min(self.capacity, 1 + self.beams * (self.length - 1))
-
-    def init(self, sequences) -> LastHidden:
-        return LastHidden.unknown(self.tables, sequences)
 
     def draft(self, state: LastHidden, sequences, sampling):
         beams_BMC = self.search(state.hidden_BD, sequences, sampling)
@@ -105,14 +102,11 @@ class ReDrafter(TrainedDrafter):
         parent_BN = jnp.where((parent_BN < 0) & (here_1N > 0), 0, parent_BN)
         return Draft(tokens_BN, valid_BN, parent_BN, self.length - 1), state
 
-    def update(self, state, draft, verdict, sequences, sampling):
-        return state.after(verdict)
-
     def search(self, hidden_BD: jax.Array, sequences, sampling) -> jax.Array:
         """Beam search: the pending token and what may follow, int32 `[B, M, C]`, best first."""
         batch, beams = len(hidden_BD), self.beams
-        pending_B1 = sequences.window(1)
-        beams_BMC = jnp.broadcast_to(pending_B1[:, :, None], (batch, beams, self.length))
+        pending_B11 = sequences.window(1)[:, :, None]
+        beams_BMC = jnp.broadcast_to(pending_B11, (batch, beams, self.length))
         context_BMD = jnp.broadcast_to(hidden_BD[:, None], (batch, beams, hidden_BD.shape[1]))
         only_1M = jnp.where(jnp.arange(beams)[None] == 0, 0.0, NEVER)
 
@@ -120,17 +114,14 @@ class ReDrafter(TrainedDrafter):
             beams_BMC, state_BMD, score_BM = carry
             last_BM = jax.lax.dynamic_index_in_dim(beams_BMC, ahead - 1, 2, keepdims=False)
             state_BMD = self.cell(last_BM, state_BMD)
-            logits_BMV = self.logits(context_BMD, state_BMD)
-            ahead_M = jnp.broadcast_to(ahead[None], (beams,))
+            ahead_M, logits_BMV = jnp.full(beams, ahead), self.logits(context_BMD, state_BMD)
             logits_BMV = perturbed(logits_BMV, sequences, ahead_M, sampling)
             score_BMV = jax.nn.log_softmax(logits_BMV, axis=-1) + score_BM[:, :, None]
             # The best M over all are among the best M of each beam.
             top_BMM, token_BMM = jax.lax.top_k(score_BMV, beams)
             score_BM, best_BM = jax.lax.top_k(top_BMM.reshape(batch, -1), beams)
-            token_BM = jnp.take_along_axis(token_BMM.reshape(batch, -1), best_BM, axis=1)
-            from_BM1 = (best_BM // beams)[:, :, None]
-            beams_BMC = jnp.take_along_axis(beams_BMC, from_BM1, axis=1)
-            state_BMD = jnp.take_along_axis(state_BMD, from_BM1, axis=1)
+            token_BM = take_rows(token_BMM.reshape(batch, -1), best_BM)
+            beams_BMC, state_BMD = (take_rows(x, best_BM // beams) for x in (beams_BMC, state_BMD))
             beams_BMC = jax.lax.dynamic_update_index_in_dim(beams_BMC, token_BM, ahead, 2)
             return (beams_BMC, state_BMD, score_BM), None
 

@@ -13,9 +13,11 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, setting
+from cllm_jax.decoding.tree import chains
 from cllm_jax.drafters.trained import HeadsConfig, TrainedDrafter, last_of
 from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.hf.load import Model
+from cllm_jax.model.llama import take_rows
 
 
 @struct.dataclass
@@ -74,23 +76,15 @@ class Space(TrainedDrafter):
 
     def draft(self, state, sequences, sampling):
         chain_BN = jnp.concatenate([sequences.window(1), state.guess_BM], axis=1)
-        rows, others = len(chain_BN), self.nodes - self.masks - 1
-        masks_BN = jnp.full((rows, others), self.mask_id, jnp.int32)
-        tokens_BN = jnp.concatenate([chain_BN, masks_BN], axis=1)
-        here_1N = jnp.arange(self.nodes)[None]
-        valid_BN = state.known_B[:, None] & (here_1N <= self.masks)
-        return Draft.tree(tokens_BN, valid_BN, self._parents(), 2 * self.masks), state
+        rest = ((0, 0), (0, self.nodes - self.masks - 1))
+        tokens_BN = jnp.pad(chain_BN, rest, constant_values=self.mask_id)
+        valid_BN = state.known_B[:, None] & (jnp.arange(self.nodes)[None] <= self.masks)
+        chain = self.masks + 1
+        after = chains(0, [-1], chain), chains(chain, range(chain), self.masks)
+        return Draft.tree(tokens_BN, valid_BN, np.concatenate(after)), state
 
     def update(self, state, draft, verdict, sequences, sampling):
         # The first mask after the last accepted node stands where the new pending token is.
         first_B1 = self.masks + 1 + last_of(verdict) * self.masks
         at_BM = first_B1 + jnp.arange(self.masks, dtype=jnp.int32)[None]
-        guess_BM = jnp.take_along_axis(verdict.y_BN, at_BM, axis=1)
-        return Masked(guess_BM, jnp.ones_like(state.known_B))
-
-    def _parents(self) -> np.ndarray:
-        """A chain of guesses, and after each node of it a chain of masks."""
-        count = self.masks
-        groups = np.arange(self.nodes - count - 1).reshape(count + 1, count) + count
-        groups[:, 0] = np.arange(count + 1)
-        return np.concatenate([np.arange(count + 1) - 1, groups.ravel()]).astype(np.int32)
+        return Masked(take_rows(verdict.y_BN, at_BM), jnp.ones_like(state.known_B))

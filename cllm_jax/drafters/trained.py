@@ -16,6 +16,7 @@ from cllm_jax.decoding.drafter import Drafter, Sequences, Verdict
 from cllm_jax.decoding.sampling import Sampling, gumbel
 from cllm_jax.errors import at_least
 from cllm_jax.hf.load import Model
+from cllm_jax.model.llama import take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class AnswerBatch:
     @property
     def hidden_BAD(self) -> jax.Array:
         """The hidden states after which answer tokens are chosen."""
-        return jnp.take_along_axis(self.hidden_BTD, self.rows_BA[:, :, None], axis=1)
+        return take_rows(self.hidden_BTD, self.rows_BA)
 
     def later(self, by: int) -> tuple[jax.Array, jax.Array]:
         """The labels `by` places later, and their weights: 0 where the answer ended earlier."""
@@ -126,6 +127,13 @@ class TrainedDrafter(Drafter):
         """The same drafter with weights, for a model with these parameters."""
         return self.replace(own=own, tables=tables_of(params))
 
+    def init(self, sequences: Sequences) -> Any:
+        """By default what a head reads, the target's last hidden state (`LastHidden`)."""
+        return LastHidden.unknown(self.tables, sequences)
+
+    def update(self, state, draft, verdict, sequences, sampling):
+        return state.after(verdict)
+
     def loss(self, answers: AnswerBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of its weights, a float32 scalar, and metrics."""
         raise NotImplementedError
@@ -151,15 +159,13 @@ class LastHidden:
 
     def after(self, verdict: Verdict) -> Self:
         """The state after a verification; that of a finished row is never used."""
-        at_B11 = last_of(verdict)[:, :, None]
-        hidden_BD = jnp.take_along_axis(verdict.hidden_BND, at_B11, axis=1)[:, 0]
+        hidden_BD = take_rows(verdict.hidden_BND, last_of(verdict))[:, 0]
         return LastHidden(hidden_BD.astype(jnp.float32), jnp.ones_like(self.known_B))
 
 
 def last_of(verdict: Verdict) -> jax.Array:
     """The node after which the new pending token was chosen, int32 `[B, 1]`."""
-    at_B1 = jnp.maximum(verdict.count_B - 1, 0)[:, None]
-    return jnp.take_along_axis(verdict.path_BP, at_B1, axis=1)
+    return take_rows(verdict.path_BP, jnp.maximum(verdict.count_B - 1, 0)[:, None])
 
 
 def perturbed(
