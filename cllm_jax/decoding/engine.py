@@ -61,15 +61,12 @@ def start(
     width: int = 0,
     to_the_end: bool = False,
 ) -> DecodeState:
-    """Prefill one batch. The batch is filled up with rows that never run.
+    """Prefill one batch, filled up with rows that never run; raises ConfigError (see `check`).
 
     Args:
       rows: size of the batch; by default the next power of two.
       width: length to which prompts are padded; by default the bucket of the longest.
       to_the_end: decode in the same call, to the end or until the cache is full.
-
-    Raises:
-      ConfigError: see `check`.
     """
     check(model, request, prompts)
     rows, width = rows or _power_of_two(len(prompts)), width or bucket(max(map(len, prompts)))
@@ -263,9 +260,7 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def decode_batch(
-    model: Model, request: Request, prompts: Sequence[Sequence[int]], keys: jax.Array
-) -> DecodeResult:
+def decode_batch(model: Model, request: Request, prompts: Ids, keys: jax.Array) -> DecodeResult:
     """Decode token-id prompts, `request.batch` of them at a time, each with its key."""
     return DecodeResult.of(decode_side_by_side(model, request, prompts, keys))
 
@@ -291,10 +286,9 @@ def _groups(lengths: Sequence[int], batch: int) -> list[list[int]]:
     """Indices by length, in groups of a batch or more that end where the padded width grows."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if groups and (
-            len(groups[-1]) < batch or bucket(lengths[groups[-1][-1]]) == bucket(lengths[i])
-        ):
-            groups[-1].append(i)
+        last = groups[-1] if groups else []
+        if last and (len(last) < batch or bucket(lengths[last[-1]]) == bucket(lengths[i])):
+            last.append(i)
         else:
             groups.append([i])
     return groups

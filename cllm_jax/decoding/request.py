@@ -72,11 +72,7 @@ def cache_slots(width: int, steps: int, nodes: int) -> int:
 def encode_each(
     model: Model, prompts: Sequence[str | Sequence[int]], name: str = 'prompts'
 ) -> list[list[int]]:
-    """Token ids of several texts; a single one, a sequence of characters, is refused.
-
-    Raises:
-      ConfigError: see `encode`.
-    """
+    """Token ids of several texts; raises ConfigError like `encode`, and for a single text."""
     if isinstance(prompts, str):
         raise ConfigError(f'{name} {prompts[:40]!r}: must be a list of texts; write [{name}]')
     encoded = []
@@ -91,9 +87,8 @@ def encode_each(
 def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt; a list of ids is only checked.
 
-    Raises:
-      ConfigError: text without a tokenizer or that is not Unicode, no token at all, or an id that
-        is not a whole number of the vocabulary.
+    Raises ConfigError for text without a tokenizer or that is not Unicode, no token at all, or an
+    id that is not a whole number of the vocabulary.
     """
     if not isinstance(prompt, str):
         try:
@@ -109,7 +104,7 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     else:
         try:
             prompt.encode()
-        except UnicodeEncodeError as e:  # half of a character, or a byte that is not UTF-8
+        except UnicodeEncodeError as e:
             rule = f'{prompt[e.start]!r} is not a character; pass UTF-8'
             raise ConfigError(f'prompt {prompt[:40]!r}: {rule}') from None
         ids = model.tokenizer(prompt)['input_ids']
@@ -118,10 +113,8 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     if not ids:
         raise ConfigError('empty prompt: decoding starts from at least one token; pass a BOS token')
     if bad := [i for i in ids if not 0 <= i < model.config.vocab_size]:
-        raise ConfigError(
-            f'token id {bad[0]}: outside the vocabulary 0..{model.config.vocab_size - 1}; '
-            'was the prompt made with another tokenizer?'
-        )
+        rule = f'outside the vocabulary 0..{model.config.vocab_size - 1}'
+        raise ConfigError(f'token id {bad[0]}: {rule}; was it made with another tokenizer?')
     return ids
 
 

@@ -77,19 +77,13 @@ class DraftModel(Drafter):
 
 
 def draft_model(target: Model, small: Model, block: int = 5) -> DraftModel:
-    """`small` as the draft model of `target`.
-
-    Raises:
-      ConfigError: they do not share a vocabulary.
-    """
-    if small.config.vocab_size != target.config.vocab_size:
-        raise ConfigError(
-            f'{small.source} has {small.config.vocab_size} tokens, {target.source} '
-            f'{target.config.vocab_size}: a draft model shares the vocabulary of its target'
-        )
+    """`small` as the draft model of `target`; raises ConfigError if they share no vocabulary."""
+    sizes = [model.config.vocab_size for model in (small, target)]
+    if sizes[0] != sizes[1]:
+        both = f'{small.source} has {sizes[0]} tokens, {target.source} {sizes[1]}'
+        raise ConfigError(f'{both}: a draft model shares the vocabulary of its target')
     both = [model.tokenizer for model in (small, target) if model.tokenizer is not None]
     if len(both) == 2 and len(set(map(tokenizer_fingerprint, both))) == 2:
-        raise ConfigError(
-            f'{small.source} has another tokenizer than {target.source}; a draft model shares it'
-        )
+        other = f'{small.source} has another tokenizer than {target.source}'
+        raise ConfigError(f'{other}; a draft model shares it')
     return DraftModel(small.module, small.params, block)

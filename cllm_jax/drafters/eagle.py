@@ -17,16 +17,8 @@ from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, Sequences, Verdict, put, setting
 from cllm_jax.decoding.tree import after_cache, causal_mask
-from cllm_jax.drafters.trained import (
-    AnswerBatch,
-    HeadsConfig,
-    TargetTables,
-    TrainedDrafter,
-    normal,
-    perturbed,
-)
+from cllm_jax.drafters.trained import TargetTables, TrainedDrafter, normal, perturbed
 from cllm_jax.errors import at_least
-from cllm_jax.hf.load import Model
 from cllm_jax.model.attention import rope_tables
 from cllm_jax.model.cache import Cache, init_cache
 from cllm_jax.model.config import LlamaConfig
@@ -69,7 +61,7 @@ class Eagle(TrainedDrafter):
         at_least(self, depth=1, width=1, capacity=2)
 
     @classmethod
-    def of_size(cls, sizes: HeadsConfig, model: Model) -> 'Eagle':
+    def of_size(cls, sizes, model):
         return cls(model.config, model.backend, sizes.ahead, sizes.beams, sizes.nodes)
 
     @property
@@ -170,7 +162,7 @@ class Eagle(TrainedDrafter):
         """The target's own scores for features, float32 `[B, X, V]`."""
         return product('bxd,vd->bxv', feature_BXD, self.tables.head_VD.astype(jnp.float32))
 
-    def new_weights(self, key: jax.Array, tables: TargetTables) -> dict:
+    def new_weights(self, key, tables):
         """Random weights; `join` begins by passing the feature on."""
         width, keys = self.config.dim, jax.random.split(key)
         x_11D = jnp.zeros((1, 1, width))
@@ -200,7 +192,7 @@ class Eagle(TrainedDrafter):
         valid_BN = jnp.broadcast_to(known_B[:, None], token_BN.shape)
         return Draft(token_BN, valid_BN, parent_BN, self.depth)
 
-    def loss(self, answers: AnswerBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, answers):
         """`SmoothL1(feature) + 0.1 CE(what the model says after either)`, means over tokens."""
         total = jnp.maximum(answers.later_A[1], 1e-9)
         hidden_BTD, weight_BA = answers.hidden_BTD, answers.later(1)[1]

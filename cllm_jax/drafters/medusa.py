@@ -14,16 +14,8 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, setting
-from cllm_jax.drafters.trained import (
-    AnswerBatch,
-    HeadsConfig,
-    LastHidden,
-    TargetTables,
-    TrainedDrafter,
-    perturbed,
-)
+from cllm_jax.drafters.trained import AnswerBatch, TargetTables, TrainedDrafter, perturbed
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.hf.load import Model
 from cllm_jax.model.precision import product
 
 RANKS = 8
@@ -87,14 +79,14 @@ class Medusa(TrainedDrafter):
             raise ConfigError('choices: a path appears twice; leave one of them out')
 
     @classmethod
-    def of_size(cls, sizes: HeadsConfig, model: Model) -> 'Medusa':
+    def of_size(cls, sizes, model):
         return cls(sizes.ahead, tree_of(usual(sizes.ahead), sizes.nodes - 1), sizes.own_table)
 
     @property
     def nodes(self) -> int:
         return 1 + len(self.choices)
 
-    def draft(self, state: LastHidden, sequences, sampling):
+    def draft(self, state, sequences, sampling):
         logits_BKV = self.logits(state.hidden_BD[:, None])[:, 0]
         ahead_K = jnp.arange(1, self.heads + 1, dtype=jnp.int32)
         logits_BKV = perturbed(logits_BKV, sequences, ahead_K, sampling)
@@ -119,7 +111,7 @@ class Medusa(TrainedDrafter):
             return product('btkd,kvd->btkv', z_BTKD, own['out'])
         return product('btkd,vd->btkv', z_BTKD, self.tables.head_VD.astype(jnp.float32))
 
-    def new_weights(self, key: jax.Array, tables: TargetTables) -> dict:
+    def new_weights(self, key, tables):
         """Heads that begin by saying what the target says about the next token (`mix` is 0)."""
         width = tables.embed_VD.shape[1]
         own = {'mix': jnp.zeros((self.heads, width, width)), 'bias': jnp.zeros((self.heads, width))}
@@ -128,7 +120,7 @@ class Medusa(TrainedDrafter):
             own['out'] = jnp.broadcast_to(table[None], (self.heads, *table.shape))
         return own
 
-    def loss(self, answers: AnswerBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, answers):
         """`sum_k 0.8^k CE(head k, the token k places after the label)`, each CE a token mean."""
         logits_BAKV = self.logits(answers.hidden_BAD)
         loss, metrics = jnp.float32(0), {}
@@ -137,7 +129,7 @@ class Medusa(TrainedDrafter):
             loss = loss + DECAY**k * ce
         return loss, metrics
 
-    def calibrated(self, answers: AnswerBatch) -> 'Medusa':
+    def calibrated(self, answers):
         """The same heads with the tree of as many nodes that some answers ask for."""
         right_KR = jax.device_get(_shares_right(self, answers))
         return self.replace(choices=tree_of(right_KR, len(self.choices)))

@@ -13,17 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, setting
-from cllm_jax.drafters.trained import (
-    AnswerBatch,
-    HeadsConfig,
-    LastHidden,
-    TargetTables,
-    TrainedDrafter,
-    normal,
-    perturbed,
-)
+from cllm_jax.drafters.trained import TargetTables, TrainedDrafter, normal, perturbed
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.hf.load import Model
 from cllm_jax.model.llama import take_rows
 from cllm_jax.model.precision import linear, product
 
@@ -86,14 +77,14 @@ class ReDrafter(TrainedDrafter):
             raise ConfigError(f'capacity {self.capacity}: {rule}')
 
     @classmethod
-    def of_size(cls, sizes: HeadsConfig, model: Model) -> 'ReDrafter':
+    def of_size(cls, sizes, model):
         return cls(sizes.beams, sizes.ahead + 1, sizes.nodes, sizes.layers, sizes.own_table)
 
     @property
     def nodes(self) -> int:
         return min(self.capacity, 1 + self.beams * (self.length - 1))
 
-    def draft(self, state: LastHidden, sequences, sampling):
+    def draft(self, state, sequences, sampling):
         beams_BMC = self.search(state.hidden_BD, sequences, sampling)
         tokens_BN, parent_BN, live_BN, _ = pack(beams_BMC, self.nodes)
         valid_BN = live_BN & state.known_B[:, None]
@@ -149,7 +140,7 @@ class ReDrafter(TrainedDrafter):
         head_VD = self.tables.head_VD.astype(jnp.float32)
         return product('bxd,vd->bxv', linear(x_BXE, own['project']), head_VD)
 
-    def new_weights(self, key: jax.Array, tables: TargetTables) -> dict:
+    def new_weights(self, key, tables):
         """Random weights."""
         (vocab, width), keys = tables.embed_VD.shape, iter(jax.random.split(key, self.layers + 3))
         own = {name: normal(next(keys), (width, width), width) for name in 'wu'}
@@ -161,7 +152,7 @@ class ReDrafter(TrainedDrafter):
             return own | {'out': normal(next(keys), (vocab, 2 * width), 2 * width)}
         return own | {'project': normal(next(keys), (2 * width, width), 2 * width)}
 
-    def loss(self, answers: AnswerBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, answers):
         """The sum of the mean cross-entropies of `length - 1` steps."""
         hidden_BAD, read_BA = answers.hidden_BAD, answers.labels_BA
         state_BAD, loss, metrics = jnp.zeros_like(hidden_BAD), jnp.float32(0), {}

@@ -1,8 +1,8 @@
 """SPACE (arXiv 2402.11809): mask tokens guess what comes next, in the forward that verifies.
 
 The model itself is fine-tuned to read a row of mask tokens as "what comes after this?". Every
-forward verifies the guesses so far, with a group of masks after each: whichever guess turns out to
-be the last right one, the masks after it have already drafted what follows.
+forward verifies the guesses so far, with masks after each: whichever guess turns out to be the last
+right one, the masks after it have already drafted what follows.
 """
 
 from typing import ClassVar
@@ -14,9 +14,8 @@ from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, setting
 from cllm_jax.decoding.tree import chains
-from cllm_jax.drafters.trained import HeadsConfig, TrainedDrafter, last_of
+from cllm_jax.drafters.trained import TrainedDrafter, last_of
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.hf.load import Model
 from cllm_jax.model.llama import take_rows
 
 
@@ -45,18 +44,12 @@ class Space(TrainedDrafter):
             raise ConfigError(f'mask_id {self.mask_id}: must be a token id')
 
     @classmethod
-    def of_size(cls, sizes: HeadsConfig, model: Model) -> 'Space':
-        """See `TrainedDrafter`; the mask is the padding token, else BOS.
-
-        Raises:
-          ConfigError: the model has neither.
-        """
+    def of_size(cls, sizes, model):
+        """The mask is the padding token, else BOS; raises ConfigError if there is neither."""
         mask = model.config.pad_id if model.config.pad_id is not None else model.config.bos_id
         if mask is None:
-            raise ConfigError(
-                f'{model.source}: neither pad_token_id nor bos_token_id, one of which would be the '
-                'mask of SPACE; set pad_token_id in its config.json'
-            )
+            rule = 'neither pad_token_id nor bos_token_id, one of which would be the mask of SPACE'
+            raise ConfigError(f'{model.source}: {rule}; set pad_token_id in its config.json')
         return cls(mask, sizes.ahead)
 
     @property

@@ -59,14 +59,13 @@ def tables_of(params: Any) -> TargetTables:
 
 @struct.dataclass
 class AnswerBatch:
-    """What a drafter learns from: answers, and what the target computed on the way to them.
+    """What a drafter learns from: answers, and the target's float32 last hidden states.
 
     The rows are packed clean text (`training/packing.py`). Answer token a of a row is chosen after
     the hidden state at `rows_BA[a]`.
     """
 
     hidden_BTD: jax.Array
-    """float32 last hidden states."""
     tokens_BT: jax.Array
     positions_BT: jax.Array
     mask_BTT: jax.Array
@@ -88,8 +87,7 @@ class AnswerBatch:
         return jnp.pad(self.labels_BA[:, by:], pad), jnp.pad(self.weight_BA[:, by:], pad)
 
     def scored(self, logits_BAV: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-        """Mean cross-entropy of scores for the labels `by` places later, and the share of right
-        first guesses."""
+        """Mean cross-entropy for the labels `by` places later, and share of right first guesses."""
         (labels_BA, weight_BA), total = self.later(by), jnp.maximum(self.later_A[by], 1e-9)
         right_BA = (jnp.argmax(logits_BAV, axis=-1) == labels_BA).astype(jnp.float32)
         loss_BA = optax.softmax_cross_entropy_with_integer_labels(logits_BAV, labels_BA)
@@ -109,11 +107,7 @@ class TrainedDrafter(Drafter):
 
     @classmethod
     def of_size(cls, sizes: HeadsConfig, model: Model) -> Self:
-        """The drafter to train for a model, without weights.
-
-        Raises:
-          ConfigError: sizes that the method cannot have.
-        """
+        """The drafter to train for a model, without weights; ConfigError for impossible sizes."""
         raise NotImplementedError
 
     def check_model(self, model: Model, where: str) -> None:
