@@ -198,11 +198,7 @@ def _pick(sample: Trajectory, noise: Noise, rng: np.random.Generator, count: int
 
 
 def _add_states(
-    row: dict[str, np.ndarray],
-    sample: Trajectory,
-    noise: Noise,
-    rng: np.random.Generator,
-    windows: int,
+    row: dict[str, np.ndarray], sample: Trajectory, noise: Noise, rng: Any, windows: int
 ) -> None:
     """Put `windows` states of a sample after its clean text, with their teachers and weights."""
     width, total = sample.states.shape[1], len(sample.answer)
@@ -248,8 +244,7 @@ def _link(row: dict[str, np.ndarray], answer: int, state, successor, distinct: b
     width = here.stop - here.start
     index = begin + np.arange(width) - begin_next
     inside = (index >= 0) & (index < width)
-    row['successor_BW'][here] = np.where(
-        inside, answer + there.start + index, row['teacher_BW'][here]
-    )
+    there_BW = answer + there.start + index
+    row['successor_BW'][here] = np.where(inside, there_BW, row['teacher_BW'][here])
     known = (index < width) & distinct
     row['local_weight_BW'][here] = np.where(known, row['global_weight_BW'][here], 0)

@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from cllm_jax.errors import at_least
-from cllm_jax.model.llama import Llama
+from cllm_jax.model.llama import Llama, take_rows
 from cllm_jax.model.packed_attention import PackedMask
 from cllm_jax.runtime.sharding import param_shardings, replicated
 from cllm_jax.training.losses import cross_entropy, divergence
@@ -87,7 +87,7 @@ def text_loss(
     Given its first two arguments this is a `Loss`.
     """
     hidden_BTD = hidden_states(model, params, batch)
-    hidden_BRD = jnp.take_along_axis(hidden_BTD, batch.rows_BR[:, :, None], axis=1)
+    hidden_BRD = take_rows(hidden_BTD, batch.rows_BR)
     logits_BRV = model.apply({'params': params}, hidden_BRD, method='logits')
     answers = batch.ar_weight_BA.shape[1]
     clean_BAV, student_BWV = logits_BRV[:, :answers], logits_BRV[:, answers:]
@@ -99,21 +99,18 @@ def text_loss(
         'ar_accuracy': (right_BR[:, :answers] * batch.ar_weight_BA).sum() / totals['ar'],
     }
     loss = weights.ar_weight * ar
-    if weights.global_weight:
-        teacher_BWV = jnp.take_along_axis(clean_BAV, batch.teacher_BW[:, :, None], axis=1)
-        kl = divergence(student_BWV, teacher_BWV, batch.global_weight_BW, totals['global'])
-        metrics['global_loss'] = kl
-        loss = loss + weights.global_weight * kl
-    if weights.local_weight:
-        teacher_BWV = jnp.take_along_axis(logits_BRV, batch.successor_BW[:, :, None], axis=1)
-        kl = divergence(student_BWV, teacher_BWV, batch.local_weight_BW, totals['local'])
-        metrics['local_loss'] = kl
-        loss = loss + weights.local_weight * kl
+    for name, weight, source_BXV, teacher_BW, weight_BW in (
+        ('global', weights.global_weight, clean_BAV, batch.teacher_BW, batch.global_weight_BW),
+        ('local', weights.local_weight, logits_BRV, batch.successor_BW, batch.local_weight_BW),
+    ):
+        if weight:
+            teacher_BWV = take_rows(source_BXV, teacher_BW)
+            kl = divergence(student_BWV, teacher_BWV, weight_BW, totals[name])
+            metrics[f'{name}_loss'], loss = kl, loss + weight * kl
     if weights.state_weight:
         labels_BW = batch.labels_BR[:, answers:]
         ce = cross_entropy(student_BWV, labels_BW, batch.global_weight_BW, totals['global'])
-        metrics['state_loss'] = ce
-        loss = loss + weights.state_weight * ce
+        metrics['state_loss'], loss = ce, loss + weights.state_weight * ce
     if weights.global_weight or weights.local_weight or weights.state_weight:
         live_BW = (batch.offset_BW >= 0).astype(jnp.float32)
         metrics['agreement'] = (right_BR[:, answers:] * live_BW).sum() / totals['live']
@@ -187,12 +184,8 @@ def make_step(
       shardings: where the state lives, so that it comes back to the same place and the next step
         needs no other compilation.
     """
-    step = partial(_step, loss, optimizer, accumulate)
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=None if shardings is None else (shardings, None),
-    )
+    step, places = partial(_step, loss, optimizer, accumulate), shardings and (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
 def _step(
@@ -216,9 +209,9 @@ def _step(
         (_, metrics), grads = gradient(state.params, frozen, batch, totals)
     else:
         # Every micro-batch takes rows of every device, so that none has to move.
+        shape = (batch.tokens_BT.shape[0] // accumulate, accumulate)
         micro_batches = jax.tree.map(
-            lambda x: x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
-            batch,
+            lambda x: x.reshape(*shape, *x.shape[1:]).swapaxes(0, 1), batch
         )
         one = jax.tree.map(lambda x: x[0], micro_batches)
         shapes = jax.eval_shape(gradient, state.params, frozen, one, totals)
