@@ -12,6 +12,7 @@ command continues.
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from cllm_jax.cli.console import Console, print_plan, size, table
 from cllm_jax.cli.guard import guard
@@ -29,29 +30,31 @@ from cllm_jax.runs.stages import output_of
 from cllm_jax.runtime.backend import pretend
 from cllm_jax.runtime.mesh import make_mesh
 from cllm_jax.runtime.sharding import check_batch
-from cllm_jax.training.config import (
-    TrainConfig,
-    architecture,
-    check_length,
-    check_mask,
-    check_tokenizer,
-    quick,
-    with_names,
-)
+from cllm_jax.training.config import TrainConfig, architecture, check_architecture, with_names
 from cllm_jax.training.data import held_out_rows, inputs_of, prepare, trained_on_too
 from cllm_jax.training.memory import compiled_step, longest, memory_per_device
-from cllm_jax.training.objective import check_ignored, check_losses, objective_of
-from cllm_jax.training.optimizer import check_accumulation
+from cllm_jax.training.objective import checked, objective_of
 from cllm_jax.training.trainer import train
 
 
-def facts_of_model(settings: TrainConfig) -> dict[str, object]:
-    """What training all of a model needs; every sample is taken to be as long as can be."""
-    config, mesh = architecture(settings), make_mesh(settings.mesh)
-    objective, model = objective_of(settings), Model(config, None, None, settings.model)
-    nodes = objective.drafter(settings, model).nodes
-    slots = cache_slots(longest(settings)[0], settings.held_out.max_tokens, nodes)
-    cache = config.cache_values * DTYPES[settings.dtype].itemsize * slots
+def facts_of(settings: TrainConfig, mesh: Mesh) -> dict[str, object]:
+    """What training needs; every sample is taken to be as long as can be."""
+    config, objective = architecture(settings), objective_of(settings)
+    model = Model(config, abstract_params(config), None, settings.model)
+    drafter, itemsize = objective.drafter(settings, model), DTYPES[settings.dtype].itemsize
+    work = {'steps': settings.steps, 'samples seen': settings.steps * settings.batch}
+    if not objective.trains_model(settings):
+        own = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables_of(model.params))
+        count = sum(leaf.size for leaf in jax.tree.leaves(own))
+        return {
+            'parameters of the model, frozen': f'{config.parameters:,}',
+            'weights of the model': size(config.parameters * itemsize),
+            'parameters of the drafter': f'{count:,}',
+            'weights, gradients, optimiser state of the drafter': size(16 * count),
+            'tokens verified per forward': drafter.nodes,
+            **work,
+        }
+    slots = cache_slots(longest(settings)[0], settings.held_out.max_tokens, drafter.nodes)
     found = memory_per_device(settings, config, mesh)
     states = settings.noise.windows or 'cover the answer once'
     return {
@@ -59,31 +62,12 @@ def facts_of_model(settings: TrainConfig) -> dict[str, object]:
         'parameters': f'{config.parameters:,}',
         **{f'{name} per device': size(count) for name, count in found.items()},
         'sum per device': size(sum(found.values())),
-        'KV cache per prompt (held-out tests)': size(cache),
+        'KV cache per prompt (held-out tests)': size(config.cache_values * itemsize * slots),
         'global batch': f'{settings.batch} samples of at most {settings.max_length} tokens',
         'states per answer': states if objective.noise(settings, model) else 'none',
-        'steps': settings.steps,
-        'samples seen': settings.steps * settings.batch,
+        **work,
         'checkpoints': -(-settings.steps // settings.save_every),
         'held-out tests': max(1, -(-settings.steps // settings.held_out.every)),
-    }
-
-
-def facts_of_drafter(settings: TrainConfig) -> dict[str, object]:
-    """What training a drafter of a model that stays as it is needs."""
-    config = architecture(settings)
-    model = Model(config, abstract_params(config), None, settings.model)
-    drafter = objective_of(settings).drafter(settings, model)
-    own = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables_of(model.params))
-    count = sum(leaf.size for leaf in jax.tree.leaves(own))
-    return {
-        'parameters of the model, frozen': f'{config.parameters:,}',
-        'weights of the model': size(config.parameters * DTYPES[settings.dtype].itemsize),
-        'parameters of the drafter': f'{count:,}',
-        'weights, gradients, optimiser state of the drafter': size(16 * count),
-        'tokens verified per forward': drafter.nodes,
-        'steps': settings.steps,
-        'samples seen': settings.steps * settings.batch,
     }
 
 
@@ -91,12 +75,10 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
     """What the run would need; with `compiled`, also as the compiler counts it."""
     mesh = make_mesh(settings.mesh)
     check_batch(settings.batch // settings.optimizer.accumulate, mesh)
-    if not objective_of(settings).trains_model(settings):
-        facts = {'writes to': directory / 'drafter'} | facts_of_drafter(settings)
-        print_plan(console, settings, facts)
-        return
-    print_plan(console, settings, {'writes to': directory} | facts_of_model(settings))
-    if compiled:
+    whole = objective_of(settings).trains_model(settings)
+    writes = directory if whole else directory / 'drafter'
+    print_plan(console, settings, {'writes to': writes} | facts_of(settings, mesh))
+    if compiled and whole:
         with console.status('compiling the step'):
             counted = compiled_step(settings, architecture(settings), mesh)
         rows = [[f'{name} per device', size(count)] for name, count in counted.sizes.items()]
@@ -140,18 +122,12 @@ def run() -> None:
         raise ConfigError('devices and compile are for planning; add --plan, or leave them out')
     if flags.devices:
         pretend(flags.devices)
-    check_ignored(settings)
-    if settings.quick:
-        settings = quick(settings)
-    check_tokenizer(settings)
-    settings = check_losses(settings)
-    check_accumulation(settings.batch, settings.optimizer.accumulate)
+    settings = checked(settings)
     directory, console = Path(output_of(flags.stage, settings.root)), Console()
     free = ('mesh', 'remat', 'root')  # devices may change, and where the directory is
     claimed = {k: v for k, v in to_json(settings).items() if k not in free}
     settings = with_names(settings, flags.stage)
-    check_mask(settings)
-    check_length(settings)
+    check_architecture(settings)
     if flags.plan:
         plan(settings, directory, flags.compile, console)
         return

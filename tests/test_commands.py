@@ -24,16 +24,9 @@ from cllm_jax.hf.write import write_model
 from cllm_jax.runs.recipe import read_recipe
 from cllm_jax.runs.run_dir import append_metrics, claim
 from cllm_jax.runs.stages import STAGES, exported_run
-from cllm_jax.training.config import (
-    TrainConfig,
-    architecture,
-    check_ignored,
-    check_losses,
-    quick,
-    with_names,
-)
+from cllm_jax.training.config import TrainConfig, architecture, quick, with_names
 from cllm_jax.training.data import held_out_rows, inputs_of
-from cllm_jax.training.step import check_accumulation
+from cllm_jax.training.objective import checked
 from cllm_jax.trajectories.clean import Cleaning
 from cllm_jax.trajectories.store import open_manifest
 from tests.tiny import byte_tokenizer, model_directory, random_model, text_config
@@ -123,13 +116,12 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
         found, _ = parse(kind, description='x', stage=stage, argv=argv)
         if kind is TrainConfig:
             assert found.dtype == 'float32', 'small updates would be lost'
-            check_ignored(found)
-            tiny = check_losses(quick(found))
+            checked(found)
+            tiny = checked(dataclasses.replace(found, quick=True))
             assert tiny.cleaning == Cleaning(repetitive=False, truncated=False)
             taken = quick(dataclasses.replace(found, steps=0))  # the model as it is
             assert taken.steps == 0 and tiny.steps == min(found.steps, 6)
             assert found.objective == STAGES[stage].objective
-            check_accumulation(tiny.batch, tiny.optimizer.accumulate)
             assert found.model != 'new' or architecture(tiny).dim < architecture(found).dim
 
 

@@ -131,30 +131,18 @@ def quick(settings: TrainConfig) -> TrainConfig:
     )
 
 
-def check_tokenizer(settings: TrainConfig) -> None:
-    """Raises ConfigError if a tokenizer is named for a model that has one."""
-    if settings.tokenizer and settings.model != 'new':
+def check_architecture(settings: TrainConfig) -> None:
+    """Raises ConfigError if noise.mask is not a token of the model, or samples do not fit it."""
+    config, mask = architecture(settings), settings.noise.mask
+    if mask >= config.vocab_size:
         raise ConfigError(
-            f'tokenizer {settings.tokenizer} with model {settings.model or "(default)"}, which has '
-            'its own: only a new model takes that of another; leave it out, or set model: new'
+            f'mask {mask}: outside the vocabulary 0..{config.vocab_size - 1}; name a token of it'
         )
-
-
-def check_length(settings: TrainConfig) -> None:
-    """Raises ConfigError if samples may be longer than the model has positions."""
-    positions = architecture(settings).max_positions
-    if settings.max_length > positions:
+    if settings.max_length > config.max_positions:
         raise ConfigError(
-            f'max_length {settings.max_length}: the model has {positions} positions; use at most '
-            'as many'
+            f'max_length {settings.max_length}: the model has {config.max_positions} positions; '
+            'use at most as many'
         )
-
-
-def check_mask(settings: TrainConfig) -> None:
-    """Raises ConfigError unless noise.mask is a token of the model."""
-    mask = settings.noise.mask
-    if mask >= 0 and mask >= (size := architecture(settings).vocab_size):
-        raise ConfigError(f'mask {mask}: outside the vocabulary 0..{size - 1}; name a token of it')
 
 
 def with_names(settings: TrainConfig, stage: str) -> TrainConfig:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import random
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,11 +61,8 @@ def new_model(settings: TrainConfig, examples: list[Example], run: Path) -> Mode
         tokenizer = own_tokenizer(settings, examples, run)
         special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
     config = dataclasses.replace(config, **special)
-    dtype = DTYPES[settings.dtype]
-    params = jax.jit(lambda key: init_params(Llama(config, dtype), key))(
-        jax.random.key(settings.seed)
-    )
-    return Model(config, params, tokenizer, 'new')
+    init = jax.jit(partial(init_params, Llama(config, DTYPES[settings.dtype])))
+    return Model(config, init(jax.random.key(settings.seed)), tokenizer, 'new')
 
 
 def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> Any:
@@ -74,8 +72,7 @@ def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> 
     if is_main() and not begun:
         # A random choice: a regular one could miss a task of a mixture altogether.
         rows = min(len(examples), TOKENIZER_ROWS)
-        chosen = random.Random(settings.seed).sample(examples, rows)
-        texts = [e.prompt + e.answer for e in chosen]
+        texts = [e.prompt + e.answer for e in random.Random(settings.seed).sample(examples, rows)]
         temp = temporary(places[0])
         train_tokenizer(texts, settings.new.vocab_size).save_pretrained(temp)
         replace_directory(temp, places[0])
@@ -120,7 +117,7 @@ def read_examples(settings: TrainConfig, data: str, listener: Listener) -> list[
     source = open_source(data, split='train', seed=settings.seed, limit=settings.examples)
     listener.dropped(source)
     with listener.status(f'reading {len(source)} examples of {source.name}'):
-        return [source[i] for i in range(len(source))]
+        return list(source.rows)
 
 
 def without_states(block: int, prompt: np.ndarray, answer: np.ndarray) -> Trajectory:
@@ -150,22 +147,20 @@ def held_out_rows(settings: TrainConfig) -> Source:
     Raises:
       ConfigError: there is nothing to learn, either.
     """
-    task, test = settings.task, settings.held_out
-    reads_data = not objective_of(settings).reads_trajectories
-    if reads_data and not settings.data:
-        raise ConfigError(
-            f'objective {settings.objective!r} without data; name a dataset, such as data: sql'
-        )
-    if not task:
-        by_default = settings.data if reads_data else settings.texts
-        task = by_default or read_manifest(Path(settings.data))['identity']['data']
+    test, dataset = settings.held_out, settings.texts
+    if not objective_of(settings).reads_trajectories:
+        dataset = settings.data
+        if not dataset:
+            raise ConfigError(
+                f'objective {settings.objective!r} without data; name a dataset, such as data: sql'
+            )
+    task = settings.task or dataset or read_manifest(Path(settings.data))['identity']['data']
     return open_source(task, split='heldout', seed=test.seed, limit=test.prompts)
 
 
 def trained_on_too(samples: list[Trajectory], source: Source, model: Model) -> int:
     """How many of the held-out prompts are prompts of samples as well."""
-    rows = [source[i] for i in range(len(source))]
-    pairs = encode_examples(model.tokenizer, rows, 0, model.config.bos_id)
+    pairs = encode_examples(model.tokenizer, list(source.rows), 0, model.config.bos_id)
     known = {sample.prompt.tobytes() for sample in samples}
     return sum(prompt.tobytes() in known for prompt, _ in pairs)
 

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cllm_jax.decoding.result import Trajectory
 from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.config import LlamaConfig
@@ -19,6 +18,7 @@ from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.runtime.backend import backend_for
 from cllm_jax.runtime.sharding import batch_sharding
 from cllm_jax.training.config import TrainConfig
+from cllm_jax.training.data import without_states
 from cllm_jax.training.objective import objective_of
 from cllm_jax.training.optimizer import make_optimizer
 from cllm_jax.training.packing import Batch, make_batch
@@ -41,17 +41,12 @@ def longest(settings: TrainConfig) -> tuple[int, int]:
 
 def abstract_batch(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Batch:
     """Shapes and places of a batch in which every sample is as long as can be."""
-    objective = objective_of(settings)
+    objective, rows, place = objective_of(settings), settings.batch, batch_sharding(mesh)
     noise = objective.noise(settings, Model(config, None, None, settings.model))
-    states = np.zeros((0, objective.block(settings)), np.int32)
-    prompt, answer = (np.zeros(tokens, np.int32) for tokens in longest(settings))
-    sample = Trajectory(states, np.zeros(0, np.int32), prompt, answer)
-    one = make_batch([sample], 1, 0, 0, noise)
+    texts = (np.zeros(tokens, np.int32) for tokens in longest(settings))
+    one = make_batch([without_states(objective.block(settings), *texts)], 1, 0, 0, noise)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            (settings.batch, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh)
-        ),
-        one,
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=place), one
     )
 
 
@@ -68,10 +63,8 @@ def abstract_state(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Tr
 
 def bytes_here(tree: Any) -> int:
     """Bytes of a tree of placed shapes on one device."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def activation_bytes(settings: TrainConfig, config: LlamaConfig, batch: Batch, mesh: Mesh) -> int:
@@ -122,12 +115,11 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
     """The communication of a compiled program; what is in a loop counts once."""
     found: dict[str, tuple[int, int]] = {}
     for shapes, kind in COLLECTIVE.findall(program):
-        size = 0
+        count, total = found.get(kind, (0, 0))
         for dtype, dims in SHAPE.findall(shapes):
             bits = int(re.sub(r'\D', '', dtype) or 8)
-            size += math.prod(int(d) for d in dims.split(',') if d) * max(bits // 8, 1)
-        count, total = found.get(kind, (0, 0))
-        found[kind] = (count + 1, total + size)
+            total += math.prod(int(d) for d in dims.split(',') if d) * max(bits // 8, 1)
+        found[kind] = (count + 1, total)
     return found
 
 
@@ -139,14 +131,11 @@ def compiled_step(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Com
     """
     state, batch = abstract_state(settings, config, mesh), abstract_batch(settings, config, mesh)
     dtype, compute = DTYPES[settings.dtype], DTYPES[settings.compute]
-    backend = backend_for(mesh.devices.flat)
-    module = Llama(config, dtype, compute, settings.remat, mesh, backend)
-    step = make_step(
-        partial(text_loss, module, settings.loss),
-        make_optimizer(settings.optimizer, settings.steps),
-        settings.optimizer.accumulate,
-        jax.tree.map(lambda x: x.sharding, state),
-    )
+    module = Llama(config, dtype, compute, settings.remat, mesh, backend_for(mesh.devices.flat))
+    loss, optimizer = partial(text_loss, module, settings.loss), settings.optimizer
+    places = jax.tree.map(lambda x: x.sharding, state)
+    rule = make_optimizer(optimizer, settings.steps)
+    step = make_step(loss, rule, optimizer.accumulate, places)
     begin = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     seconds, found = time.perf_counter() - begin, compiled.memory_analysis()

@@ -5,7 +5,7 @@ model what the run trains (`Learner`). Trained drafters bring their own losses (
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -15,17 +15,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from cllm_jax.decoding.drafter import Drafter
-from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.drafters.trained import AnswerBatch, TrainedDrafter, tables_of
 from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.model.llama import Llama, param_axes
-from cllm_jax.training.config import TrainConfig
+from cllm_jax.training.config import TrainConfig, quick
 from cllm_jax.training.held_out import Trained
 from cllm_jax.training.losses import cross_entropy
-from cllm_jax.training.packing import Batch, Noise, make_batch
+from cllm_jax.training.packing import Batch, Noise, Samples, make_batch
 from cllm_jax.training.step import (
     Loss,
     LossWeights,
@@ -39,9 +38,6 @@ CALIBRATION = 64
 """Samples by which a drafter chooses its settings (Medusa its tree)."""
 OF_CONSISTENCY = ('loss.global_weight', 'loss.local_weight')
 OF_STATES = (*OF_CONSISTENCY, 'loss.state_weight')
-
-
-Samples = Sequence[Trajectory]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +90,16 @@ class Objective:
 
     def refused(self, settings: TrainConfig) -> Iterator[tuple[Any, str]]:
         """Whether settings are wrong together, and what then is said."""
-        yield from ()
+        named, model = settings.tokenizer, settings.model
+        yield (
+            named and model != 'new',
+            f'tokenizer {named} with model {model or "(default)"}, which has its own: only a new '
+            'model takes that of another; leave it out, or set model: new',
+        )
 
     def loss_weights(self, settings: TrainConfig) -> LossWeights:
         """The weights of the losses, 0 for those that it does not have."""
-        return dataclasses.replace(
-            settings.loss, global_weight=0.0, local_weight=0.0, state_weight=0.0
-        )
+        return LossWeights(settings.loss.ar_weight, global_weight=0.0)
 
     def noise(self, settings: TrainConfig, model: Model) -> Noise | None:
         """Which states a batch has; None for none."""
@@ -120,11 +119,11 @@ class Objective:
         self, settings: TrainConfig, model: Model, samples: Samples, mesh: Mesh | None = None
     ) -> Learner:
         """What the run trains, starting from a model."""
-        module, drafter = module_of(settings, model, mesh), self.drafter(settings, model)
+        drafter = self.drafter(settings, model)
         return Learner(
             params=model.params,
             axes=param_axes(model.config),
-            loss=partial(text_loss, module, settings.loss),
+            loss=partial(text_loss, module_of(settings, model, mesh), settings.loss),
             trained=lambda params: Trained(dataclasses.replace(model, params=params), drafter),
             noise=self.noise(settings, model),
             faster=self.reads_trajectories,
@@ -137,6 +136,7 @@ class LearnTexts(Objective):
     """A model learns the answers of a dataset."""
 
     def refused(self, settings):
+        yield from super().refused(settings)
         ar, texts = settings.loss.ar_weight, settings.texts
         yield not ar, 'objective ar with loss.ar_weight 0: it has no other loss; set a weight'
         yield texts, f'texts {texts} with objective ar, which learns data alone; leave texts out'
@@ -147,6 +147,7 @@ class LearnConsistency(Objective):
     """A model learns to jump from any state of a trajectory to its fixed point."""
 
     def refused(self, settings):
+        yield from super().refused(settings)
         loss, noise = settings.loss, settings.noise
         yield (
             not (loss.global_weight or loss.local_weight),
@@ -181,8 +182,8 @@ class LearnMasks(Objective):
     """A model learns to draft by reading mask tokens (SPACE)."""
 
     def refused(self, settings):
-        name = self.name
-        reason = f'noise.pairs with objective {name}: masks have no successor; leave it out'
+        yield from super().refused(settings)
+        reason = f'noise.pairs with objective {self.name}: masks have no successor; leave it out'
         yield settings.noise.pairs, reason
 
     def loss_weights(self, settings):
@@ -212,8 +213,7 @@ class LearnDrafter(Objective):
         module, tables = module_of(settings, model, mesh), tables_of(model.params)
         own = jax.jit(drafter.new_weights)(jax.random.key(settings.seed), tables)
         axes = jax.tree.map(lambda leaf: PartitionSpec(*[None] * leaf.ndim), own)
-        rows = min(len(samples), CALIBRATION)
-        calibration = make_batch(samples, rows, settings.seed, 0, None)
+        calibration = make_batch(samples, min(len(samples), CALIBRATION), settings.seed, 0, None)
 
         def trained(params: Any) -> Trained:
             own, now = (params['drafter'], params['model']) if joint else (params, model.params)
@@ -222,22 +222,19 @@ class LearnDrafter(Objective):
                 made = made.calibrated(_calibration_answers(module, now, calibration))
             return Trained(dataclasses.replace(model, params=now), made, new_model=joint)
 
-        if not joint:
-            loss = partial(drafter_loss, drafter, module)
-            return Learner(own, axes, loss, trained, model.params, mesh=mesh)
-        weights = settings.loss.ar_weight, settings.heads.joint_weight
-        params = {'model': model.params, 'drafter': own}
-        axes = {'model': param_axes(model.config), 'drafter': axes}
-        return Learner(
-            params, axes, partial(joint_loss, drafter, module, weights), trained, mesh=mesh
-        )
+        weights, params, frozen = None, own, model.params
+        if joint:
+            weights, frozen = (settings.loss.ar_weight, settings.heads.joint_weight), ()
+            params = {'model': model.params, 'drafter': own}
+            axes = {'model': param_axes(model.config), 'drafter': axes}
+        loss = partial(drafter_loss, drafter, module, weights)
+        return Learner(params, axes, loss, trained, frozen, mesh=mesh)
 
 
 def _drafting(name: str, drafter: type[TrainedDrafter]) -> Objective:
     if drafter.trains_model:
-        changed = ('noise.fresh', 'noise.corruption', 'noise.mask')
-        ignored = (*changed, 'heads.joint', 'held_out.block', *OF_CONSISTENCY)
-        return LearnMasks(name, ignored, drafting=drafter)
+        changed = ('noise.fresh', 'noise.corruption', 'noise.mask', 'heads.joint')
+        return LearnMasks(name, (*changed, 'held_out.block', *OF_CONSISTENCY), drafting=drafter)
     return LearnDrafter(name, ('noise', 'held_out.block', *OF_STATES), drafting=drafter)
 
 
@@ -254,27 +251,30 @@ def objective_of(settings: TrainConfig) -> Objective:
     return OBJECTIVES[settings.objective]
 
 
-def check_ignored(settings: TrainConfig) -> None:
-    """Raises ConfigError for a setting that says something and would do nothing."""
-    default = TrainConfig()
-    for name, why in objective_of(settings).unread(settings):
+def checked(settings: TrainConfig) -> TrainConfig:
+    """The settings with the losses that the objective has; the tiny version of them if `quick`.
+
+    Raises:
+      ConfigError: a setting says something and would do nothing, or settings are wrong together.
+    """
+    objective, default = objective_of(settings), TrainConfig()
+    for name, why in objective.unread(settings):
         said = attrgetter(name)
         if said(settings) != said(default):
             remedy = 'write model: new' if name == 'new' else 'leave it out'
             raise ConfigError(f'{name} {why}; {remedy}')
-
-
-def check_losses(settings: TrainConfig) -> TrainConfig:
-    """The settings with the losses that the objective has.
-
-    Raises:
-      ConfigError: no loss at all, or what the objective or noise.pairs would ignore.
-    """
-    objective = objective_of(settings)
     for wrong, message in objective.refused(settings):
         if wrong:
             raise ConfigError(message)
-    return dataclasses.replace(settings, loss=objective.loss_weights(settings))
+    settings = dataclasses.replace(settings, loss=objective.loss_weights(settings))
+    if settings.quick:
+        settings = quick(settings)
+    batch, accumulate = settings.batch, settings.optimizer.accumulate
+    if accumulate < 1 or batch % accumulate:
+        raise ConfigError(
+            f'accumulate {accumulate}: must divide the batch of {batch}; try {min(batch, 2)}'
+        )
+    return settings
 
 
 def module_of(settings: TrainConfig, model: Model, mesh: Mesh | None) -> Llama:
@@ -307,19 +307,17 @@ def _calibration_answers(module: Llama, params: Any, batch: Batch) -> AnswerBatc
     return answers_of(module, params, batch, batch_totals(batch)['later_A'])
 
 
-def drafter_loss(drafter: TrainedDrafter, module: Llama, params, frozen, batch, totals):
-    """A `Loss` of the weights of a drafter; `frozen` are the parameters of its model."""
-    answers = answers_of(module, frozen, batch, totals['later_A'])
-    loss, metrics = drafter.with_weights(params, frozen).loss(answers)
-    return loss, metrics | {'loss': loss}
+def drafter_loss(drafter: TrainedDrafter, module: Llama, weights, params, frozen, batch, totals):
+    """A `Loss` of a drafter of the model `frozen`; with weights of a model and its drafter.
 
-
-def joint_loss(drafter, module, weights: tuple[float, float], params, frozen, batch, totals):
-    """A `Loss` of a model and its drafter, with a weight for the loss of each."""
-    now = params['model']
+    Args:
+      weights: that of the model's loss and of the drafter's; None if the model stays as it is.
+    """
+    own, now = (params['drafter'], params['model']) if weights else (params, frozen)
     answers = answers_of(module, now, batch, totals['later_A'])
-    drafted, metrics = drafter.with_weights(params['drafter'], now).loss(answers)
-    logits_BAV = module.apply({'params': now}, answers.hidden_BAD, method='logits')
-    ar = cross_entropy(logits_BAV, answers.labels_BA, answers.weight_BA, totals['ar'])
-    loss = weights[0] * ar + weights[1] * drafted
-    return loss, metrics | {'ar_loss': ar, 'loss': loss}
+    loss, metrics = drafter.with_weights(own, now).loss(answers)
+    if weights:
+        logits_BAV = module.apply({'params': now}, answers.hidden_BAD, method='logits')
+        ar = cross_entropy(logits_BAV, answers.labels_BA, answers.weight_BA, totals['ar'])
+        loss, metrics = weights[0] * ar + weights[1] * loss, metrics | {'ar_loss': ar}
+    return loss, metrics | {'loss': loss}

@@ -85,14 +85,5 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=decayed,
         )
     return optax.apply_if_finite(
-        optax.chain(optax.clip_by_global_norm(config.clip), rule),
-        max_consecutive_errors=1 << 30,
+        optax.chain(optax.clip_by_global_norm(config.clip), rule), max_consecutive_errors=1 << 30
     )
-
-
-def check_accumulation(batch: int, accumulate: int) -> None:
-    """Raise ConfigError unless the batch divides into the micro-batches."""
-    if accumulate < 1 or batch % accumulate:
-        raise ConfigError(
-            f'accumulate {accumulate}: must divide the batch of {batch}; try {min(batch, 2)}'
-        )

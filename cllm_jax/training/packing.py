@@ -23,6 +23,9 @@ from flax import struct
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import at_least, shares
 
+Samples = Sequence[Trajectory]
+Rows = Sequence[int] | None
+
 LENGTH_STEP = 32
 ANSWER_STEP = 64
 SORT_WINDOW = 16
@@ -89,7 +92,7 @@ def _window(count: int, size: int, seed: int, window: int) -> tuple[int, ...]:
 
 
 def samples_of_step(
-    samples: Sequence[Trajectory], batch: int, seed: int, step: int
+    samples: Samples, batch: int, seed: int, step: int
 ) -> list[tuple[int, Trajectory]]:
     """The samples of a step with their running numbers: similar lengths, a function of the step."""
     window, place = divmod(step, SORT_WINDOW)
@@ -101,25 +104,19 @@ def samples_of_step(
 
 
 def make_batch(
-    samples: Sequence[Trajectory],
-    batch: int,
-    seed: int,
-    step: int,
-    noise: Noise | None,
-    rows: Sequence[int] | None = None,
+    samples: Samples, batch: int, seed: int, step: int, noise: Noise | None, rows: Rows = None
 ) -> Batch:
     """The batch of a step; the same arguments give the same bytes on any machine.
 
     Args:
       samples: the whole training set.
       batch: rows per step.
-      seed, step: what to draw.
       noise: how states are chosen; None for plain autoregressive training.
       rows: those to pack, as they are in the whole batch; None for all.
     """
     chosen = samples_of_step(samples, batch, seed, step)
-    length = _up(max(s.length for _, s in chosen), LENGTH_STEP)
-    answer = _up(max(len(s.answer) for _, s in chosen), ANSWER_STEP)
+    length = -(-max(s.length for _, s in chosen) // LENGTH_STEP) * LENGTH_STEP
+    answer = -(-max(len(s.answer) for _, s in chosen) // ANSWER_STEP) * ANSWER_STEP
     width = windows = 0
     if noise is not None:
         width = chosen[0][1].states.shape[1]
@@ -127,21 +124,15 @@ def make_batch(
         windows += windows % 2 if noise.pairs else 0
     packed = []
     for number, sample in chosen if rows is None else [chosen[i] for i in rows]:
-        row = _clean_row(sample, length, answer, windows * width)
+        packed.append(_clean_row(sample, length, answer, windows * width))
         if noise is not None:
             rng = np.random.default_rng((seed, step, number))
-            _add_states(row, sample, noise, rng, windows)
-        packed.append(row)
+            _add_states(packed[-1], sample, noise, rng, windows)
     return Batch(**{k: np.stack([row[k] for row in packed]) for k in packed[0]}, block=width)
 
 
 def batches(
-    samples: Sequence[Trajectory],
-    batch: int,
-    seed: int,
-    steps: range,
-    noise: Noise | None,
-    rows: Sequence[int] | None = None,
+    samples: Samples, batch: int, seed: int, steps: range, noise: Noise | None, rows: Rows = None
 ) -> Iterator[Batch]:
     """The batches of consecutive steps; see `make_batch`. The next one is packed in a thread."""
     pack = partial(make_batch, samples, batch, seed, noise=noise, rows=rows)
@@ -149,28 +140,18 @@ def batches(
     return iter(packed.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))
 
 
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
 def _clean_row(sample: Trajectory, length: int, answer: int, noisy: int) -> dict[str, np.ndarray]:
-    total, prompt, used = length + noisy, len(sample.prompt), sample.length
-    tokens = np.zeros(total, np.int32)
-    tokens[:used] = np.concatenate([sample.prompt, sample.answer])
-    segment = np.full(total, -1, np.int32)
-    segment[:used] = 0
-    labels = np.zeros(answer + noisy, np.int32)
+    total, place, zeros = length + noisy, np.arange(length + noisy), np.zeros(noisy, np.int32)
+    tokens, labels = np.zeros(total, np.int32), np.zeros(answer + noisy, np.int32)
+    tokens[: sample.length] = np.concatenate([sample.prompt, sample.answer])
     labels[: len(sample.answer)] = sample.answer
-    rows = np.zeros(answer + noisy, np.int32)
-    rows[:answer] = np.minimum(prompt - 1 + np.arange(answer), length - 1)
-    rows[answer:] = length + np.arange(noisy)
-    zeros = np.zeros(noisy, np.int32)
+    answers = np.minimum(len(sample.prompt) - 1 + place[:answer], length - 1)
     return {
         'tokens_BT': tokens,
-        'positions_BT': np.where(np.arange(total) < length, np.arange(total), 0).astype(np.int32),
-        'segment_BT': segment,
+        'positions_BT': np.where(place < length, place, 0).astype(np.int32),
+        'segment_BT': np.where(place < sample.length, 0, -1).astype(np.int32),
         'context_BT': np.zeros(total, np.int32),
-        'rows_BR': rows,
+        'rows_BR': np.concatenate([answers, place[length:]]).astype(np.int32),
         'labels_BR': labels,
         'ar_weight_BA': (np.arange(answer) < len(sample.answer)).astype(np.float32),
         'teacher_BW': zeros,
@@ -192,23 +173,18 @@ def _pick(sample: Trajectory, noise: Noise, rng: np.random.Generator, count: int
     low = np.floor(edges[:-1]).astype(int)
     high = np.maximum(np.ceil(edges[1:]).astype(int), low + 1)
     picked = np.minimum(rng.integers(low, high), total - 1).tolist()
-    if not noise.pairs:
-        return picked
-    return [i for s in picked for i in (s, min(s + 1, total - 1))]
+    return [i for s in picked for i in (s, min(s + 1, total - 1))] if noise.pairs else picked
 
 
 def _add_states(
     row: dict[str, np.ndarray], sample: Trajectory, noise: Noise, rng: Any, windows: int
 ) -> None:
     """Put `windows` states of a sample after its clean text, with their teachers and weights."""
-    width, total = sample.states.shape[1], len(sample.answer)
-    answer = len(row['ar_weight_BA'])
-    length = len(row['tokens_BT']) - windows * width
-    picked = _pick(sample, noise, rng, windows)
-    placed = []
+    width, total, answer = sample.states.shape[1], len(sample.answer), len(row['ar_weight_BA'])
+    length, steps = len(row['tokens_BT']) - windows * width, np.arange(width)
+    picked, placed = _pick(sample, noise, rng, windows), []
     for place, index in enumerate(picked):
         begin = int(sample.start[index]) if len(sample.states) else index
-        steps = np.arange(width)
         offsets = begin + steps  # answer offset of each state token; it predicts offset + 1
         real = offsets < total
         truth = sample.answer[np.minimum(offsets, total - 1)]
@@ -233,9 +209,8 @@ def _add_states(
         row['global_weight_BW'][here] = np.where(useful, weight, 0)
         row['offset_BW'][here] = np.where(useful, ahead, -1)
         placed.append((begin, here))
-    if noise.pairs:
-        for first, second in zip(range(0, windows, 2), range(1, windows, 2), strict=True):
-            _link(row, answer, placed[first], placed[second], picked[first] != picked[second])
+    for i in range(0, windows, 2) if noise.pairs else ():
+        _link(row, answer, placed[i], placed[i + 1], picked[i] != picked[i + 1])
 
 
 def _link(row: dict[str, np.ndarray], answer: int, state, successor, distinct: bool) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -91,14 +90,12 @@ def text_loss(
     logits_BRV = model.apply({'params': params}, hidden_BRD, method='logits')
     answers = batch.ar_weight_BA.shape[1]
     clean_BAV, student_BWV = logits_BRV[:, :answers], logits_BRV[:, answers:]
+    labels_BA, labels_BW = batch.labels_BR[:, :answers], batch.labels_BR[:, answers:]
     right_BR = (jnp.argmax(logits_BRV, axis=-1) == batch.labels_BR).astype(jnp.float32)
 
-    ar = cross_entropy(clean_BAV, batch.labels_BR[:, :answers], batch.ar_weight_BA, totals['ar'])
-    metrics = {
-        'ar_loss': ar,
-        'ar_accuracy': (right_BR[:, :answers] * batch.ar_weight_BA).sum() / totals['ar'],
-    }
-    loss = weights.ar_weight * ar
+    ar = cross_entropy(clean_BAV, labels_BA, batch.ar_weight_BA, totals['ar'])
+    accuracy = (right_BR[:, :answers] * batch.ar_weight_BA).sum() / totals['ar']
+    loss, metrics = weights.ar_weight * ar, {'ar_loss': ar, 'ar_accuracy': accuracy}
     for name, weight, source_BXV, teacher_BW, weight_BW in (
         ('global', weights.global_weight, clean_BAV, batch.teacher_BW, batch.global_weight_BW),
         ('local', weights.local_weight, logits_BRV, batch.successor_BW, batch.local_weight_BW),
@@ -108,7 +105,6 @@ def text_loss(
             kl = divergence(student_BWV, teacher_BWV, weight_BW, totals[name])
             metrics[f'{name}_loss'], loss = kl, loss + weight * kl
     if weights.state_weight:
-        labels_BW = batch.labels_BR[:, answers:]
         ce = cross_entropy(student_BWV, labels_BW, batch.global_weight_BW, totals['global'])
         metrics['state_loss'], loss = ce, loss + weights.state_weight * ce
     if weights.global_weight or weights.local_weight or weights.state_weight:
@@ -177,55 +173,46 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled step `(state, batch, frozen) -> (state, metrics)`; its state is donated.
 
+    Metrics are float32 scalars: the loss, its terms and what else it reports (`text_loss`:
+    `ar_accuracy`, and `agreement`, argmax of state tokens against the fixed point, overall and at
+    offsets 0, 3, 7 after the first wrong token), the gradient norm, and `skipped`, how many updates
+    in a row were not finite. `frozen`, () by default, is what the loss reads but does not train.
+
     Args:
-      loss, optimizer: what is minimised, and how. What the loss needs but does not train is passed
-        as `frozen`, () by default.
       accumulate: parts in which a batch is computed, one after the other.
       shardings: where the state lives, so that it comes back to the same place and the next step
         needs no other compilation.
     """
-    step, places = partial(_step, loss, optimizer, accumulate), shardings and (shardings, None)
-    return jax.jit(step, donate_argnums=0, out_shardings=places)
-
-
-def _step(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    accumulate: int,
-    state: TrainState,
-    batch: Batch,
-    frozen: Any = (),
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step.
-
-    Returns the new state and float32 scalar metrics: the loss, its terms and what else it reports
-    (`text_loss`: `ar_accuracy`, and `agreement`, argmax of state tokens against the fixed point,
-    overall and at offsets 0, 3, 7 after the first wrong token), the gradient norm, and `skipped`,
-    how many updates in a row were not finite.
-    """
-    totals = batch_totals(batch)
     gradient = jax.value_and_grad(loss, has_aux=True)
-    if accumulate == 1:
-        (_, metrics), grads = gradient(state.params, frozen, batch, totals)
-    else:
-        # Every micro-batch takes rows of every device, so that none has to move.
-        shape = (batch.tokens_BT.shape[0] // accumulate, accumulate)
-        micro_batches = jax.tree.map(
-            lambda x: x.reshape(*shape, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-        one = jax.tree.map(lambda x: x[0], micro_batches)
-        shapes = jax.eval_shape(gradient, state.params, frozen, one, totals)
+
+    def step(state, batch, frozen=()):
+        totals = batch_totals(batch)
+
+        def of_part(part):
+            (_, metrics), grads = gradient(state.params, frozen, part, totals)
+            return metrics, grads
 
         def add(sums, part):
-            (_, metrics), grads = gradient(state.params, frozen, part, totals)
-            return jax.tree.map(jnp.add, sums, (metrics, grads)), None
+            return jax.tree.map(jnp.add, sums, of_part(part)), None
 
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))
-        (metrics, grads), _ = jax.lax.scan(add, zeros, micro_batches)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics |= {
-        'gradient_norm': optax.tree.norm(grads),
-        'skipped': opt_state.notfinite_count.astype(jnp.float32),
-    }
-    return TrainState(params, opt_state, state.step + 1), metrics
+        if accumulate == 1:
+            metrics, grads = of_part(batch)
+        else:
+            # Every micro-batch takes rows of every device, so that none has to move.
+            shape = (batch.tokens_BT.shape[0] // accumulate, accumulate)
+            micro_batches = jax.tree.map(
+                lambda x: x.reshape(*shape, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+            one = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], micro_batches))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
+            (metrics, grads), _ = jax.lax.scan(add, zeros, micro_batches)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics |= {
+            'gradient_norm': optax.tree.norm(grads),
+            'skipped': opt_state.notfinite_count.astype(jnp.float32),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    places = shardings and (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)

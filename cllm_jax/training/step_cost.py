@@ -3,9 +3,8 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,24 +33,19 @@ def step_cost(
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.params)
     optimizer = make_optimizer(OptimizerConfig(kind='muon'), steps=100)
     plain = dataclasses.replace(WEIGHTS, ar_weight=1.0, global_weight=0.0)
-    steps: dict[str, Callable[[], None]] = {}
-    for name, weights, noise in (('ar', plain, None), ('consistency', WEIGHTS, NOISE)):
-        packed = jax.tree.map(
-            jnp.asarray, make_batch(records, min(batch, len(records)), 0, 0, noise)
-        )
+    steps, states, seconds = [], [], ([], [])
+    for weights, noise in ((plain, None), (WEIGHTS, NOISE)):
+        packed = make_batch(records, min(batch, len(records)), 0, 0, noise)
+        packed = jax.tree.map(jnp.asarray, packed)
         clean = int((packed.segment_BT == 0).sum())
-        step, state = (
-            make_step(partial(text_loss, module, weights), optimizer),
-            new_state(optimizer, params),
-        )
-        steps[name] = _stepper(step, state, packed)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+        steps.append((make_step(partial(text_loss, module, weights), optimizer), packed))
+        states.append(new_state(optimizer, params))
     for _ in range(repeats + 1):
-        for name, run in steps.items():
+        for i, (step, packed) in enumerate(steps):
             begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    ar, consistency = (statistics.median(seconds[name][1:]) for name in ('ar', 'consistency'))
+            states[i], _ = jax.block_until_ready(step(states[i], packed))
+            seconds[i].append(time.perf_counter() - begin)
+    ar, consistency = (statistics.median(times[1:]) for times in seconds)
     return {
         'ar_step_seconds': ar,
         'consistency_step_seconds': consistency,
@@ -59,13 +53,3 @@ def step_cost(
         'clean_tokens': clean,
         'clean_tokens_per_second': clean / consistency,
     }
-
-
-def _stepper(step: Callable, state: Any, batch: Any) -> Callable[[], None]:
-    """A step that goes on from where the last call of it stopped."""
-
-    def run() -> None:
-        nonlocal state
-        state, _ = jax.block_until_ready(step(state, batch))
-
-    return run

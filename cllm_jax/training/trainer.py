@@ -3,7 +3,8 @@
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -12,7 +13,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cllm_jax.data.sources import Source
-from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import DataError, Interrupted, NumericalError
 from cllm_jax.runs.atomic import recover_replacement
 from cllm_jax.runs.run_dir import append_metrics, read_metrics, rewind_metrics
@@ -23,7 +23,7 @@ from cllm_jax.training.config import TrainConfig
 from cllm_jax.training.held_out import alarm, held_out_test, keep_the_best, score
 from cllm_jax.training.objective import Learner
 from cllm_jax.training.optimizer import make_optimizer
-from cllm_jax.training.packing import batches
+from cllm_jax.training.packing import Samples, batches
 from cllm_jax.training.step import TrainState, make_step, new_state, state_places
 
 MAX_SKIPPED = 20
@@ -33,7 +33,7 @@ MAX_SKIPPED = 20
 def train(
     directory: Path,
     learner: Learner,
-    samples: Sequence[Trajectory],
+    samples: Samples,
     source: Source,
     settings: TrainConfig,
     report: Callable[[dict], None] = lambda record: None,
@@ -67,19 +67,18 @@ def train(
     reference = held_out_test(learner.trained(learner.params), source, settings.held_out, None)
     step_fn = make_step(learner.loss, optimizer, settings.optimizer.accumulate, shardings)
     run = _Run(directory, learner, samples, source, settings, reference, report, note)
-    with (
-        open_checkpoints(directory / 'checkpoints', note) as checkpoints,
-        StopSignals() as stopped,
-    ):
+    with open_checkpoints(directory / 'checkpoints', note) as checkpoints, _stop_signals() as stop:
         state, progress = _begin_or_restore(run, checkpoints, state)
-        if lost := progress['best'] >= 0 and not _has_kept(directory):
+        there = any((directory / name).is_dir() for name in ('model', 'drafter'))
+        there = multihost_utils.broadcast_one_to_all(np.asarray(there))  # as their writer sees it
+        if lost := progress['best'] >= 0 and not there:
             note(f'{directory}: what was kept is gone; the next test keeps what it finds')
             progress['best'] = -1.0
         # No steps: the model as it is, in the form of a run.
         if settings.steps == 0 or (lost and int(state.step) == settings.steps):
             _test_and_keep(run, state, progress)
         if int(state.step) < settings.steps:
-            _iterate(run, step_fn, checkpoints, stopped, state, progress)
+            _iterate(run, step_fn, checkpoints, stop, state, progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,7 @@ class _Run:
 
     directory: Path
     learner: Learner
-    samples: Sequence[Trajectory]
+    samples: Samples
     source: Source
     settings: TrainConfig
     reference: dict
@@ -106,12 +105,6 @@ class _Run:
         if is_main():
             append_metrics(self.log, line)
         self.report(line)
-
-
-def _has_kept(directory: Path) -> bool:
-    """Whether a model or a drafter is there, as the process sees it that writes them."""
-    there = any((directory / name).is_dir() for name in ('model', 'drafter'))
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(there)))
 
 
 def _lost(directory: Path) -> DataError:
@@ -143,17 +136,16 @@ def _iterate(
     run: _Run,
     step_fn: Callable,
     checkpoints: Checkpoints,
-    stopped: 'StopSignals',
+    stop_at: Callable[[int], bool],
     state: TrainState,
     progress: dict,
 ) -> None:
     """All steps that are left, each with what is due after it: a line, a test, a checkpoint."""
     settings, mesh, step = run.settings, run.learner.mesh, int(state.step)
-    rows = mesh and rows_here(settings.batch, mesh)
-    steps = range(step, settings.steps)
-    order = (run.samples, settings.batch, settings.seed)
+    rows, steps = mesh and rows_here(settings.batch, mesh), range(step, settings.steps)
+    order = (run.samples, settings.batch, settings.seed, steps, run.learner.noise, rows)
     begin, tokens = time.perf_counter(), 0
-    for batch in batches(*order, steps, run.learner.noise, rows):
+    for batch in batches(*order):
         placed = batch if mesh is None else place_batch(batch, mesh)
         state, metrics = step_fn(state, placed, run.learner.frozen)
         tokens += (placed.segment_BT >= 0).sum()
@@ -168,7 +160,7 @@ def _iterate(
         if tested:
             _test_and_keep(run, state, progress)
             begin, tokens = time.perf_counter(), 0
-        stop = stopped.at(step)
+        stop = stop_at(step)
         due = step % settings.save_every == 0 or step == settings.steps or stop
         if sound := due and _is_sound(run, step, metrics):
             save(checkpoints, step, state, progress)
@@ -205,26 +197,18 @@ def _test_and_keep(run: _Run, state: TrainState, progress: dict) -> None:
     keep_the_best(run.directory, trained, step, found['score'], progress, test.keep)
 
 
-class StopSignals:
-    """Tells after which step to stop because of SIGTERM or SIGINT.
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Yields what every process asks after each step: whether to stop, for SIGTERM or SIGINT.
 
     With several processes JAX's own service catches SIGTERM, and lets all of them stop after the
     same step when one is told to.
     """
-
-    def __enter__(self):
-        self.came = False
-        caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self.old = {s: signal.signal(s, self._note) for s in caught}
-        return self
-
-    def _note(self, number, frame):
-        self.came = True
-
-    def at(self, step: int) -> bool:
-        """Whether to stop after this step; every process asks after each."""
-        return self.came or multihost_utils.reached_preemption_sync_point(step)
-
-    def __exit__(self, *error):
-        for number, handler in self.old.items():
+    came: list[int] = []
+    caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    old = {s: signal.signal(s, lambda number, _: came.append(number)) for s in caught}
+    try:
+        yield lambda step: bool(came) or multihost_utils.reached_preemption_sync_point(step)
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)

@@ -10,8 +10,10 @@ import pytest
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.drafters.trained import HeadsConfig, TrainedDrafter
+from cllm_jax.errors import ConfigError
 from cllm_jax.training.config import TrainConfig
-from cllm_jax.training.objective import OBJECTIVES, objective_of
+from cllm_jax.training.objective import OBJECTIVES, checked, objective_of
+from cllm_jax.training.optimizer import OptimizerConfig
 from cllm_jax.training.packing import make_batch
 from cllm_jax.training.step import LossWeights, batch_totals
 from tests.tiny_training import MODEL, samples
@@ -30,6 +32,11 @@ def test_every_name_in_settings_is_an_objective():
     for objective in OBJECTIVES.values():
         for setting in objective.ignored:
             attrgetter(setting)(TrainConfig())
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match='accumulate 3'):
+        checked(TrainConfig(batch=4, optimizer=OptimizerConfig(accumulate=3)))
 
 
 @pytest.mark.parametrize('name', sorted(OBJECTIVES))

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cllm_jax.errors import ConfigError
-from cllm_jax.training.optimizer import OptimizerConfig, check_accumulation, make_optimizer
+from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tests.tiny_training import params_of
 
 
@@ -42,8 +41,3 @@ def test_muon_orthogonalises_matrices_and_nothing_else(mixed_dtypes):
             else:
                 assert np.ptp(np.abs(update)) < 1e-3  # the first step of Adam is a sign
     assert np.ptp(np.abs(updates['embed'])) < 1e-3
-
-
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ConfigError, match='accumulate 3'):
-        check_accumulation(4, 3)
