@@ -168,5 +168,4 @@ def architecture(settings: TrainConfig) -> LlamaConfig:
         check_vocabulary(new.vocab_size)
     if new.dim % new.heads:
         raise ConfigError(f'dim {new.dim}: must be a multiple of the {new.heads} heads')
-    sizes = dataclasses.asdict(new)
-    return LlamaConfig(**sizes, head_dim=new.dim // new.heads, tied=True)
+    return LlamaConfig(**dataclasses.asdict(new), head_dim=new.dim // new.heads, tied=True)

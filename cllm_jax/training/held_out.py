@@ -73,7 +73,7 @@ def held_out_test(
 ) -> dict:
     """Decode held-out prompts: tokens/forward, quality, agreement, repetition."""
     request = Request(trained.drafter, max_tokens=test.max_tokens)
-    result = decode_all(trained.model, request, [source[i].prompt for i in range(len(source))])
+    result = decode_all(trained.model, request, [row.prompt for row in source.rows])
     tokens, forwards = sum(map(len, result.tokens)), sum(result.forwards)
     agreement = token_agreement(result.tokens, reference or result.tokens)
     checked = share_right(source, result.texts) if source.checkable else agreement
@@ -119,16 +119,14 @@ def write_trained(directory: Path, trained: Trained) -> None:
     Every process calls it, as weights may be spread over all of them; the first one writes.
     """
     model, drafter = trained.model, trained.drafter
-    params = fetch(model.params) if trained.new_model else None
-    has_weights = isinstance(drafter, TrainedDrafter)
-    if has_weights:
+    if trained.new_model:
+        model = dataclasses.replace(model, params=fetch(model.params))
+    if has_weights := isinstance(drafter, TrainedDrafter):
         drafter = drafter.with_weights(fetch(drafter.own), model.params)
-    if not is_main():
-        return
-    if params is not None:
-        dtype, where = str(params['norm'].dtype), directory / 'model'
-        write_model(where, dataclasses.replace(model, params=params), dtype=dtype, sums=True)
-    if has_weights:
+    if trained.new_model and is_main():
+        dtype = str(model.params['norm'].dtype)
+        write_model(directory / 'model', model, dtype=dtype, sums=True)
+    if has_weights and is_main():
         write_drafter(directory / 'drafter', drafter, model)
 
 
@@ -137,7 +135,7 @@ def keep_the_best(
 ) -> None:
     """Keep what was tested if none so far is better, and in `best` if it is among the best `count`.
 
-    `progress` holds the best score so far, and all scores if several are kept; it is updated.
+    Updates `progress`: the best score so far, and all scores if several are kept.
     """
     if score >= progress['best']:
         progress['best'] = score

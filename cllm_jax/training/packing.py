@@ -145,7 +145,7 @@ def _clean_row(sample: Trajectory, length: int, answer: int, noisy: int) -> dict
     tokens, labels = np.zeros(total, np.int32), np.zeros(answer + noisy, np.int32)
     tokens[: sample.length] = np.concatenate([sample.prompt, sample.answer])
     labels[: len(sample.answer)] = sample.answer
-    answers = np.minimum(len(sample.prompt) - 1 + place[:answer], length - 1)
+    answers = np.minimum(len(sample.prompt) - 1 + np.arange(answer), length - 1)
     return {
         'tokens_BT': tokens,
         'positions_BT': np.where(place < length, place, 0).astype(np.int32),
