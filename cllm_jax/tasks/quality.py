@@ -1,21 +1,11 @@
 """How good answers are: the share that is right, and agreement with other answers."""
 
 from collections.abc import Sequence
-from typing import Protocol
-
-from cllm_jax.tasks.example import Example
+from typing import Any
 
 
-class Graded(Protocol):
-    """Examples by index and the test of an answer, as every `data.sources.Source` has them."""
-
-    def __getitem__(self, index: int) -> Example: ...
-
-    def check(self, example: Example, text: str) -> bool: ...
-
-
-def share_right(source: Graded, texts: Sequence[str | None]) -> float:
-    """Share of `texts[i]` that answer row i of the source correctly, 0..1."""
+def share_right(source: Any, texts: Sequence[str | None]) -> float:
+    """Share of `texts[i]` that answer row i of a `data.sources.Source` correctly, 0..1."""
     right = [source.check(source[i], text or '') for i, text in enumerate(texts)]
     return sum(right) / max(len(right), 1)
 

@@ -83,8 +83,7 @@ def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> 
 def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
     """The tokenizer of a model, and the token ids that its config gives a meaning to.
 
-    Raises:
-      ConfigError: it has none, or its vocabulary has another size.
+    Raises ConfigError if it has none, or its vocabulary has another size.
     """
     config, tokenizer = peek(name), read_tokenizer(resolve(name))
     if tokenizer is None:
@@ -142,11 +141,7 @@ def text_samples(
 
 
 def held_out_rows(settings: TrainConfig) -> Source:
-    """The rows of the held-out tests.
-
-    Raises:
-      ConfigError: there is nothing to learn, either.
-    """
+    """The rows of the held-out tests; ConfigError if there is nothing to learn, either."""
     test, dataset = settings.held_out, settings.texts
     if not objective_of(settings).reads_trajectories:
         dataset = settings.data

@@ -219,7 +219,9 @@ class LearnDrafter(Objective):
             own, now = (params['drafter'], params['model']) if joint else (params, model.params)
             made = drafter.with_weights(own, now)
             if type(made).calibrated is not TrainedDrafter.calibrated:  # else not worth a forward
-                made = made.calibrated(_calibration_answers(module, now, calibration))
+                later_A = batch_totals(calibration)['later_A']
+                answers = jax.jit(answers_of, static_argnums=0)
+                made = made.calibrated(answers(module, now, calibration, later_A))
             return Trained(dataclasses.replace(model, params=now), made, new_model=joint)
 
         weights, params, frozen = None, own, model.params
@@ -284,11 +286,7 @@ def module_of(settings: TrainConfig, model: Model, mesh: Mesh | None) -> Llama:
 
 
 def answers_of(module: Llama, params: Any, batch: Batch, later_A: jax.Array) -> AnswerBatch:
-    """What a drafter learns from: the answers of a packed batch without states.
-
-    Args:
-      later_A: see `AnswerBatch`; of the whole batch, if this is a part of one.
-    """
+    """What a drafter learns from: a batch without states, or a part; `later_A` is of the whole."""
     count = batch.ar_weight_BA.shape[1]
     return AnswerBatch(
         hidden_BTD=hidden_states(module, params, batch).astype(jnp.float32),
@@ -302,17 +300,8 @@ def answers_of(module: Llama, params: Any, batch: Batch, later_A: jax.Array) -> 
     )
 
 
-@partial(jax.jit, static_argnums=0)
-def _calibration_answers(module: Llama, params: Any, batch: Batch) -> AnswerBatch:
-    return answers_of(module, params, batch, batch_totals(batch)['later_A'])
-
-
 def drafter_loss(drafter: TrainedDrafter, module: Llama, weights, params, frozen, batch, totals):
-    """A `Loss` of a drafter of the model `frozen`; with weights of a model and its drafter.
-
-    Args:
-      weights: that of the model's loss and of the drafter's; None if the model stays as it is.
-    """
+    """A `Loss` of a drafter for the model `frozen`; with two weights, of a model and its drafter."""
     own, now = (params['drafter'], params['model']) if weights else (params, frozen)
     answers = answers_of(module, now, batch, totals['later_A'])
     loss, metrics = drafter.with_weights(own, now).loss(answers)
