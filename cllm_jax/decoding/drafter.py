@@ -3,9 +3,8 @@
 A draft is a chain or a tree of N nodes. Node 0 is the pending token: already committed, not yet in
 the KV cache. In a chain node i+1 follows node i; in a tree each node says which one it follows. The
 target's own choice after node i is `y[i]`; a node is accepted when all it follows are and its token
-equals the `y` of the one before it. Whatever is drafted, the committed tokens are the target's
-choices along the longest accepted path, so a drafter can change how many forwards an answer takes
-and never the answer.
+equals the `y` of the one before it. The committed tokens are the target's choices along the longest
+accepted path: a drafter changes how many forwards an answer takes, never the answer.
 """
 
 import dataclasses
