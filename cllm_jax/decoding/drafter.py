@@ -135,8 +135,6 @@ def put(
     buffer_BS: jax.Array, start_B: jax.Array, values_BN: jax.Array, keep_BN: jax.Array
 ) -> jax.Array:
     """Write `values` from `start[b]` on where `keep`; other slots stay. start + N must fit."""
-    old_BN = windows(buffer_BS, start_B, values_BN.shape[1])
-    new_BN = jnp.where(keep_BN, values_BN, old_BN)
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
-        buffer_BS, new_BN, start_B
-    )
+    new_BN = jnp.where(keep_BN, values_BN, windows(buffer_BS, start_B, values_BN.shape[1]))
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    return write(buffer_BS, new_BN, start_B)

@@ -46,10 +46,7 @@ class Request:
 
 
 def bucket(size: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, ...: few shapes to compile.
-
-    At most a third is wasted, from 64 on a fifth.
-    """
+    """The next of 16, 24, 32, 48, 64, 80, 96, 112, ...: few shapes, and at most a third wasted."""
     power = 16
     while 2 * power < size:
         power *= 2
