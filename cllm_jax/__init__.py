@@ -5,6 +5,7 @@
 >>> result = cllm.decode(model, ['Question: ...'], drafter=cllm.Jacobi(block=16), max_tokens=64)
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,7 @@ def decode(
       ConfigError: a setting or a prompt that cannot be decoded.
     """
     sampling = Sampling(temperature, top_k, top_p, typical)
-    drafter = Jacobi() if drafter is None else drafter
-    request = Request(drafter, max_tokens, sampling, seed, _stops(stop), batch, trace)
+    request = Request(drafter or Jacobi(), max_tokens, sampling, seed, _stops(stop), batch, trace)
     return decode_all(model, request, prompts)
 
 
@@ -105,10 +105,10 @@ def stream(
     model: Model, prompt: str | Sequence[int], drafter: Drafter | None = None, **options: Any
 ):
     """Yield the answer to one prompt in pieces that are never taken back; see `decode`."""
-    sampling = Sampling(*(options.pop(k, d) for k, d in _SAMPLING))
+    chosen = {f.name for f in dataclasses.fields(Sampling)} & options.keys()
+    sampling = Sampling(**{name: options.pop(name) for name in chosen})
     options['stop'] = _stops(options.get('stop', ()))
-    drafter = Jacobi() if drafter is None else drafter
-    return _stream(model, Request(drafter, sampling=sampling, **options), prompt)
+    return _stream(model, Request(drafter or Jacobi(), sampling=sampling, **options), prompt)
 
 
 def load_drafter(model: Model, directory: str) -> Drafter:
@@ -129,6 +129,3 @@ def load_drafter(model: Model, directory: str) -> Drafter:
 def _stops(stop: Sequence[str]) -> Sequence[str]:
     """As a tuple; a single string, which `Request` refuses, as it is."""
     return stop if isinstance(stop, str) else tuple(stop)
-
-
-_SAMPLING = (('temperature', 0.0), ('top_k', 0), ('top_p', 1.0), ('typical', 0.0))

@@ -10,10 +10,8 @@ things take turns, and medians count.
 """
 
 import dataclasses
-import json
 import platform
 import resource
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +26,11 @@ from cllm_jax.evaluation.forward_cost import bandwidth, costs, weight_bytes
 from cllm_jax.evaluation.profile import milliseconds_by_part
 from cllm_jax.evaluation.throughput import collection_speed
 from cllm_jax.hf.config import read_config
-from cllm_jax.hf.load import (
-    MIXED,
-    Model,
-    chosen,
-    load,
-    mixed,
-    storage,
-)
+from cllm_jax.hf.load import MIXED, Model, chosen, load, mixed, storage
 from cllm_jax.model.llama import Llama, init_params
-from cllm_jax.runs.atomic import write_atomic
-from cllm_jax.runs.recipe import to_json
-from cllm_jax.runs.stages import pair_of
+from cllm_jax.runs.atomic import write_json
 from cllm_jax.training.step_cost import step_cost
 from cllm_jax.trajectories.store import Collection
-
-VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax')
 
 
 def random_model(path: Path, dtype: str) -> Model:
@@ -90,15 +77,11 @@ def pipeline(
     settings: BenchConfig, source: Source, target: Model, console: Console
 ) -> dict[str, Any]:
     """Collection and training on one task."""
-    plans = {
-        mode: Collection(
-            16, mode, settings.max_tokens, settings.seed, min(16, len(source)), len(source)
-        )
-        for mode in ('sliding', 'block')
-    }
-    with console.status(f'{source.name}: collecting {len(source)} prompts'):
-        alone, repeats = min(8, len(source)), settings.repeats
-        collection, records = collection_speed(target, source, plans, alone, repeats)
+    count, repeats = len(source), settings.repeats
+    rows = (settings.max_tokens, settings.seed, min(16, count), count)
+    plans = {mode: Collection(16, mode, *rows) for mode in ('sliding', 'block')}
+    with console.status(f'{source.name}: collecting {count} prompts'):
+        collection, records = collection_speed(target, source, plans, min(8, count), repeats)
     with console.status(f'{source.name}: training steps'):
         step = step_cost(target, records, repeats=repeats)
     return {'task': source.name, 'collect': collection, 'train': step}
@@ -165,26 +148,14 @@ def peak_memory() -> int:
 
 def tiny(settings: BenchConfig) -> BenchConfig:
     """The same benchmark, tiny."""
-    return dataclasses.replace(
-        settings,
-        tasks=settings.tasks[:1],
-        limit=2,
-        nodes=(1, 4),
-        batches=(1,),
-        prompt=16,
-        parts=(4,),
-        blocks=(4,),
-        others=False,
-        max_tokens=24,
-        repeats=1,
-        collected=min(settings.collected, 4),
-    )
+    forwards = {'nodes': (1, 4), 'batches': (1,), 'prompt': 16, 'parts': (4,), 'repeats': 1}
+    answers = {'tasks': settings.tasks[:1], 'limit': 2, 'max_tokens': 24}
+    answers |= {'blocks': (4,), 'others': False, 'collected': min(settings.collected, 4)}
+    return dataclasses.replace(settings, **forwards, **answers)
 
 
 def run() -> None:
-    settings, flags = parse(
-        BenchConfig, program='python -m cllm_jax.bench', description=__doc__, stage='bench'
-    )
+    settings, flags = parse(BenchConfig, stage='bench', description=__doc__)
     if settings.quick:
         settings = tiny(settings)
     console = Console()
@@ -192,8 +163,7 @@ def run() -> None:
     can_write('json', settings.json)
     sources: dict[str, list[Source]] = {}
     if not settings.random_weights:
-        cllm, target = pair_of(settings.root, settings.model, settings.target)
-        settings = dataclasses.replace(settings, model=cllm, target=target)
+        settings = settings.with_models()
         sources = {
             split: [
                 open_source(task, split=split, seed=settings.seed, limit=limit)
@@ -202,13 +172,9 @@ def run() -> None:
             for split, limit in (('heldout', settings.limit), ('train', settings.collected))
         }
     if flags.plan:
-        print_plan(console, to_json(settings), {'dtype': dtype})
+        print_plan(console, settings, {'dtype': dtype})
         return
-    found: dict[str, Any] = {
-        'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind} ({platform.machine()})',
-        'dtype': dtype,
-        'versions': {name: version(name) for name in VERSIONED},
-    }
+    found = settings.environment()
     if settings.random_weights:
         model = random_model(Path(settings.random_weights), dtype)
         found |= {'model': model.source, 'cost': forward_costs(settings, model, console)}
@@ -232,14 +198,8 @@ def keep(settings: BenchConfig, found: dict[str, Any]) -> None:
     """Write what has been measured so far: a long run that is cut short keeps its parts."""
     found['peak_memory_bytes'] = peak_memory()
     if settings.json:
-        path = Path(settings.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(found, indent=2) + '\n').encode())
-
-
-def main() -> None:
-    guard(run)
+        write_json(Path(settings.json), found)
 
 
 if __name__ == '__main__':
-    main()
+    guard(run)

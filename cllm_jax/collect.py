@@ -17,18 +17,9 @@ from cllm_jax.cli.guard import guard
 from cllm_jax.cli.settings import parse
 from cllm_jax.data.sources import Source, open_source, rows_fingerprint
 from cllm_jax.errors import ConfigError
-from cllm_jax.hf.load import (
-    MIXED,
-    Precision,
-    fingerprint,
-    load,
-    peek,
-    storage,
-    with_tokenizer,
-)
+from cllm_jax.hf.load import MIXED, Precision, fingerprint, load, peek, storage, with_tokenizer
 from cllm_jax.hf.load import tokenizer_fingerprint as vocabulary
 from cllm_jax.model.config import LlamaConfig
-from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
 from cllm_jax.runs.stages import EMBEDDED_ROOT, model_of, output_of
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh
@@ -72,17 +63,11 @@ def plan(
         'KV cache per prompt (at most)': size(config.cache_values * width * config.max_positions),
         'trajectories (at most)': size(len(source) * settings.max_tokens * settings.block * 2),
     }
-    print_plan(console, to_json(settings), facts)
+    print_plan(console, settings, facts)
 
 
 def run() -> None:
-    settings, flags = parse(
-        CollectConfig,
-        program='python -m cllm_jax.collect',
-        description=__doc__,
-        stage='collect',
-        stages=('collect', 'recollect'),
-    )
+    settings, flags = parse(CollectConfig, stage='collect', description=__doc__)
     if settings.quick:
         settings = dataclasses.replace(settings, prompts=32, max_tokens=48, batch=8, shard=16)
     console = Console()
@@ -125,9 +110,5 @@ def run() -> None:
     )
 
 
-def main() -> None:
-    guard(run)
-
-
 if __name__ == '__main__':
-    main()
+    guard(run)

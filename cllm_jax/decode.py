@@ -9,13 +9,10 @@ With --compare both decode, and the verdict tells whether their tokens are the s
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from cllm_jax.cli.console import Console, print_plan, size, table
 from cllm_jax.cli.guard import guard
@@ -31,6 +28,7 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import ConfigError
+from cllm_jax.evaluation.forward_cost import weight_bytes
 from cllm_jax.evaluation.speed import (
     Method,
     plain_methods,
@@ -42,7 +40,6 @@ from cllm_jax.hf.load import MIXED, Precision, load, mixed, peek, storage
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache
 from cllm_jax.runs.atomic import write_atomic
-from cllm_jax.runs.recipe import to_json
 from cllm_jax.runtime.backend import backend_for
 from cllm_jax.runtime.mesh import tensor_mesh
 
@@ -105,15 +102,17 @@ def read_prompts(settings: DecodeConfig) -> list[str]:
     if settings.input:
         return [e.prompt for e in read_jsonl(settings.input)]
     source = open_source('sql+arithmetic', split='heldout', seed=settings.seed, limit=DEMO_PROMPTS)
-    return [source[i].prompt for i in range(len(source))]
+    return [row.prompt for row in source.rows]
 
 
-def rows_of(prompts: list[str], result: DecodeResult) -> Iterator[dict]:
-    """What --output holds, per prompt."""
-    names = ('text', 'tokens', 'forwards', 'accepted', 'seconds')
-    columns = (result.texts, result.tokens, result.forwards, result.accepted, result.seconds)
-    for prompt, *row in zip(prompts, *columns, strict=True):
-        yield {'prompt': prompt} | dict(zip(names, row, strict=True))
+def write_answers(path: Path, prompts: list[str], result: DecodeResult) -> None:
+    """Write what --output holds, a line per prompt."""
+    columns = {'prompt': prompts, 'text': result.texts}
+    columns |= {k: getattr(result, k) for k in ('tokens', 'forwards', 'accepted', 'seconds')}
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.encode())
 
 
 def decode_many(console: Console, name: str, method: Method, prompts: list[str]) -> DecodeResult:
@@ -131,12 +130,11 @@ def compare(
     ar: Method,
     prompts: list[str],
     result: DecodeResult,
-    mesh: Mesh | None,
 ) -> None:
     """Autoregressive decoding next to the result: identity, tokens/forward, speed-up."""
     plain, timed = decode_many(console, 'AR', ar, prompts), prompts[:DEMO_PROMPTS]
     with console.status(f'AR and {name}, timed in turn'):
-        baselines = plain_methods('AR', ar, mesh)
+        baselines = plain_methods('AR', ar)
         speed = tokens_per_second(baselines | {name: drafted}, timed)
     base = max(speed[baseline] for baseline in baselines)
     rows = [[baseline, 1.0, speed[baseline], speed[baseline] / base] for baseline in baselines]
@@ -144,20 +142,17 @@ def compare(
     columns = ['', 'tokens/forward', 'tokens/s', 'speed-up']
     which = f'the first {len(timed)} prompts' if len(timed) < len(prompts) else 'these prompts'
     console.out.print(table(f'tokens/s: {which}, one at a time', columns, rows))
-    same = share_identical(result, plain)
-    verdict = 'IDENTICAL' if same == 1 else 'DIFFERENT'
-    if drafted.request.sampling.typical:
-        verdict = 'LOSSY'
+    same, lossy = share_identical(result, plain), drafted.request.sampling.typical
+    verdict = 'LOSSY' if lossy else 'IDENTICAL' if same == 1 else 'DIFFERENT'
     console.result(f'{verdict}: {name} and AR agree token for token on {same:.0%} of the prompts')
 
 
 def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
     """Prompts and answers, and what each answer took."""
-    for prompt, text, tokens, forwards in zip(
-        prompts, result.texts, result.tokens, result.forwards, strict=True
-    ):
-        console.literal(prompt, text or '')
-        console.literal(f'-- {len(tokens)} tokens in {forwards} forwards\n', '')
+    for i, prompt in enumerate(prompts):
+        console.literal(prompt, result.texts[i] or '')
+        took = f'{len(result.tokens[i])} tokens in {result.forwards[i]} forwards'
+        console.literal(f'-- {took}\n', '')
 
 
 def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
@@ -167,19 +162,15 @@ def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
     if settings.dtype == MIXED:
         weights, dtype = jax.eval_shape(mixed, weights), jnp.bfloat16
     kept = backend_for(jax.devices()).cache_dtype(dtype, one_query=settings.drafter == 'ar')
-    cache = _bytes(jax.eval_shape(lambda: init_cache(config, 1, 1, kept)))
+    cache = weight_bytes(jax.eval_shape(lambda: init_cache(config, 1, 1, kept)))
     facts = {
         'prompts': len(prompts),
         'parameters': f'{config.parameters:,}',
-        'weights': size(_bytes(weights)),
+        'weights': size(weight_bytes(weights)),
         'KV cache per token': size(cache),
         'KV cache of the answers of a batch': size(cache * settings.max_tokens * settings.batch),
     }
-    print_plan(console, to_json(settings), facts)
-
-
-def _bytes(shapes: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    print_plan(console, settings, facts)
 
 
 def check_files(settings: DecodeConfig) -> None:
@@ -193,9 +184,7 @@ def check_files(settings: DecodeConfig) -> None:
 
 
 def run() -> None:
-    settings, flags = parse(
-        DecodeConfig, program='python -m cllm_jax.decode', description=__doc__, stage='decode'
-    )
+    settings, flags = parse(DecodeConfig, stage='decode', description=__doc__)
     console = Console()
     settings.check_drafter()
     check_files(settings)
@@ -221,24 +210,14 @@ def run() -> None:
     name = settings.drafter_title
     result = decode_many(console, name, drafted, prompts)
     if settings.output:
-        _write(Path(settings.output), rows_of(prompts, result))
+        write_answers(Path(settings.output), prompts, result)
         console.note(f'{settings.output}: {len(prompts)} answers')
     else:
         show(console, prompts, result)
     if settings.compare and settings.drafter != 'ar':
         name += ' (LOSSY)' if settings.typical else ''
-        compare(console, name, drafted, Method(model, request), prompts, result, mesh)
-
-
-def _write(path: Path, rows: Iterator[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-    write_atomic(path, text.encode())
-
-
-def main() -> None:
-    guard(run)
+        compare(console, name, drafted, Method(model, request), prompts, result)
 
 
 if __name__ == '__main__':
-    main()
+    guard(run)

@@ -75,7 +75,7 @@ def no_such(kind: str, name: Any, known: Collection[Any]) -> str:
     return f'no {kind} {name!r}; {hint}'
 
 
-def one_line(text: object, limit: int = 200) -> str:
-    """Somebody else's text, fit for an error message: one printable line of bounded length."""
-    line = ' '.join(str(text).split())
+def one_line(text: object, limit: int | None = 200) -> str:
+    """A text as one printable line of bounded length, fit for an error message."""
+    line = ' '.join(filter(None, map(str.strip, str(text).splitlines())))
     return ''.join(c if c.isprintable() else '?' for c in line[:limit])

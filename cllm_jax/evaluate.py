@@ -9,14 +9,8 @@ in float32 too, and the faster of the two is the baseline.
 """
 
 import dataclasses
-import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import jax
-from jax.sharding import Mesh
 
 from cllm_jax.cli.console import Console, print_plan, table
 from cllm_jax.cli.guard import guard
@@ -31,6 +25,7 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import at_least, check_seed
+from cllm_jax.evaluation.settings import ComparisonConfig
 from cllm_jax.evaluation.speed import (
     Method,
     plain_methods,
@@ -38,36 +33,24 @@ from cllm_jax.evaluation.speed import (
     tokens_per_forward,
     tokens_per_second,
 )
-from cllm_jax.hf.load import Precision, chosen, load, with_tokenizer
-from cllm_jax.runs.atomic import write_atomic
-from cllm_jax.runs.recipe import to_json
-from cllm_jax.runs.stages import EMBEDDED_ROOT, output_of, pair_of
+from cllm_jax.hf.load import chosen, load, with_tokenizer
+from cllm_jax.runs.atomic import write_json
+from cllm_jax.runs.stages import output_of
 from cllm_jax.runtime.mesh import tensor_mesh
 from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
 
 REPEATED = ('drafter', 'block', 'mode', 'recycle', 'branches', 'lookup')
 """Settings that the results repeat."""
-VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax', 'transformers')
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig(DrafterConfig):
+class EvaluateConfig(DrafterConfig, ComparisonConfig):
     """Settings of an evaluation."""
 
-    root: str = EMBEDDED_ROOT
-    """Directory of the recipe's runs, runs/NAME of its file."""
-    model: str = ''
-    """The CLLM; default ROOT/export/cllm, or embedded if runs/embedded has no exports."""
-    target: str = ''
-    """The target; default ROOT/export/target, or embedded-target likewise."""
     task: str = ''
     """Dataset (see docs/data.md); default is sql and arithmetic, one after the other."""
     limit: int = 200
     """Held-out prompts per task."""
-    seed: int = 0
-    """Which held-out prompts are drawn."""
-    max_tokens: int = 128
-    """Longest answer."""
     batch: int = 32
     """Prompts decoded together where only tokens are wanted."""
     timed: int = 40
@@ -76,13 +59,9 @@ class EvaluateConfig(DrafterConfig):
     """Times each of them is timed; the median counts."""
     tensor: int = 1
     """Devices that share every layer of the models."""
-    dtype: Precision = 'auto'
-    """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
     json: str = ''
     """Write the results to this file, one object, or a list of them for several tasks; default
     ROOT/evaluate.json for ROOT's own exports, and no file with quick."""
-    quick: bool = False
-    """A tiny version, to see that it works."""
 
     def __post_init__(self):
         at_least(self, limit=1, max_tokens=1, batch=1, timed=1, repeats=1, tensor=1)
@@ -90,46 +69,32 @@ class EvaluateConfig(DrafterConfig):
         check_seed(self)
 
 
-Measured = tuple[dict[str, DecodeResult], dict[str, float], float]
-"""What each method decoded, its tokens per second, and those of AR at its best."""
-
-
 def measure(
-    settings: EvaluateConfig,
-    source: Source,
-    methods: dict[str, Method],
-    mesh: Mesh | None,
-    console: Console,
-) -> Measured:
-    """Decode all prompts with every method, and time some of them."""
-    prompts, results = [source[i].prompt for i in range(len(source))], {}
+    settings: EvaluateConfig, source: Source, methods: dict[str, Method], console: Console
+) -> tuple[dict[str, DecodeResult], dict[str, float], float]:
+    """What each method decodes, its tokens per second, and those of AR at its best."""
+    prompts, results = [row.prompt for row in source.rows], {}
     for key, method in methods.items():
         with console.status(f'{source.name}: {key}, {len(prompts)} prompts'):
             results[key] = decode_all(method.model, method.request, prompts)
     timed = prompts[: settings.timed]
     with console.progress(f'{source.name}: timing', len(timed)) as bar:
-        plain = plain_methods('target AR', methods['target AR'], mesh)
+        plain = plain_methods('target AR', methods['target AR'])
         speed = tokens_per_second(methods | plain, timed, settings.repeats, bar)
     return results, speed, max(speed[key] for key in plain)
 
 
 def qualities(source: Source, results: dict[str, DecodeResult]) -> dict[str, Any]:
     """Shares of right and of exactly equal answers; None where nobody can tell."""
-    judged = results if source.checkable else {}
-    right = {key: share_right(source, result.texts) for key, result in judged.items()}
-    exact = {}
-    for key, result in judged.items():
-        pairs = ((text or '').strip() for text in result.texts)
-        same = [text == source[i].answer.strip() for i, text in enumerate(pairs)]
-        exact[key] = sum(same) / len(same)
+    names = ('target AR', 'target Jacobi', 'CLLM AR', 'CLLM Jacobi')
+    right = exact = [None] * len(names)
+    if source.checkable:
+        texts = [results[name].texts for name in names]
+        same = dataclasses.replace(source, check=lambda row, t: t.strip() == row.answer.strip())
+        right, exact = ([share_right(judge, t) for t in texts] for judge in (source, same))
     return {
-        'quality': {
-            'target': right.get('target AR'),
-            'target_jacobi': right.get('target Jacobi'),
-            'cllm_ar': right.get('CLLM AR'),
-            'cllm': right.get('CLLM Jacobi'),
-        },
-        'exact_match': {'target': exact.get('target AR'), 'cllm': exact.get('CLLM Jacobi')},
+        'quality': dict(zip(('target', 'target_jacobi', 'cllm_ar', 'cllm'), right, strict=True)),
+        'exact_match': {'target': exact[0], 'cllm': exact[-1]},
     }
 
 
@@ -138,20 +103,18 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
     cllm, target = (load(name, dtype, mesh) for name in (settings.model, settings.target))
     room = min(m.config.max_positions for m in (cllm, target)) - settings.max_tokens
-    source = drop_prompts_without_room(
-        source, with_tokenizer(cllm).tokenizer, cllm.config.bos_id, room
-    )
+    tokenizer = with_tokenizer(cllm).tokenizer
+    source = drop_prompts_without_room(source, tokenizer, cllm.config.bos_id, room)
     console.dropped(source)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch)
-    plain = {'target': Method(target, ar), 'CLLM': Method(cllm, ar)}
-    drafter = open_drafter(settings, cllm, dtype, mesh)
+    plain, own = Method(target, ar), Method(cllm, ar)
     methods = {
-        'target AR': plain['target'],
-        'target Jacobi': plain['target'].with_drafter(Jacobi(settings.block, settings.mode)),
-        'CLLM AR': plain['CLLM'],
-        'CLLM Jacobi': plain['CLLM'].with_drafter(drafter),
+        'target AR': plain,
+        'target Jacobi': plain.with_drafter(Jacobi(settings.block, settings.mode)),
+        'CLLM AR': own,
+        'CLLM Jacobi': own.with_drafter(open_drafter(settings, cllm, dtype, mesh)),
     }
-    results, speed, base = measure(settings, source, methods, mesh, console)
+    results, speed, base = measure(settings, source, methods, console)
     forward = {key: tokens_per_forward(result) for key, result in results.items()}
     jacobi = results['CLLM Jacobi']
     return {
@@ -159,10 +122,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'n': len(source),
         'seed': settings.seed,
         **qualities(source, results),
-        'tokens_per_forward': {
-            'target': forward['target Jacobi'],
-            'cllm': forward['CLLM Jacobi'],
-        },
+        'tokens_per_forward': {'target': forward['target Jacobi'], 'cllm': forward['CLLM Jacobi']},
         'speedup': speed['CLLM Jacobi'] / base,
         'speedup_vanilla_jacobi': speed['target Jacobi'] / base,
         'tokens_per_second': {
@@ -184,34 +144,25 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         **{k: getattr(settings, k) for k in REPEATED},
         'timed': min(settings.timed, len(source)),
         'models': {'cllm': cllm.source, 'target': target.source},
-        'dtype': chosen(dtype),
         'tensor': settings.tensor,
-        'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind} ({platform.machine()})',
-        'versions': {name: version(name) for name in VERSIONED},
+        **settings.environment('transformers'),
     }
 
 
 def report(console: Console, found: dict[str, Any]) -> None:
     """The numbers of one task as a table."""
-    quality, forward, speed = (
-        found[k] for k in ('quality', 'tokens_per_forward', 'tokens_per_second')
-    )
-    base, name = speed['ar'], DrafterConfig(found['drafter']).drafter_title
+    parts = ('quality', 'tokens_per_forward', 'tokens_per_second')
+    quality, forward, speed = (found[part] for part in parts)
+    name = DrafterConfig(found['drafter']).drafter_title
     rows = [
-        ['target, AR', quality['target'], 1.0, speed['ar'], 1.0],
-        [
-            'target, Jacobi',
-            quality['target_jacobi'],
-            forward['target'],
-            speed['target_jacobi'],
-            speed['target_jacobi'] / base,
-        ],
-        ['CLLM, AR', quality['cllm_ar'], 1.0, speed['cllm_ar'], speed['cllm_ar'] / base],
-        [f'CLLM, {name}', quality['cllm'], forward['cllm'], speed['jacobi'], found['speedup']],
+        ['target, AR', quality['target'], 1.0, speed['ar']],
+        ['target, Jacobi', quality['target_jacobi'], forward['target'], speed['target_jacobi']],
+        ['CLLM, AR', quality['cllm_ar'], 1.0, speed['cllm_ar']],
+        [f'CLLM, {name}', quality['cllm'], forward['cllm'], speed['jacobi']],
     ]
     columns = ['', 'quality', 'tokens/forward', 'tokens/s', 'speed-up']
     title = f'{found["task"]}: {found["n"]} prompts, n = {found["block"]}, batch 1'
-    console.out.print(table(title, columns, rows))
+    console.out.print(table(title, columns, [[*row, row[-1] / speed['ar']] for row in rows]))
     console.result(f'CLLM: {found["models"]["cllm"]}; target: {found["models"]["target"]}')
     console.result(
         f'{name} = AR of the CLLM, token for token: {found["identical"]:.1%} of prompts; '
@@ -220,9 +171,7 @@ def report(console: Console, found: dict[str, Any]) -> None:
 
 
 def run() -> None:
-    settings, flags = parse(
-        EvaluateConfig, program='python -m cllm_jax.evaluate', description=__doc__, stage='evaluate'
-    )
+    settings, flags = parse(EvaluateConfig, stage='evaluate', description=__doc__)
     if settings.quick:
         settings = dataclasses.replace(settings, limit=4, timed=1, repeats=1, max_tokens=48)
     settings.check_drafter()
@@ -231,9 +180,7 @@ def run() -> None:
     if not path and own and not settings.quick:
         path = output_of('evaluate', settings.root)
     can_write('json', path)
-    cllm, target = pair_of(settings.root, settings.model, settings.target)
-    settings = dataclasses.replace(settings, model=cllm, target=target)
-    console = Console()
+    settings, console = settings.with_models(), Console()
     tasks = [settings.task] if settings.task else ['sql', 'arithmetic']
     sources = [
         open_source(task, split='heldout', seed=settings.seed, limit=settings.limit)
@@ -241,7 +188,7 @@ def run() -> None:
     ]
     if flags.plan:
         facts = {'tasks': ', '.join(tasks), 'prompts': sum(map(len, sources))}
-        print_plan(console, to_json(settings), facts)
+        print_plan(console, settings, facts)
         return
     found = []
     for source in sources:
@@ -249,14 +196,8 @@ def run() -> None:
         found.append(evaluate(settings, source, console))
         report(console, found[-1])
     if path:
-        text = json.dumps(found[0] if settings.task else found, indent=2) + '\n'
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path), text.encode())
-
-
-def main() -> None:
-    guard(run)
+        write_json(Path(path), found[0] if settings.task else found)
 
 
 if __name__ == '__main__':
-    main()
+    guard(run)

@@ -22,7 +22,6 @@ from cllm_jax.errors import DataError
 from cllm_jax.hf.config import read_config
 from cllm_jax.hf.load import DTYPES, load, resolve
 from cllm_jax.hf.write import write_model
-from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import read_metrics
 from cllm_jax.runs.stages import EMBEDDED_ROOT, exported_run, output_of
 
@@ -93,29 +92,23 @@ The settings, seed included:
 
 
 def run() -> None:
-    settings, flags = parse(
-        ExportConfig, program='python -m cllm_jax.export', description=__doc__, stage='export'
-    )
+    settings, flags = parse(ExportConfig, stage='export', description=__doc__)
     console = Console()
     out = Path(settings.out or output_of('export', settings.root))
     runs = {name: exported_run(name, settings.root) for name in settings.runs}
     if flags.plan:
         width = DTYPES[settings.dtype].itemsize
         total = sum(parameter_count(run) for run in runs.values())
-        print_plan(console, to_json(settings), {'writes to': out, 'bytes': size(total * width)})
+        print_plan(console, settings, {'writes to': out, 'bytes': size(total * width)})
         return
     for name, run_dir in runs.items():
         heads = (run_dir / 'drafter').is_dir()
         if has_model(run_dir):
             model = load(str(run_dir), 'float32')
             text = card(name, run_dir, settings.dtype, model.config.parameters)
+            again = {'drafter'} if heads else set()
             write_model(
-                out / name,
-                model,
-                dtype=settings.dtype,
-                card=text,
-                sums=True,
-                rewritten={'drafter'} if heads else set(),
+                out / name, model, dtype=settings.dtype, card=text, sums=True, rewritten=again
             )
         if heads:
             place = out / name / 'drafter' if has_model(run_dir) else out / name
@@ -123,9 +116,5 @@ def run() -> None:
         console.note(f'{out / name}: {parameter_count(run_dir) / 1e6:.2f}M parameters')
 
 
-def main() -> None:
-    guard(run)
-
-
 if __name__ == '__main__':
-    main()
+    guard(run)

@@ -15,7 +15,7 @@ import jax
 
 from cllm_jax.cli.console import Console, print_plan, size, table
 from cllm_jax.cli.guard import guard
-from cllm_jax.cli.settings import parse
+from cllm_jax.cli.settings import MeshFlags, parse
 from cllm_jax.data.sources import Source, rows_fingerprint
 from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.request import cache_slots
@@ -25,15 +25,14 @@ from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
-from cllm_jax.runs.stages import OBJECTIVES, output_of
+from cllm_jax.runs.stages import output_of
 from cllm_jax.runtime.backend import pretend
 from cllm_jax.runtime.mesh import make_mesh
 from cllm_jax.runtime.sharding import check_batch
 from cllm_jax.training.config import (
     TrainConfig,
     architecture,
-    check_length,
-    check_mask,
+    check_model,
     check_tokenizer,
     quick,
     with_names,
@@ -62,10 +61,6 @@ def facts_of_model(settings: TrainConfig) -> dict[str, object]:
         'KV cache per prompt (held-out tests)': size(cache),
         'global batch': f'{settings.batch} samples of at most {settings.max_length} tokens',
         'states per answer': states if objective.noise(settings, model) else 'none',
-        'steps': settings.steps,
-        'samples seen': settings.steps * settings.batch,
-        'checkpoints': -(-settings.steps // settings.save_every),
-        'held-out tests': max(1, -(-settings.steps // settings.held_out.every)),
     }
 
 
@@ -82,21 +77,24 @@ def facts_of_drafter(settings: TrainConfig) -> dict[str, object]:
         'parameters of the drafter': f'{count:,}',
         'weights, gradients, optimiser state of the drafter': size(16 * count),
         'tokens verified per forward': drafter.nodes,
-        'steps': settings.steps,
-        'samples seen': settings.steps * settings.batch,
     }
 
 
 def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Console) -> None:
     """What the run would need; with `compiled`, also as the compiler counts it."""
-    mesh = make_mesh(settings.mesh)
+    mesh, objective = make_mesh(settings.mesh), objective_of(settings)
     check_batch(settings.batch // settings.optimizer.accumulate, mesh)
-    if not objective_of(settings).trains_model(settings):
-        facts = {'writes to': directory / 'drafter'} | facts_of_drafter(settings)
-        print_plan(console, to_json(settings), facts)
-        return
-    print_plan(console, to_json(settings), {'writes to': directory} | facts_of_model(settings))
-    if compiled:
+    whole = objective.trains_model(settings)
+    facts = {'writes to': directory if whole else directory / 'drafter'}
+    facts |= facts_of_model(settings) if whole else facts_of_drafter(settings)
+    facts |= {
+        'steps': settings.steps,
+        'samples seen': settings.steps * settings.batch,
+        'checkpoints': -(-settings.steps // settings.save_every),
+        'held-out tests': max(1, -(-settings.steps // settings.held_out.every)),
+    }
+    print_plan(console, settings, facts)
+    if compiled and whole:
         with console.status('compiling the step'):
             counted = compiled_step(settings, architecture(settings), mesh)
         rows = [[f'{name} per device', size(count)] for name, count in counted.sizes.items()]
@@ -135,14 +133,7 @@ def train_in(
 
 
 def run() -> None:
-    settings, flags = parse(
-        TrainConfig,
-        program='python -m cllm_jax.train',
-        description=__doc__,
-        stage='cllm',
-        stages={name: {'objective': objective} for name, objective in OBJECTIVES.items()},
-        meshed=True,
-    )
+    settings, flags = parse(TrainConfig, stage='cllm', description=__doc__, flags=MeshFlags)
     if (flags.devices or flags.compile) and not flags.plan:
         raise ConfigError('devices and compile are for planning; add --plan, or leave them out')
     if flags.devices:
@@ -157,8 +148,7 @@ def run() -> None:
     free = ('mesh', 'remat', 'root')  # devices may change, and where the directory is
     claimed = {k: v for k, v in to_json(settings).items() if k not in free}
     settings = with_names(settings, flags.stage)
-    check_mask(settings)
-    check_length(settings)
+    check_model(settings)
     if flags.plan:
         plan(settings, directory, flags.compile, console)
         return
@@ -170,9 +160,5 @@ def run() -> None:
         train_in(directory, settings, claimed, held_out, console)
 
 
-def main() -> None:
-    guard(run, stop_together=True)
-
-
 if __name__ == '__main__':
-    main()
+    guard(run, stop_together=True)

@@ -6,6 +6,7 @@ import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from cllm_jax.hf.load import SHIPPED
 from cllm_jax.hf.write import write_model
 from cllm_jax.runs.recipe import read_recipe
 from cllm_jax.runs.run_dir import append_metrics, claim
-from cllm_jax.runs.stages import OBJECTIVES, exported_run
+from cllm_jax.runs.stages import STAGES, exported_run
 from cllm_jax.training.config import (
     TrainConfig,
     architecture,
@@ -111,7 +112,7 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
     from cllm_jax.evaluate import EvaluateConfig
     from cllm_jax.export import ExportConfig
 
-    classes = dict.fromkeys(OBJECTIVES, TrainConfig)
+    classes = {name: TrainConfig for name, stage in STAGES.items() if stage.command == 'train'}
     classes |= dict.fromkeys(('collect', 'recollect'), CollectConfig)
     classes |= {'export': ExportConfig, 'evaluate': EvaluateConfig}
     stages = read_recipe(CONFIGS / config)
@@ -119,9 +120,7 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
     for stage in stages:
         kind = classes[stage]
         argv = ['--config', str(CONFIGS / config), '--stage', stage]
-        found, _ = parse(
-            kind, program='x', description='x', stage=stage, stages=(stage,), argv=argv
-        )
+        found, _ = parse(kind, description='x', stage=stage, argv=argv)
         if kind is TrainConfig:
             assert found.dtype == 'float32', 'small updates would be lost'
             check_ignored(found)
@@ -129,7 +128,7 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
             assert tiny.cleaning == Cleaning(repetitive=False, truncated=False)
             taken = quick(dataclasses.replace(found, steps=0))  # the model as it is
             assert taken.steps == 0 and tiny.steps == min(found.steps, 6)
-            assert found.objective == OBJECTIVES[stage]
+            assert found.objective == STAGES[stage].objective
             check_accumulation(tiny.batch, tiny.optimizer.accumulate)
             assert found.model != 'new' or architecture(tiny).dim < architecture(found).dim
 
@@ -533,12 +532,13 @@ def test_answers_are_written_whole_or_not_at_all(monkeypatch, tmp_path):
     path = tmp_path / 'answers.jsonl'
     path.write_text('before')
 
-    def torn(*arguments):
-        yield {'text': 'first'}
+    def torn():
+        yield 'first'
         raise KeyboardInterrupt
 
+    columns = {k: [1, 2] for k in ('tokens', 'forwards', 'accepted', 'seconds')}
     with pytest.raises(KeyboardInterrupt):
-        decode._write(path, torn())
+        decode.write_answers(path, ['a', 'b'], SimpleNamespace(texts=torn(), **columns))
     assert path.read_text() == 'before'
 
 

@@ -637,14 +637,7 @@ def test_every_line_of_the_readme_does_what_it_can_without_an_account(tmp_path):
 def overridden(words: list[str]) -> TrainConfig:
     overrides = words[words.index('--') + 1 :] if '--' in words else words
     argv = ['--config', str(ROOT / RECIPE), *overrides]
-    settings, _ = parse(
-        TrainConfig,
-        program='train',
-        description='',
-        stage='cllm',
-        stages=('target', 'cllm'),
-        argv=argv,
-    )
+    settings, _ = parse(TrainConfig, description='', stage='cllm', argv=argv)
     return settings
 
 

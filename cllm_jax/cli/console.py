@@ -14,6 +14,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runtime.processes import is_main
 
 
@@ -65,14 +66,14 @@ class Console:
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """One line of training numbers."""
-        step, *rest = record.items()
-        self.note(f'step {step[1]}  ' + '  '.join(f'{k} {_short(v)}' for k, v in rest))
+        shown = {k: f'{v:.4g}' if isinstance(v, float) else v for k, v in record.items()}
+        self.note('  '.join(f'{k} {v}' for k, v in shown.items()))
 
     @contextmanager
-    def progress(self, text: str, total: int, done: int = 0) -> Iterator[Any]:
+    def progress(self, text: str, total: int) -> Iterator[Any]:
         """A progress bar; yields `advance(items, note)`. One line per call where no terminal is."""
         if not self.err.is_terminal:
-            yield _plain_progress(self, text, total, done)
+            yield _plain_progress(self, text, total)
             return
         columns = (
             bars.TextColumn('{task.description}', markup=False),
@@ -83,24 +84,20 @@ class Console:
             bars.TextColumn('{task.fields[note]}', markup=False),
         )
         with bars.Progress(*columns, console=self.err) as bar:
-            task = bar.add_task(text, total=total, completed=done, note='')
+            task = bar.add_task(text, total=total, note='')
             yield lambda items, note='': bar.update(task, advance=items, note=note)
 
 
-def _plain_progress(console: Console, text: str, total: int, done: int):
-    begin, first = time.perf_counter(), done
+def _plain_progress(console: Console, text: str, total: int):
+    begin, done = time.perf_counter(), 0
 
     def advance(items: int, note: str = '') -> None:
         nonlocal done
         done += items
-        left = (total - done) * (time.perf_counter() - begin) / max(done - first, 1)
+        left = (total - done) * (time.perf_counter() - begin) / max(done, 1)
         console.note(f'{text}: {done}/{total}  {note}  {left:.0f} s left')
 
     return advance
-
-
-def _short(value: Any) -> str:
-    return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
 def table(title: str, columns: list[str], rows: list[list[object]]) -> Table:
@@ -134,9 +131,9 @@ def size(count: float) -> str:
     return f'{number(count)} TiB'
 
 
-def print_plan(console: Console, settings: Mapping[str, Any], facts: Mapping[str, object]) -> None:
+def print_plan(console: Console, settings: Any, facts: Mapping[str, object]) -> None:
     """What --plan shows: the resolved settings, the devices, and what the run needs."""
     devices = jax.devices()
     facts = {'devices': f'{len(devices)} x {devices[0].device_kind}', **facts}
-    console.result(yaml.safe_dump(dict(settings), sort_keys=False).rstrip())
+    console.result(yaml.safe_dump(to_json(settings), sort_keys=False).rstrip())
     console.out.print(table('plan', ['', ''], [[k, v] for k, v in facts.items()]))

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted
+from cllm_jax.errors import CllmError, Interrupted, one_line
 from cllm_jax.runtime.processes import initialize
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -59,42 +59,34 @@ def _interrupt_again(usual: Callable[[Any], Any], ignored: Any) -> None:
 
 
 def _verdict(error: Exception) -> tuple[int, str]:
-    """Exit code and the line to print."""
+    """Exit code and the line to print; 2 is that of a `ConfigError`, 3 of a `DataError`."""
     if isinstance(error, CllmError):
         label = 'interrupted' if isinstance(error, Interrupted) else 'error'
-        return error.exit_code, f'{label}: {_one_line(error)}'
+        return error.exit_code, f'{label}: {one_line(error, None)}'
     for cause in _chain(error):
         # TensorStore, below Orbax, reports a full disk as a ValueError with the same words.
         full = isinstance(cause, OSError) and cause.errno in _FULL
         if full or os.strerror(errno.ENOSPC) in str(cause):
             named = full and cause.filename is not None
-            subject = f'{cause.filename}: {cause.strerror}' if named else _one_line(cause)
-            said = f'error: {subject}; free space and run the same command again'
-            return DataError.exit_code, said
+            subject = f'{cause.filename}: {cause.strerror}' if named else one_line(cause, None)
+            return 3, f'error: {subject}; free space and run the same command again'
     if isinstance(error, OSError) and error.filename is not None:
-        return DataError.exit_code, f'error: {error.filename}: {error.strerror}; check that path'
+        return 3, f'error: {error.filename}: {error.strerror}; check that path'
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
-        detail = _one_line(error)[:200] or 'no memory left'
+        detail = one_line(error) or 'no memory left'
         return 1, f'error: out of memory ({detail}); use a smaller batch, length or model'
-    if (reason := _no_device()) is not None:
-        asked = os.environ.get('JAX_PLATFORMS', '')
-        return ConfigError.exit_code, (
-            f'error: JAX finds no device (JAX_PLATFORMS={asked!r}{reason}); set JAX_PLATFORMS=cpu, '
-            'or install the jax of your accelerator'
-        )
-    return 1, (
-        f'error: unexpected {type(error).__name__}: {_one_line(error)} '
-        '(this is a bug; run with --debug for the traceback)'
-    )
-
-
-def _no_device() -> str | None:
-    """Why JAX cannot start, if that is so."""
     try:
         jax.devices()
-    except Exception as error:  # AssertionError or RuntimeError, by the platform asked for
-        return f': {_one_line(error)[:160]}' if str(error) else ''
-    return None
+    except Exception as missing:  # AssertionError or RuntimeError, by the platform asked for
+        asked, reason = os.environ.get('JAX_PLATFORMS', ''), one_line(missing, 160)
+        return 2, (
+            f'error: JAX finds no device (JAX_PLATFORMS={asked!r}{reason and ": " + reason}); set '
+            'JAX_PLATFORMS=cpu, or install the jax of your accelerator'
+        )
+    return 1, (
+        f'error: unexpected {type(error).__name__}: {one_line(error, None)} '
+        '(this is a bug; run with --debug for the traceback)'
+    )
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -103,7 +95,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split('\n')).strip()

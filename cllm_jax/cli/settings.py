@@ -9,53 +9,68 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import tyro
 
-from cllm_jax.errors import ConfigError
-from cllm_jax.runs.recipe import from_mapping, no_such, read_recipe, to_json
+from cllm_jax.errors import ConfigError, no_such
+from cllm_jax.runs.recipe import from_mapping, read_recipe, to_json
+from cllm_jax.runs.stages import STAGES
 
-C = TypeVar('C')
+C, S = TypeVar('C'), TypeVar('S')
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+Unnamed = tyro.conf.arg(name='')
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(Generic[S]):
     """What every command accepts as well as its own settings."""
 
-    config: str | None
-    stage: str
-    plan: bool
-    debug: bool
+    config: Annotated[str | None, tyro.conf.arg(metavar='FILE')]
+    """Recipe: a YAML file of settings by stage."""
+    stage: S
+    """Stage of the recipe to run."""
+    plan: Switch = False
+    """Print what would be done and what it needs, and stop."""
+    debug: Switch = False
+    """Show the traceback of an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshFlags(Flags[S]):
+    """Of a command that can plan for other devices than those here."""
+
     devices: int = 0
-    compile: bool = False
+    """With --plan: for so many devices; 0 for those here."""
+    compile: Switch = False
+    """With --plan: compile the step too, and show what it takes."""
 
 
 def parse(
     config_class: type[C],
     *,
-    program: str,
-    description: str,
     stage: str,
-    stages: Collection[str] | Mapping[str, Mapping[str, Any]] = (),
-    meshed: bool = False,
+    description: str,
+    flags: type[Flags] = Flags,
     argv: Sequence[str] | None = None,
 ) -> tuple[C, Flags]:
     """Settings of one run of a command: class defaults < recipe stage < command line.
 
-    A setting `root`, where a recipe's runs are, is by default runs/NAME of the recipe's file.
+    Two settings have other defaults than their class says: `root`, where a recipe's runs are, is
+    runs/NAME of the recipe's file, and `objective` is that of the stage.
 
-    `program` and `description` head --help, `stage` is what runs when --stage is not given and
-    `stages` are those the command can run, or maps each to defaults of its own; one that is
-    `meshed` can also plan for other devices than those here. `argv` defaults to the arguments of
+    `stage` runs when --stage is not given; the command is the one of `STAGES` that runs it, and
+    runs its other stages too. `description` heads --help, and `argv` defaults to the arguments of
     the process.
+
     Raises ConfigError for a bad recipe or value; a malformed command line exits with code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    own = stages if isinstance(stages, Mapping) else {}
-    stages = tuple(stages) or (stage,)
+    command = STAGES[stage].command
+    program = f'python -m cllm_jax.{command}'
+    stages = tuple(name for name, about in STAGES.items() if about.command == command)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ('--config', '--stage'):  # they decide on the defaults of all others
         early.add_argument(name, nargs='?')
@@ -63,35 +78,16 @@ def parse(
     chosen = first.stage or stage
     if chosen not in stages:
         raise ConfigError(f'--stage: {program} has {no_such("stage", chosen, stages)}')
-    base = _defaults(config_class, first.config, chosen, own.get(chosen, {}))
-
-    def option(annotation: Any, help_text: str, metavar: str | None = None) -> Any:
-        return Annotated[annotation, tyro.conf.arg(help=help_text, metavar=metavar)]
-
-    flag = tyro.conf.FlagCreatePairsOff[bool]
-    options = {
-        'config': option(str | None, 'Recipe: a YAML file of settings by stage.', 'FILE'),
-        'stage': option(Literal[stages], 'Stage of the recipe to run.'),
-        'plan': option(flag, 'Print what would be done and what it needs, and stop.'),
-        'debug': option(flag, 'Show the traceback of an error.'),
-    }
-    if meshed:
-        options |= {
-            'devices': option(int, 'With --plan: for so many devices; 0 for those here.'),
-            'compile': option(flag, 'With --plan: compile the step too, and show what it takes.'),
-        }
-    settings = ('settings', Annotated[config_class, tyro.conf.arg(name='')])
-    command = dataclasses.make_dataclass('Command', [settings, *options.items()])
-    flags = Flags(None, chosen, False, False)
-    given: Any = tyro.cli(
-        command,
+    kinds = Annotated[config_class, Unnamed], Annotated[flags[Literal[stages]], Unnamed]
+    settings, given = tyro.cli(
+        tuple[kinds],
         prog=program,
         description=description,
         args=argv,
-        default=command(base, *(getattr(flags, name) for name in options)),
+        default=(_defaults(config_class, first.config, chosen), flags(None, chosen)),
     )
-    to_json(given.settings)  # refuses what JSON cannot hold, such as --learning-rate nan
-    return given.settings, Flags(**{name: getattr(given, name) for name in options})
+    to_json(settings)  # refuses what JSON cannot hold, such as --learning-rate nan
+    return settings, given
 
 
 def can_write(name: str, path: str) -> None:
@@ -105,8 +101,10 @@ def can_write(name: str, path: str) -> None:
         raise ConfigError(f'{name} {path!r}: cannot write below {place}; name another place')
 
 
-def _defaults(config_class: type[C], path: str | None, stage: str, own: Mapping[str, Any]) -> C:
+def _defaults(config_class: type[C], path: str | None, stage: str) -> C:
     """The settings of a stage of a recipe, or of no recipe, before the command line is read."""
+    own = {'objective': STAGES[stage].objective, 'root': path and f'runs/{Path(path).stem}'}
+    own = {name: own[name] for name in own if own[name] and hasattr(config_class, name)}
     if path is None:
         return config_class(**own)
     recipe = read_recipe(path)
@@ -115,7 +113,4 @@ def _defaults(config_class: type[C], path: str | None, stage: str, own: Mapping[
             f"{path}: no stage '{stage}' (it has {', '.join(recipe) or 'none'}); "
             f"add '{stage}: {{}}' to run it with the defaults"
         )
-    settings = {**own, **recipe[stage]}
-    if hasattr(config_class, 'root'):
-        settings = {'root': f'runs/{Path(path).stem}'} | settings
-    return from_mapping(config_class, settings, f'{path}: {stage}')
+    return from_mapping(config_class, own | recipe[stage], f'{path}: {stage}')

@@ -3,9 +3,8 @@
 A draft is a chain or a tree of N nodes. Node 0 is the pending token: already committed, not yet in
 the KV cache. In a chain node i+1 follows node i; in a tree each node says which one it follows. The
 target's own choice after node i is `y[i]`; a node is accepted when all it follows are and its token
-equals the `y` of the one before it. Whatever is drafted, the committed tokens are the target's
-choices along the longest accepted path, so a drafter can change how many forwards an answer takes
-and never the answer.
+equals the `y` of the one before it. The committed tokens are the target's choices along the longest
+accepted path: a drafter changes how many forwards an answer takes, never the answer.
 """
 
 import dataclasses
@@ -37,12 +36,13 @@ class Draft:
         return cls(tokens_BN, jnp.ones_like(tokens_BN, bool))
 
     @classmethod
-    def tree(
-        cls, tokens_BN: jax.Array, valid_BN: jax.Array, parent_N: np.ndarray, depth: int
-    ) -> 'Draft':
+    def tree(cls, tokens_BN: jax.Array, valid_BN: jax.Array, parent_N: np.ndarray) -> 'Draft':
         """A tree of the same form in every row."""
+        depth_N = [0]
+        for parent in parent_N[1:]:
+            depth_N.append(depth_N[parent] + 1)
         parent_BN = jnp.broadcast_to(jnp.asarray(parent_N)[None], tokens_BN.shape)
-        return cls(tokens_BN, jnp.broadcast_to(valid_BN, tokens_BN.shape), parent_BN, depth)
+        return cls(tokens_BN, jnp.broadcast_to(valid_BN, tokens_BN.shape), parent_BN, max(depth_N))
 
 
 @struct.dataclass
@@ -50,11 +50,10 @@ class Verdict:
     """What the target said about a draft. P is N for a chain, else `depth + 1`."""
 
     y_BN: jax.Array
-    """The target's choice after each node."""
+    """The target's choice after each node, from the scores `logits` there."""
     logits_BNV: jax.Array
-    """Its scores there."""
     hidden_BND: jax.Array
-    """The target's last hidden state (after the final norm) at each node."""
+    """Its last hidden state (after the final norm) at each node."""
     path_BP: jax.Array
     """The nodes of the accepted path, the pending token first."""
     count_B: jax.Array
@@ -94,13 +93,13 @@ class Drafter(ABC):
     """Proposes tokens; the loop decides. Every drafter is a `flax.struct.dataclass` of this type.
 
     Its weights, if it has any, are leaves of the pytree; its settings are static (`setting`), so
-    that equal settings share a compilation. What `init`
-    returns is carried from one iteration to the next: arrays with a row per prompt first, or a
-    `Cache`. Everything here runs inside `jax.jit`: no Python control flow on values.
+    that equal settings share a compilation. The state that `init` returns is carried from one
+    iteration to the next: arrays with a row per prompt first, or a `Cache`. Everything here runs
+    inside `jax.jit`: no Python control flow on values.
     """
 
     nodes: int
-    """N, the static number of tokens verified per forward; a field or a property."""
+    """N, the tokens verified per forward; a field or a property."""
     title: ClassVar[str] = ''
     """What tables call it; the name of its class if empty."""
     reads_prompt: ClassVar[bool] = False
@@ -108,18 +107,17 @@ class Drafter(ABC):
     typical: ClassVar[bool] = False
     """Whether typical acceptance, which is lossy, is defined for it (`Sampling.typical`)."""
 
+    def init(self, sequences: Sequences) -> Any:
+        """State before the first forward, when the last token of the prompt is pending."""
+        return ()
+
     @abstractmethod
     def draft(self, state: Any, sequences: Sequences, sampling: Sampling) -> tuple[Draft, Any]:
         """Propose N nodes, of which node 0 is the pending token; and the state.
 
-        Args:
-          sampling: how the target chooses. A drafter that ranks by its own logits adds the noise of
-            their positions, so that it is accepted as far as both choose alike.
+        A drafter that ranks by its own logits adds the target's noise (`sampling`) of their
+        positions, so that it is accepted as far as both choose alike.
         """
-
-    def init(self, sequences: Sequences) -> Any:
-        """State before the first forward, when the last token of the prompt is pending."""
-        return ()
 
     def update(
         self, state: Any, draft: Draft, verdict: Verdict, sequences: Sequences, sampling: Sampling
@@ -137,8 +135,6 @@ def put(
     buffer_BS: jax.Array, start_B: jax.Array, values_BN: jax.Array, keep_BN: jax.Array
 ) -> jax.Array:
     """Write `values` from `start[b]` on where `keep`; other slots stay. start + N must fit."""
-    old_BN = windows(buffer_BS, start_B, values_BN.shape[1])
-    new_BN = jnp.where(keep_BN, values_BN, old_BN)
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
-        buffer_BS, new_BN, start_B
-    )
+    new_BN = jnp.where(keep_BN, values_BN, windows(buffer_BS, start_B, values_BN.shape[1]))
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    return write(buffer_BS, new_BN, start_B)

@@ -32,13 +32,17 @@ from cllm_jax.runtime.processes import fetch, keys_beside
 from cllm_jax.runtime.threads import side_by_side
 
 LEAST_ROWS = 2
-"""Fewest rows of a batch that a thread of its own decodes: a single one would read all weights for
-itself."""
+"""Fewest rows that a thread of its own decodes: a single one would read all weights for itself."""
 
 STREAM_ITERATIONS = 4
 """Iterations between two looks at the text when streaming or searching for stop strings."""
 
 ENDLESS = np.iinfo(np.int32).max
+
+Ids = Sequence[Sequence[int]]
+"""Prompts as token ids."""
+Progress = Callable[[int], None]
+"""Is told how many more prompts are finished."""
 
 
 def decoder_of(model: Model, request: Request) -> Decoder:
@@ -50,30 +54,25 @@ def decoder_of(model: Model, request: Request) -> Decoder:
 def start(
     model: Model,
     request: Request,
-    prompts: Sequence[Sequence[int]],
+    prompts: Ids,
     keys: jax.Array,
     rows: int = 0,
     width: int = 0,
     to_the_end: bool = False,
 ) -> DecodeState:
-    """Prefill one batch. The batch is filled up with rows that never run.
+    """Prefill one batch, filled up with rows that never run; raises ConfigError (see `check`).
 
     Args:
       rows: size of the batch; by default the next power of two.
       width: length to which prompts are padded; by default the bucket of the longest.
       to_the_end: decode in the same call, to the end or until the cache is full.
-
-    Raises:
-      ConfigError: see `check`.
     """
     check(model, request, prompts)
-    rows = rows or 1 << (len(prompts) - 1).bit_length()
-    width, steps = width or bucket(max(map(len, prompts))), bucket(request.max_tokens)
-    nodes = request.drafter.nodes
+    rows, width = rows or _power_of_two(len(prompts)), width or bucket(max(map(len, prompts)))
     batch = pad_prompts(prompts, rows, width, request.max_tokens, keys)
     batch = batch.replace(keys_B=keys_beside(model.params, batch.keys_B))
-    slots = cache_slots(width, steps, nodes)
-    room = cache_slots(width, min(steps, FIRST_ROOM), nodes)
+    steps, nodes = bucket(request.max_tokens), request.drafter.nodes
+    slots, room = (cache_slots(width, size, nodes) for size in (steps, min(steps, FIRST_ROOM)))
     buffers = Buffers(slots, steps, room, request.trace)
     run = programs(model.backend).prefill
     return run(decoder_of(model, request), batch, buffers=buffers, to_the_end=to_the_end)
@@ -83,11 +82,9 @@ def answers(state: DecodeState, rows: int) -> tuple[list[list[int]], list[list[i
     """Committed answer tokens and tokens per forward of the first `rows` rows."""
     seq = state.sequences
     wanted = (seq.tokens_BS, seq.prompt_len_B, seq.length_B, state.emitted_BI, state.forwards_B)
-    tokens_BS, prompt_len_B, length_B, emitted_BI, forwards_B = fetch(wanted)
-    spans = zip(tokens_BS, prompt_len_B, length_B, strict=True)
-    tokens = [row[a : b + 1].tolist() for row, a, b in spans]
-    accepted = [row[:n].tolist() for row, n in zip(emitted_BI, forwards_B, strict=True)]
-    return tokens[:rows], accepted[:rows]
+    columns = [column[:rows] for column in fetch(wanted)]
+    tokens = [row[a : b + 1].tolist() for row, a, b in zip(*columns[:3], strict=True)]
+    return tokens, [row[:n].tolist() for row, n in zip(*columns[3:], strict=True)]
 
 
 def run_until(
@@ -138,53 +135,48 @@ def take_answers(
     model: Model, request: Request, state: DecodeState, begun: dict[int, float]
 ) -> dict[int, Answer]:
     """The answers of some rows of a batch, given when each began."""
-    tokens, accepted = answers(state, state.rows)
-    if state.trace is not None:
-        seq, trace = state.sequences, state.trace
-        wanted = (trace.tokens_BIN, trace.position_BI, seq.prompt_len_B, seq.tokens_BS)
-        states_BIN, position_BI, prompt_len_B, tokens_BS = fetch(wanted)
+    columns, seq = answers(state, state.rows), state.sequences
+    traced = state.trace and fetch((state.trace, seq.prompt_len_B, seq.tokens_BS))
     now, found = time.perf_counter(), {}
     for i, begin in begun.items():
-        text, trajectory = None, None
+        (tokens, accepted), text, trajectory = (column[i] for column in columns), None, None
         if model.tokenizer is not None:
-            if cut_off := find_stop(model, tokens[i], request.stop):
+            if cut_off := find_stop(model, tokens, request.stop):
                 text, size = cut_off
-                tokens[i], accepted[i] = tokens[i][:size], _of_first(size, accepted[i])
+                tokens, accepted = tokens[:size], _of_first(size, accepted)
             else:
-                text = text_of(model, tokens[i])
-        if state.trace is not None:
-            verified = slice(1, len(accepted[i]))
+                text = text_of(model, tokens)
+        if traced:
+            trace, prompt_len_B, tokens_BS = traced
+            verified = slice(1, len(accepted))
             trajectory = Trajectory(
-                states_BIN[i, verified].copy(),  # a view keeps all rows
-                position_BI[i, verified] - prompt_len_B[i],
+                trace.tokens_BIN[i, verified].copy(),  # a view keeps all rows
+                trace.position_BI[i, verified] - prompt_len_B[i],
                 tokens_BS[i, : prompt_len_B[i]].copy(),
-                np.asarray(tokens[i], np.int32),
-                forwards=len(accepted[i]),
-                finished=tokens[i][-1] in model.config.eos_ids,
+                np.asarray(tokens, np.int32),
+                forwards=len(accepted),
+                finished=tokens[-1] in model.config.eos_ids,
             )
-        found[i] = Answer(text, tokens[i], accepted[i], now - begin, trajectory)
+        found[i] = Answer(text, tokens, accepted, now - begin, trajectory)
     return found
 
 
 def _of_first(tokens: int, accepted: Sequence[int]) -> list[int]:
     """The tokens per forward of the first `tokens` tokens."""
-    ends = list(itertools.accumulate(accepted))
-    return [
-        n - max(0, end - tokens) for n, end in zip(accepted, ends, strict=True) if end - n < tokens
-    ]
+    steps = zip(accepted, itertools.accumulate(accepted), strict=True)
+    return [min(n, n + tokens - end) for n, end in steps if end - n < tokens]
 
 
 def decode_side_by_side(
     model: Model,
     request: Request,
-    prompts: Sequence[Sequence[int]],
+    prompts: Ids,
     keys: jax.Array,
-    progress: Callable[[int], None] = lambda finished: None,
+    progress: Progress = lambda finished: None,
 ) -> list[Answer]:
     """Decode prompts, `request.batch` at a time, in as many parts as threads are useful.
 
-    All parts have the same shapes, so they share their compilations. `progress` is told how many
-    more prompts are finished, by one thread at a time.
+    All parts have the same shapes and share their compilations. One thread at a time reports.
     """
     width, rows = bucket(max(map(len, prompts))), min(request.batch, len(prompts))
     refilled, parts = rows < len(prompts), max(1, rows // LEAST_ROWS)
@@ -213,14 +205,9 @@ def decode_side_by_side(
 
 
 def decode_whole_batches(
-    model: Model,
-    request: Request,
-    prompts: Sequence[Sequence[int]],
-    keys: jax.Array,
-    width: int,
-    progress: Callable[[int], None],
+    model: Model, request: Request, prompts: Ids, keys: jax.Array, width: int, progress: Progress
 ) -> list[Answer]:
-    """Decode batch after batch, each in a single call, in another only where its cache was short.
+    """Decode batch after batch, each in a single call, or two where its cache was short.
 
     For where refilling gains nothing, and no stop string can end an answer.
     """
@@ -237,12 +224,7 @@ def decode_whole_batches(
 
 
 def decode_refilling(
-    model: Model,
-    request: Request,
-    prompts: Sequence[Sequence[int]],
-    keys: jax.Array,
-    width: int,
-    progress: Callable[[int], None],
+    model: Model, request: Request, prompts: Ids, keys: jax.Array, width: int, progress: Progress
 ) -> list[Answer]:
     """Decode prompts in one batch; when a quarter of it is finished, the next ones take its place.
 
@@ -251,28 +233,25 @@ def decode_refilling(
     begin, batch = time.perf_counter(), _power_of_two(request.batch)
     size, refill = min(request.batch, len(prompts)), max(request.batch // 4, 1)
     state = start(model, request, prompts[:size], keys[:size], batch, width)
-    padding = batch - size
-    held, begun = dict(enumerate(range(size))), dict.fromkeys(range(size), begin)
+    held, begun = {row: row for row in range(size)}, dict.fromkeys(range(size), begin)
     waiting, found = list(range(size, len(prompts))), {}
     while held:
-        enough = min(refill, len(waiting)) or len(held)
-        state, finished = run_until_idle(model, request, state, size, padding + enough)
+        idle = batch - len(held) + (min(refill, len(waiting)) or len(held))
+        state, finished = run_until_idle(model, request, state, size, idle)
         ready = [row for row in held if finished[row]]
         answered = take_answers(model, request, state, {row: begun[row] for row in ready})
         found |= {held.pop(row): answered[row] for row in ready}
         progress(len(ready))
         while waiting and ready:
-            begin, chosen = time.perf_counter(), waiting[:refill]
-            rows, ready = ready[: len(chosen)], ready[len(chosen) :]
-            chosen, waiting = chosen[: len(rows)], waiting[len(rows) :]
+            begin, count = time.perf_counter(), min(refill, len(waiting), len(ready))
+            rows, ready = ready[:count], ready[count:]
+            chosen, waiting = waiting[:count], waiting[count:]
             prompts_R, keys_R = [prompts[i] for i in chosen], keys[np.asarray(chosen)]
             fresh = start(model, request, prompts_R, keys_R, refill, width)
-            rows_R = np.full(refill, batch, np.int32)
-            rows_R[: len(rows)] = rows
+            rows_R = np.array(rows + [batch] * (refill - count), np.int32)
             state = replace_rows(state, rows_R, fresh)
             held |= dict(zip(rows, chosen, strict=True))
             begun |= dict.fromkeys(rows, begin)
-        padding = batch - len(held)
     return [found[i] for i in range(len(prompts))]
 
 
@@ -280,9 +259,7 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def decode_batch(
-    model: Model, request: Request, prompts: Sequence[Sequence[int]], keys: jax.Array
-) -> DecodeResult:
+def decode_batch(model: Model, request: Request, prompts: Ids, keys: jax.Array) -> DecodeResult:
     """Decode token-id prompts, `request.batch` of them at a time, each with its key."""
     return DecodeResult.of(decode_side_by_side(model, request, prompts, keys))
 
@@ -291,30 +268,26 @@ def decode_all(
     model: Model,
     request: Request,
     prompts: Sequence[str | Sequence[int]],
-    progress: Callable[[int], None] = lambda finished: None,
+    progress: Progress = lambda finished: None,
 ) -> DecodeResult:
-    """Decode any number of prompts, those of about the same length together; in the given order.
-
-    `progress` is told how many more are finished.
-    """
+    """Decode any number of prompts, those of about the same length together; in the given order."""
     encoded = encode_each(model, prompts)
     check(model, request, encoded)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     found: dict[int, Answer] = {}
-    for rows in _groups(order, [bucket(len(ids)) for ids in encoded], request.batch):
+    for rows in _groups([len(ids) for ids in encoded], request.batch):
         ids, keys = [encoded[i] for i in rows], row_keys(request.seed, rows)
         some = decode_side_by_side(model, request, ids, keys, progress)
         found |= dict(zip(rows, some, strict=True))
     return DecodeResult.of([found[i] for i in range(len(encoded))])
 
 
-def _groups(order: Sequence[int], widths: Sequence[int], batch: int) -> list[list[int]]:
-    """Cuts an order by length where the padded width grows, into groups of a batch or more."""
+def _groups(lengths: Sequence[int], batch: int) -> list[list[int]]:
+    """Indices by length, in groups of a batch or more that end where the padded width grows."""
     groups: list[list[int]] = []
-    for i in order:
-        same = groups and widths[groups[-1][-1]] == widths[i]
-        if groups and (same or len(groups[-1]) < batch):
-            groups[-1].append(i)
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        last = groups[-1] if groups else []
+        if last and (len(last) < batch or bucket(lengths[last[-1]]) == bucket(lengths[i])):
+            last.append(i)
         else:
             groups.append([i])
     return groups

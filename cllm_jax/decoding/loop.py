@@ -44,7 +44,7 @@ class Decoder:
 
 @struct.dataclass
 class Prompts:
-    """A batch of prompts, padded on the right with anything."""
+    """A batch of prompts, padded on the right with anything, and a PRNG key for each."""
 
     tokens_BP: jax.Array
     length_B: jax.Array
@@ -52,7 +52,6 @@ class Prompts:
     max_tokens_B: jax.Array
     """int32 answer lengths; a row with 0 is padding and never runs."""
     keys_B: jax.Array
-    """A PRNG key per row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Buffers:
     """Upper bound on answer tokens, hence on forwards."""
     room: int = 0
     """Slots of the cache, at least P + N; 0 for all. With fewer the loop ends when a draft does not
-    fit (`DecodeState.fits`), and goes on when the cache was made longer (`state.grow`)."""
+    fit (`DecodeState.fits`), until the cache was made longer (`state.grow`)."""
     trace: bool = False
     """Keep every draft (`DecodeState.trace`)."""
 
@@ -86,10 +85,8 @@ def programs(backend: Backend) -> Programs:
 def _programs(compiler_options: tuple[tuple[str, str], ...]) -> Programs:
     # Compiler options belong to the outermost jit.
     compiled = functools.partial(jax.jit, compiler_options=dict(compiler_options))
-    return Programs(
-        compiled(prefill, static_argnames=('buffers', 'to_the_end')),
-        compiled(advance, donate_argnames='state'),
-    )
+    run = compiled(prefill, static_argnames=('buffers', 'to_the_end'))
+    return Programs(run, compiled(advance, donate_argnames='state'))
 
 
 def prefill(
@@ -98,11 +95,8 @@ def prefill(
     """Run the prompts once, verify a first draft after them, and set up the loop's state.
 
     The last token of a prompt is the first pending one, so this is an iteration of the loop like
-    any other, except that it also puts the rest of the prompt into the cache.
-
-    Args:
-      to_the_end: also iterate until every row is finished (`_finish`): one call where `advance`
-        would be a second one, which takes about as long as half a forward of a small model.
+    any other, except that it also puts the rest of the prompt into the cache. `to_the_end` iterates
+    too (`_finish`): a second call takes as long as half a forward of a small model.
     """
     (batch, width), drafter = prompts.tokens_BP.shape, decoder.drafter
     nodes, length_B = drafter.nodes, prompts.length_B - 1
@@ -143,9 +137,8 @@ def prefill(
 def advance(decoder: Decoder, until: jax.Array, idle: jax.Array, state: DecodeState) -> DecodeState:
     """Iterate until `idle` rows are finished, `state.iteration` is `until`, or the cache is full.
 
-    `idle` and `until` are traced numbers: streaming calls this with small steps, and a batch that
-    is to be refilled stops early, with one compilation. Nothing is read back to the host inside.
-    `state` is donated.
+    Both are traced: streaming in small steps and a batch that stops early to be refilled share a
+    compilation. Nothing is read back to the host inside. `state` is donated.
     """
     drafter = decoder.drafter
 
@@ -184,21 +177,18 @@ def _verify(
     hidden_BTD, cache = model.apply(params, *rows, None if whole else at_BN)
     hidden_BND = take_rows(hidden_BTD, at_BN) if whole else hidden_BTD
     logits_BNV = model.apply(params, hidden_BND, method='logits')
-    prompt_BTD = hidden_BTD if whole else None
-    state = state.replace(cache=cache)
-    return _commit(decoder, state, draft, where, hidden_BND, logits_BNV, prompt_BTD)
+    forward = logits_BNV, hidden_BND, hidden_BTD if whole else None
+    return _commit(decoder, state.replace(cache=cache), draft, where, forward)
 
 
 def _commit(
-    decoder: Decoder,
-    state: DecodeState,
-    draft: Draft,
-    where: tree.Layout,
-    hidden_BND: jax.Array,
-    logits_BNV: jax.Array,
-    prompt_BTD: jax.Array | None,
+    decoder: Decoder, state: DecodeState, draft: Draft, where: tree.Layout, forward: tuple
 ) -> DecodeState:
-    """Accept what the model chose after the nodes of `draft`, which are in the cache by now."""
+    """Accept what the model chose after the nodes of `draft`, which are in the cache by now.
+
+    `forward` is what it gave: `logits`, `hidden` and `prompt` of a `Verdict`.
+    """
+    logits_BNV, hidden_BND, prompt_BTD = forward
     seq, sampling, liked_BN = state.sequences, decoder.sampling, None
     y_BN = choose(logits_BNV, seq.keys_B, seq.length_B[:, None] + 1 + where.depth_BN, sampling)
     if sampling.typical:
@@ -215,23 +205,18 @@ def _commit(
     now_B, live_B1 = state.forwards_B, ~state.finished_B[:, None]
     trace = state.trace
     if trace is not None:
-        flat_BX = trace.tokens_BIN.reshape(len(now_B), -1)
-        nodes = draft.tokens_BN.shape[1]
-        live_BN = jnp.broadcast_to(live_B1, draft.tokens_BN.shape)
-        flat_BX = put(flat_BX, now_B * nodes, draft.tokens_BN, live_BN)
-        trace = Trace(
-            flat_BX.reshape(trace.tokens_BIN.shape),
-            put(trace.position_BI, now_B, seq.length_B[:, None], live_B1),
-        )
+        flat_BX, drafted_BN = trace.tokens_BIN.reshape(len(now_B), -1), draft.tokens_BN
+        live_BN = jnp.broadcast_to(live_B1, drafted_BN.shape)
+        flat_BX = put(flat_BX, now_B * drafted_BN.shape[1], drafted_BN, live_BN)
+        position_BI = put(trace.position_BI, now_B, seq.length_B[:, None], live_B1)
+        trace = Trace(flat_BX.reshape(trace.tokens_BIN.shape), position_BI)
     verdict = Verdict(y_BN, logits_BNV, hidden_BND, path_BP, count_B, prompt_BTD)
     is_new_BP = jnp.arange(length, dtype=jnp.int32)[None] < count_B[:, None]
+    tokens_BS = put(seq.tokens_BS, seq.length_B + 1, chosen_BP, is_new_BP)
     is_chain = draft.parent_BN is None
     return state.replace(
         cache=state.cache if is_chain else compact(state.cache, seq.length_B, path_BP),
-        sequences=seq.replace(
-            tokens_BS=put(seq.tokens_BS, seq.length_B + 1, chosen_BP, is_new_BP),
-            length_B=seq.length_B + count_B,
-        ),
+        sequences=seq.replace(tokens_BS=tokens_BS, length_B=seq.length_B + count_B),
         drafter=decoder.drafter.update(state.drafter, draft, verdict, seq, sampling),
         finished_B=finished_B,
         forwards_B=now_B + (count_B > 0).astype(jnp.int32),
@@ -246,8 +231,8 @@ def _finish(
 ) -> DecodeState:
     """Iterate until every row is finished, or stop where `go_on`, which is `advance`, stops.
 
-    A batch lasts as long as its longest answer. Where finished rows take time
-    (`Backend.narrowest`), the half that finishes last goes on as a batch of its own.
+    Where finished rows take time (`Backend.narrowest`), the half that finishes last goes on as a
+    batch of its own.
     """
     half, narrowest = state.rows // 2, decoder.model.backend.narrowest
     if narrowest is None or half < narrowest:

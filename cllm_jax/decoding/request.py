@@ -37,23 +37,16 @@ class Request:
         at_least(self, max_tokens=1, batch=1)
         check_seed(self)
         if self.sampling.typical and not self.drafter.typical:
-            raise ConfigError(
-                f'typical {self.sampling.typical}: a lossy rule of Medusa, not of '
-                f'{type(self.drafter).__name__}; leave it out'
-            )
+            rule = f'a lossy rule of Medusa, not of {type(self.drafter).__name__}'
+            raise ConfigError(f'typical {self.sampling.typical}: {rule}; leave it out')
         if isinstance(self.stop, str):
-            raise ConfigError(
-                f'stop {self.stop!r}: must be a tuple of strings; write ({self.stop!r},)'
-            )
+            raise ConfigError(f'stop {self.stop!r}: must be a tuple; write ({self.stop!r},)')
         if '' in self.stop:
             raise ConfigError("stop string '': must not be empty; leave it out")
 
 
 def bucket(size: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, ...: few shapes to compile.
-
-    At most a third is wasted, from 64 on a fifth.
-    """
+    """The next of 16, 24, 32, 48, 64, 80, 96, 112, ...: few shapes, and at most a third wasted."""
     power = 16
     while 2 * power < size:
         power *= 2
@@ -62,8 +55,8 @@ def bucket(size: int) -> int:
 
 
 FIRST_ROOM = 128
-"""Tokens of an answer for which a cache has room at first. Attention reads all slots in every
-forward, also those that are empty yet, so an answer that ends early should not find many."""
+"""Tokens of an answer for which a cache has room at first: attention reads all slots in every
+forward, the empty ones too, so an answer that ends early should not find many."""
 
 
 def cache_slots(width: int, steps: int, nodes: int) -> int:
@@ -74,11 +67,7 @@ def cache_slots(width: int, steps: int, nodes: int) -> int:
 def encode_each(
     model: Model, prompts: Sequence[str | Sequence[int]], name: str = 'prompts'
 ) -> list[list[int]]:
-    """Token ids of several texts; a single one is refused, which is a sequence of characters.
-
-    Raises:
-      ConfigError: see `encode`.
-    """
+    """Token ids of several texts; raises ConfigError like `encode`, and for a single text."""
     if isinstance(prompts, str):
         raise ConfigError(f'{name} {prompts[:40]!r}: must be a list of texts; write [{name}]')
     encoded = []
@@ -93,9 +82,8 @@ def encode_each(
 def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt; a list of ids is only checked.
 
-    Raises:
-      ConfigError: text without a tokenizer or that is not Unicode, no token at all, or an id that
-        is not a whole number of the vocabulary.
+    Raises ConfigError for text without a tokenizer or that is not Unicode, no token at all, or an
+    id that is not a whole number of the vocabulary.
     """
     if not isinstance(prompt, str):
         try:
@@ -111,21 +99,17 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     else:
         try:
             prompt.encode()
-        except UnicodeEncodeError as e:  # half of a character, or a byte that is not UTF-8
-            lone = prompt[e.start]
-            raise ConfigError(
-                f'prompt {prompt[:40]!r}: {lone!r} is not a character; pass UTF-8'
-            ) from None
+        except UnicodeEncodeError as e:
+            rule = f'{prompt[e.start]!r} is not a character; pass UTF-8'
+            raise ConfigError(f'prompt {prompt[:40]!r}: {rule}') from None
         ids = model.tokenizer(prompt)['input_ids']
         if not ids and model.config.bos_id is not None:
             ids = [model.config.bos_id]
     if not ids:
         raise ConfigError('empty prompt: decoding starts from at least one token; pass a BOS token')
     if bad := [i for i in ids if not 0 <= i < model.config.vocab_size]:
-        raise ConfigError(
-            f'token id {bad[0]}: outside the vocabulary 0..{model.config.vocab_size - 1}; '
-            'was the prompt made with another tokenizer?'
-        )
+        rule = f'outside the vocabulary 0..{model.config.vocab_size - 1}'
+        raise ConfigError(f'token id {bad[0]}: {rule}; was it made with another tokenizer?')
     return ids
 
 
@@ -134,21 +118,16 @@ def pad_prompts(
 ) -> Prompts:
     """A batch of `rows` prompts of `width` tokens; rows after the last prompt never run."""
     tokens_BP, length_B = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
-    max_tokens_B = np.zeros(rows, np.int32)
     for i, ids in enumerate(prompts):
-        tokens_BP[i, : len(ids)] = ids
-        length_B[i], max_tokens_B[i] = len(ids), max_tokens
+        tokens_BP[i, : len(ids)], length_B[i] = ids, len(ids)
+    max_tokens_B = np.where(np.arange(rows) < len(prompts), max_tokens, 0).astype(np.int32)
     if rows > len(prompts):
         keys = keys[np.minimum(np.arange(rows), len(prompts) - 1)]
     return Prompts(tokens_BP, length_B, max_tokens_B, keys)
 
 
 def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse what cannot be decoded, before any time is spent.
-
-    Raises:
-      ConfigError: stop strings without a tokenizer, or prompt and answer exceed the positions.
-    """
+    """Raise ConfigError for stop strings without a tokenizer, or too long a prompt and answer."""
     if request.stop and model.tokenizer is None:
         raise ConfigError(f'{model.source} has no tokenizer; stop strings need one')
     limit = model.config.max_positions

@@ -39,7 +39,7 @@ class Trajectory:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What is known of one finished prompt; see `DecodeResult`."""
+    """One prompt's share of a `DecodeResult`."""
 
     text: str | None
     tokens: list[int]
@@ -68,13 +68,10 @@ class DecodeResult:
 
     @classmethod
     def of(cls, answers: Sequence[Answer]) -> 'DecodeResult':
-        """The answers to several prompts, which have trajectories if any has."""
-        texts, tokens, accepted, seconds = (
-            [getattr(one, name) for one in answers]
-            for name in ('text', 'tokens', 'accepted', 'seconds')
-        )
-        traced = [one.trajectory for one in answers]
-        return cls(texts, tokens, accepted, seconds, None if None in traced else traced)
+        """The answers to several prompts, with trajectories if all have one."""
+        names = [field.name for field in dataclasses.fields(Answer)]
+        *columns, traced = ([getattr(one, name) for one in answers] for name in names)
+        return cls(*columns, None if None in traced else traced)
 
     @property
     def forwards(self) -> list[int]:
@@ -82,5 +79,4 @@ class DecodeResult:
 
     @property
     def tokens_per_forward(self) -> list[float]:
-        pairs = zip(self.tokens, self.forwards, strict=True)
-        return [len(tokens) / forwards for tokens, forwards in pairs]
+        return [len(t) / len(a) for t, a in zip(self.tokens, self.accepted, strict=True)]

@@ -55,25 +55,17 @@ class DecodeState:
 @partial(jax.jit, static_argnames='slots')
 def grow(state: DecodeState, slots: int) -> DecodeState:
     """The same state with a cache of `slots` slots."""
-    more = slots - state.cache.slots
-    return state.replace(
-        cache=jax.tree.map(lambda x_RSH: jnp.pad(x_RSH, ((0, 0), (0, more), (0, 0))), state.cache)
-    )
+    room = ((0, 0), (0, slots - state.cache.slots), (0, 0))
+    return state.replace(cache=jax.tree.map(lambda x_RSH: jnp.pad(x_RSH, room), state.cache))
 
 
 def part_of(state: DecodeState, rows_R: jax.Array) -> DecodeState:
     """A batch of these rows alone."""
 
     def take(x):
-        if isinstance(x, Cache):
-            return jax.tree.map(take_heads, x)
-        return x[rows_R] if x.ndim else x
+        return _by_head(x, state.rows)[:, rows_R].reshape(-1, *x.shape[1:]) if x.ndim else x
 
-    def take_heads(x_RSH):  # one row per head and prompt, heads first
-        x_KBSH = x_RSH.reshape(-1, state.rows, *x_RSH.shape[1:])
-        return x_KBSH[:, rows_R].reshape(-1, *x_RSH.shape[1:])
-
-    return jax.tree.map(take, state, is_leaf=lambda x: isinstance(x, Cache))
+    return jax.tree.map(take, state)
 
 
 @partial(jax.jit, donate_argnames='state')
@@ -85,14 +77,15 @@ def replace_rows(state: DecodeState, rows_R: jax.Array, fresh: DecodeState) -> D
     """
 
     def place(old, new):
-        if isinstance(old, Cache):
-            return jax.tree.map(place_heads, old, new)
-        return old.at[rows_R].set(new, mode='drop') if old.ndim else old
+        if old.ndim == 0:
+            return old
+        there = (slice(None), rows_R, *(slice(size) for size in new.shape[1:]))
+        new_KBX = _by_head(new, len(rows_R))
+        return _by_head(old, state.rows).at[there].set(new_KBX, mode='drop').reshape(old.shape)
 
-    def place_heads(old_RSH, new_RSH):
-        old_KBSH = old_RSH.reshape(-1, state.rows, *old_RSH.shape[1:])
-        new_KBSH = new_RSH.reshape(-1, len(rows_R), *new_RSH.shape[1:])
-        kept_KBSH = old_KBSH.at[:, rows_R, : new_RSH.shape[1]].set(new_KBSH, mode='drop')
-        return kept_KBSH.reshape(old_RSH.shape)
+    return jax.tree.map(place, state, fresh)
 
-    return jax.tree.map(place, state, fresh, is_leaf=lambda x: isinstance(x, Cache))
+
+def _by_head(x: jax.Array, rows: int) -> jax.Array:
+    """`[K, B, ...]`: a cache has a row per head and prompt, heads first; others one per prompt."""
+    return x.reshape(-1, rows, *x.shape[1:])

@@ -12,11 +12,9 @@ from cllm_jax.hf.load import Model
 def stream(model: Model, request: Request, prompt: str | Sequence[int]) -> Iterator[str]:
     """Yield the answer's text in pieces that are never taken back.
 
-    A piece is held while its bytes are an incomplete character, or while it could be the
-    beginning of a stop string. The pieces joined are the text `decode_all` returns.
-
-    Raises:
-      ConfigError: the model has no tokenizer, or the prompt cannot be decoded.
+    A piece is held while it is an incomplete character, or could be the beginning of a stop string.
+    The pieces joined are the text `decode_all` returns. Raises ConfigError for a model without a
+    tokenizer, or a prompt that cannot be decoded.
     """
     if model.tokenizer is None:
         raise ConfigError(f'{model.source} has no tokenizer; streaming text needs one')

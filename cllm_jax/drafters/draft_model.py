@@ -2,7 +2,7 @@
 
 The draft model writes a few tokens one by one, and the target verifies them in one forward. It
 chooses with the target's own noise (`decoding/sampling.py`), so at any temperature a draft is
-accepted as far as both models choose alike, and the answer stays the target's.
+accepted as far as both models choose alike.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from cllm_jax.decoding.tree import causal_mask
 from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.hf.load import Model, tokenizer_fingerprint
 from cllm_jax.model.cache import Cache
-from cllm_jax.model.llama import Llama
+from cllm_jax.model.llama import Llama, take_rows
 
 
 @struct.dataclass
@@ -39,15 +39,9 @@ class DraftModel(Drafter):
         return self.block
 
     def init(self, sequences: Sequences) -> Cache:
-        batch, slots = sequences.tokens_BS.shape
-        cache = self.model.new_cache(batch, slots)
-        prompt_BP = sequences.tokens_BS[:, : sequences.prompt_width]
-        slots_P = jnp.arange(sequences.prompt_width, dtype=jnp.int32)
-        positions_BP = jnp.broadcast_to(slots_P[None], prompt_BP.shape)
-        mask_BPP = causal_mask(positions_BP, sequences.prompt_width)
-        start_B = jnp.zeros(batch, jnp.int32)
-        arguments = (prompt_BP, positions_BP, mask_BPP, cache, start_B)
-        return self.model.apply({'params': self.params}, *arguments)[1]
+        (batch, slots), width = sequences.tokens_BS.shape, sequences.prompt_width
+        prompt_BP, start_B = sequences.tokens_BS[:, :width], jnp.zeros(batch, jnp.int32)
+        return self._forward(prompt_BP, start_B, self.model.new_cache(batch, slots), width)[1]
 
     def draft(self, cache: Cache, sequences: Sequences, sampling) -> tuple[Draft, Cache]:
         length_B = sequences.length_B
@@ -57,14 +51,13 @@ class DraftModel(Drafter):
         # Of a draft that was accepted as a whole the last token has not been seen yet: begin there.
         start_B = jnp.maximum(length_B - 1, 0)
         last_B2 = windows(sequences.tokens_BS, start_B, 2)
-        hidden_BND, cache = self._forward(last_B2, start_B, cache)
-        at_B11 = (length_B - start_B)[:, None, None]
+        hidden_BND, cache = self._forward(last_B2, start_B, cache, cache.slots)
         choose_next = partial(self._choose, sequences, sampling)
-        token_B1 = choose_next(jnp.take_along_axis(hidden_BND, at_B11, axis=1), length_B)
+        token_B1 = choose_next(take_rows(hidden_BND, (length_B - start_B)[:, None]), length_B)
 
         def step(carry, ahead):
             token_B1, cache = carry
-            hidden_B1D, cache = self._forward(token_B1, length_B + ahead, cache)
+            hidden_B1D, cache = self._forward(token_B1, length_B + ahead, cache, cache.slots)
             return (choose_next(hidden_B1D, length_B + ahead), cache), token_B1
 
         ahead = jnp.arange(1, self.block - 1, dtype=jnp.int32)
@@ -72,13 +65,11 @@ class DraftModel(Drafter):
         tokens_BN = jnp.concatenate([pending_BN, first[:, :, 0].T, token_B1], axis=1)
         return Draft.chain(tokens_BN), cache
 
-    def _forward(self, tokens_BT, start_B, cache):
-        steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-        positions_BT = start_B[:, None] + steps_T[None]
-        mask_BTS = causal_mask(positions_BT, cache.slots)
-        return self.model.apply(
-            {'params': self.params}, tokens_BT, positions_BT, mask_BTS, cache, start_B
-        )
+    def _forward(self, tokens_BT, start_B, cache, slots):
+        steps_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        positions_BT = start_B[:, None] + steps_1T
+        rows = (tokens_BT, positions_BT, causal_mask(positions_BT, slots), cache, start_B)
+        return self.model.apply({'params': self.params}, *rows)
 
     def _choose(self, sequences, sampling, hidden_B1D, length_B):
         logits_B1V = self.model.apply({'params': self.params}, hidden_B1D, method='logits')
@@ -86,19 +77,13 @@ class DraftModel(Drafter):
 
 
 def draft_model(target: Model, small: Model, block: int = 5) -> DraftModel:
-    """`small` as the draft model of `target`.
-
-    Raises:
-      ConfigError: they do not share a vocabulary.
-    """
-    if small.config.vocab_size != target.config.vocab_size:
-        raise ConfigError(
-            f'{small.source} has {small.config.vocab_size} tokens, {target.source} '
-            f'{target.config.vocab_size}: a draft model shares the vocabulary of its target'
-        )
+    """`small` as the draft model of `target`; raises ConfigError if they share no vocabulary."""
+    sizes = [model.config.vocab_size for model in (small, target)]
+    if sizes[0] != sizes[1]:
+        both = f'{small.source} has {sizes[0]} tokens, {target.source} {sizes[1]}'
+        raise ConfigError(f'{both}: a draft model shares the vocabulary of its target')
     both = [model.tokenizer for model in (small, target) if model.tokenizer is not None]
     if len(both) == 2 and len(set(map(tokenizer_fingerprint, both))) == 2:
-        raise ConfigError(
-            f'{small.source} has another tokenizer than {target.source}; a draft model shares it'
-        )
+        other = f'{small.source} has another tokenizer than {target.source}'
+        raise ConfigError(f'{other}; a draft model shares it')
     return DraftModel(small.module, small.params, block)

@@ -13,13 +13,14 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, Drafter, Sequences, Verdict, put, setting, windows
+from cllm_jax.decoding.tree import chains
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.errors import ConfigError
+from cllm_jax.model.llama import take_rows
 
 MAX_BLOCK = 1024
 GUESSES = 2**32 - 1
 """Folded into a row's key for its guesses; sampling noise folds in positions, which are smaller."""
-
 CHAIN = 8
 """Most tokens of a chain that is verified together with the window."""
 
@@ -47,9 +48,8 @@ class Jacobi(Drafter):
     the newest gives a chain, what the model had said there after its first mention of the pending
     token, and all are verified in the same forward as the window.
 
-    `lookup` tries one more chain, of what followed the last time in the prompt or the answer
-    (prompt lookup): a model guesses that something will be quoted sooner than which of its tokens
-    comes at which place.
+    `lookup` tries one more chain, what followed the last time in the prompt or the answer: a model
+    guesses that something will be quoted sooner than which of its tokens comes at which place.
     """
 
     block: int = setting(16)
@@ -64,10 +64,8 @@ class Jacobi(Drafter):
         if self.mode not in ('sliding', 'block'):
             raise ConfigError(f"mode {self.mode!r}: must be 'sliding' or 'block'")
         if self.recycle < 0 or (self.recycle and self.block == 1):
-            raise ConfigError(
-                f'recycle {self.recycle} with block {self.block}: must be 0 or more chains, '
-                'and there are guesses to recycle only with a block of at least 2'
-            )
+            rule = 'must be 0 or more chains, and there are guesses to recycle from block 2 on'
+            raise ConfigError(f'recycle {self.recycle} with block {self.block}: {rule}')
         if self.lookup and self.block == 1:
             raise ConfigError('lookup with block 1: it needs a block of at least 2')
 
@@ -96,38 +94,30 @@ class Jacobi(Drafter):
         inside_BN = self._inside(sequences, 0)
         if not self._chains:
             return Draft(tokens_BN, inside_BN), state
-        rows, length, chains = len(tokens_BN), self._length, []
+        rows, length, found = len(tokens_BN), self._length, []
         if self.recycle:
-            chains.append(_after(state.said_BGn[:, 1:], pending_B1, length))
+            found.append(_after(state.said_BGn[:, 1:], pending_B1, length))
         if self.lookup:
             quote, _ = PromptLookup(length + 1).draft((), sequences, sampling)
-            chains.append(jnp.where(quote.valid_BN, quote.tokens_BN, -1)[:, None, 1:])
-        chain_BGL = jnp.concatenate(chains, axis=1)
+            found.append(jnp.where(quote.valid_BN, quote.tokens_BN, -1)[:, None, 1:])
+        chain_BGL = jnp.concatenate(found, axis=1)
         valid_BGL = (chain_BGL >= 0) & inside_BN[:, None, 1 : length + 1]
         tokens_BN = jnp.concatenate([tokens_BN, jnp.maximum(chain_BGL, 0).reshape(rows, -1)], 1)
         valid_BN = jnp.concatenate([inside_BN, valid_BGL.reshape(rows, -1)], axis=1)
-        return Draft.tree(tokens_BN, valid_BN, self._parents(), self.block - 1), state
+        after = chains(0, [-1], self.block), chains(self.block, [0] * self._chains, length)
+        return Draft.tree(tokens_BN, valid_BN, np.concatenate(after)), state
 
     def update(self, state, draft, verdict, sequences, sampling):
         said, y_Bn = state.said_BGn, verdict.y_BN
         if self._chains:
-            y_Bn = jnp.take_along_axis(y_Bn, self._branch(verdict), axis=1)
+            y_Bn = take_rows(y_Bn, self._branch(verdict))
         if self.recycle:
             said = jnp.concatenate([y_Bn[:, None], said[:, :-1]], axis=1)
         guess_BS = put(state.guess_BS, sequences.length_B + 1, y_Bn, self._inside(sequences, 1))
         return Guesses(guess_BS, said)
 
-    def _parents(self) -> np.ndarray:
-        """The window is a chain, and each of the others is one from node 0."""
-        chains = np.arange(self.nodes - self.block).reshape(self._chains, -1) + self.block - 1
-        chains[:, 0] = 0
-        return np.concatenate([np.arange(self.block) - 1, chains.ravel()]).astype(np.int32)
-
     def _branch(self, verdict: Verdict) -> jax.Array:
-        """The node whose choice is the new guess at each of the n places, int32 `[B, n]`.
-
-        Those of the accepted chain, and of the window where that chain ends.
-        """
+        """The nodes whose choices are the new guesses: the accepted chain's, then the window's."""
         steps_1n = jnp.arange(self.block, dtype=jnp.int32)[None]
         first_B1 = verdict.path_BP[:, 1:2]
         taken_B1 = (verdict.count_B[:, None] > 1) & (first_B1 >= self.block)
@@ -157,8 +147,8 @@ def _after(said_BGn: jax.Array, token_B1: jax.Array, length: int) -> jax.Array:
 def initial_guesses(sequences: Sequences) -> jax.Array:
     """A random token of the row's prompt for every slot, int32 `[B, S]`.
 
-    A guess is a function of the row's key, its prompt and the position alone: neither the other
-    rows of the batch nor its padding change how many forwards an answer takes.
+    A guess is a function of the row's key, its prompt and the position alone: neither other rows
+    nor padding change how many forwards an answer takes.
     """
     slots_S = jnp.arange(sequences.tokens_BS.shape[1], dtype=jnp.int32)
 

@@ -14,16 +14,8 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, setting
-from cllm_jax.drafters.trained import (
-    AnswerBatch,
-    HeadsConfig,
-    LastHidden,
-    TargetTables,
-    TrainedDrafter,
-    perturbed,
-)
+from cllm_jax.drafters.trained import AnswerBatch, TargetTables, TrainedDrafter, perturbed
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.hf.load import Model
 from cllm_jax.model.precision import product
 
 RANKS = 8
@@ -79,41 +71,31 @@ class Medusa(TrainedDrafter):
         for path in self.choices:
             good = path[:-1] in known and 1 <= len(path) <= self.heads
             if not good or not all(0 <= r < RANKS for r in path):
-                raise ConfigError(
-                    f'choices: {path} is not a node of a tree with {self.heads} heads and '
-                    f'{RANKS} ranks; every path begins with another one'
-                )
+                tree = f'a tree with {self.heads} heads and {RANKS} ranks, or without its parent'
+                raise ConfigError(f'choices: {path} is not a node of {tree}; correct it')
         if len(known) != len(self.choices) + 1:
             raise ConfigError('choices: a path appears twice; leave one of them out')
 
     @classmethod
-    def of_size(cls, sizes: HeadsConfig, model: Model) -> 'Medusa':
+    def of_size(cls, sizes, model):
         return cls(sizes.ahead, tree_of(usual(sizes.ahead), sizes.nodes - 1), sizes.own_table)
 
     @property
     def nodes(self) -> int:
         return 1 + len(self.choices)
 
-    def init(self, sequences) -> LastHidden:
-        return LastHidden.unknown(self.tables, sequences)
-
-    def draft(self, state: LastHidden, sequences, sampling):
-        pending_B1 = sequences.window(1)
+    def draft(self, state, sequences, sampling):
         logits_BKV = self.logits(state.hidden_BD[:, None])[:, 0]
         ahead_K = jnp.arange(1, self.heads + 1, dtype=jnp.int32)
         logits_BKV = perturbed(logits_BKV, sequences, ahead_K, sampling)
         _, best_BKR = jax.lax.top_k(logits_BKV, 1 + max(path[-1] for path in self.choices))
         order = sorted(self.choices, key=lambda path: (len(path), path))
         number = {path: i for i, path in enumerate(((), *order))}
-        parent_N = np.array([-1, *(number[path[:-1]] for path in order)], np.int32)
-        heads = np.array([len(path) - 1 for path in order], np.int32)
-        ranks = np.array([path[-1] for path in order], np.int32)
-        tokens_BN = jnp.concatenate([pending_B1, best_BKR[:, heads, ranks]], axis=1)
-        depth = max(map(len, order))
-        return Draft.tree(tokens_BN, state.known_B[:, None], parent_N, depth), state
-
-    def update(self, state, draft, verdict, sequences, sampling):
-        return state.after(verdict)
+        nodes = [(number[path[:-1]], len(path) - 1, path[-1]) for path in order]
+        parents, heads, ranks = np.array(nodes, np.int32).T
+        tokens_BN = jnp.concatenate([sequences.window(1), best_BKR[:, heads, ranks]], axis=1)
+        parent_N = np.concatenate([np.int32([-1]), parents])
+        return Draft.tree(tokens_BN, state.known_B[:, None], parent_N), state
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """What each head says after each hidden state, float32 `[B, T, K, V]`.
@@ -127,7 +109,7 @@ class Medusa(TrainedDrafter):
             return product('btkd,kvd->btkv', z_BTKD, own['out'])
         return product('btkd,vd->btkv', z_BTKD, self.tables.head_VD.astype(jnp.float32))
 
-    def new_weights(self, key: jax.Array, tables: TargetTables) -> dict:
+    def new_weights(self, key, tables):
         """Heads that begin by saying what the target says about the next token (`mix` is 0)."""
         width = tables.embed_VD.shape[1]
         own = {'mix': jnp.zeros((self.heads, width, width)), 'bias': jnp.zeros((self.heads, width))}
@@ -136,7 +118,7 @@ class Medusa(TrainedDrafter):
             own['out'] = jnp.broadcast_to(table[None], (self.heads, *table.shape))
         return own
 
-    def loss(self, answers: AnswerBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, answers):
         """`sum_k 0.8^k CE(head k, the token k places after the label)`, each CE a token mean."""
         logits_BAKV = self.logits(answers.hidden_BAD)
         loss, metrics = jnp.float32(0), {}
@@ -145,7 +127,7 @@ class Medusa(TrainedDrafter):
             loss = loss + DECAY**k * ce
         return loss, metrics
 
-    def calibrated(self, answers: AnswerBatch) -> 'Medusa':
+    def calibrated(self, answers):
         """The same heads with the tree of as many nodes that some answers ask for."""
         right_KR = jax.device_get(_shares_right(self, answers))
         return self.replace(choices=tree_of(right_KR, len(self.choices)))

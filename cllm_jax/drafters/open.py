@@ -20,9 +20,7 @@ def open_drafter(
 ) -> Drafter:
     """The drafter that `config` names.
 
-    Raises:
-      ConfigError: there is none, or it does not fit the model.
-      DataError: its files are damaged.
+    Raises ConfigError if there is none or it does not fit the model, DataError for damaged files.
     """
     config.check_drafter()
     name, _, directory = config.drafter.partition(':')

@@ -1,9 +1,8 @@
 """Prompt lookup (github.com/apoorvumang/prompt-lookup-decoding): what followed the last time.
 
 The last few committed tokens are searched for in the prompt and the answer so far, and what came
-after them there is proposed again. Nothing is trained and no model is asked. With reference
-documents (LLMA, arXiv 2304.04487) they are searched too: an answer that quotes them, such as an
-edited or retrieved text, is copied many tokens at a time.
+after them there is proposed again. Nothing is trained. Reference documents are searched too (LLMA,
+arXiv 2304.04487): what an answer quotes of them is copied many tokens at a time.
 """
 
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from cllm_jax.decoding.drafter import Draft, Drafter, setting
 from cllm_jax.decoding.request import bucket, encode_each
 from cllm_jax.errors import at_least
 from cllm_jax.hf.load import Model
+from cllm_jax.model.llama import take_rows
 
 BETWEEN = -1
 """What stands between two references; no token equals it."""
@@ -48,9 +48,8 @@ class PromptLookup(Drafter):
     def init(self, sequences):
         if self.references is None:
             return ()
-        return jnp.broadcast_to(
-            self.references, (len(sequences.tokens_BS), self.references.shape[-1])
-        )
+        shape = (len(sequences.tokens_BS), self.references.shape[-1])
+        return jnp.broadcast_to(self.references, shape)
 
     def draft(self, state, sequences, sampling):
         tokens_BS, length_B1 = sequences.tokens_BS, sequences.length_B[:, None]
@@ -61,7 +60,7 @@ class PromptLookup(Drafter):
         same_BS = slots_1S < length_B1
         matched_BS = jnp.zeros_like(tokens_BS)
         for back in range(self.ngram):
-            last_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(length_B1 - back, 0), axis=1)
+            last_B1 = take_rows(tokens_BS, jnp.maximum(length_B1 - back, 0))
             same_BS &= (jnp.roll(tokens_BS, back, axis=1) == last_B1) & (slots_1S >= back)
             matched_BS += same_BS.astype(jnp.int32)
         rank_BS = jnp.where(matched_BS > 0, matched_BS * tokens_BS.shape[1] + slots_1S, -1)
@@ -70,7 +69,7 @@ class PromptLookup(Drafter):
 
         steps_1N = jnp.arange(self.block - 1, dtype=jnp.int32)[None]
         period_B1 = jnp.maximum(length_B1 - start_B1, 1)
-        guess_BN = jnp.take_along_axis(tokens_BS, start_B1 + 1 + steps_1N % period_B1, axis=1)
+        guess_BN = take_rows(tokens_BS, start_B1 + 1 + steps_1N % period_B1)
         tokens_BN = jnp.concatenate([sequences.window(1), guess_BN], axis=1)
         return Draft(jnp.maximum(tokens_BN, 0), found_B1 & (tokens_BN >= 0)), state
 
@@ -80,8 +79,7 @@ def with_references(
 ) -> PromptLookup:
     """Prompt lookup in texts (or token ids) too, the same for every prompt of a call.
 
-    Raises:
-      ConfigError: a reference that is empty or has no tokens of this model.
+    Raises ConfigError for a reference that is empty or not made of tokens of this model.
     """
     encoded = encode_each(model, references, 'references')
     ids = [i for text in encoded for i in (*text, BETWEEN)][:-1]

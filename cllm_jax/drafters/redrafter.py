@@ -2,8 +2,8 @@
 
 The head is one recurrent cell on the embeddings of the tokens drafted so far, together with the
 target's last hidden state, which stays the same. Its beams share prefixes; packed into a tree each
-prefix is verified once. Acceptance is the loop's, so that greedy and sampled answers are exact; the
-paper's own rule for sampling is biased, since beams are not samples.
+prefix is verified once. Acceptance is the loop's; the paper's own rule for sampling is biased,
+since beams are not samples.
 """
 
 from typing import Any
@@ -13,17 +13,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, setting
-from cllm_jax.drafters.trained import (
-    AnswerBatch,
-    HeadsConfig,
-    LastHidden,
-    TargetTables,
-    TrainedDrafter,
-    normal,
-    perturbed,
-)
+from cllm_jax.drafters.trained import TargetTables, TrainedDrafter, normal, perturbed
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.hf.load import Model
+from cllm_jax.model.llama import take_rows
 from cllm_jax.model.precision import linear, product
 
 NEVER = -5e4
@@ -80,23 +72,19 @@ class ReDrafter(TrainedDrafter):
 
     def __post_init__(self):
         at_least(self, beams=1, length=2, layers=0)
-        if not self.length <= self.capacity:
-            raise ConfigError(
-                f'capacity {self.capacity}: the tree must hold one beam of {self.length} tokens'
-            )
+        if self.capacity < self.length:
+            rule = f'the tree must hold one beam of {self.length} tokens'
+            raise ConfigError(f'capacity {self.capacity}: {rule}')
 
     @classmethod
-    def of_size(cls, sizes: HeadsConfig, model: Model) -> 'ReDrafter':
+    def of_size(cls, sizes, model):
         return cls(sizes.beams, sizes.ahead + 1, sizes.nodes, sizes.layers, sizes.own_table)
 
     @property
     def nodes(self) -> int:
         return min(self.capacity, 1 + self.beams * (self.length - 1))
 
-    def init(self, sequences) -> LastHidden:
-        return LastHidden.unknown(self.tables, sequences)
-
-    def draft(self, state: LastHidden, sequences, sampling):
+    def draft(self, state, sequences, sampling):
         beams_BMC = self.search(state.hidden_BD, sequences, sampling)
         tokens_BN, parent_BN, live_BN, _ = pack(beams_BMC, self.nodes)
         valid_BN = live_BN & state.known_B[:, None]
@@ -105,14 +93,11 @@ class ReDrafter(TrainedDrafter):
         parent_BN = jnp.where((parent_BN < 0) & (here_1N > 0), 0, parent_BN)
         return Draft(tokens_BN, valid_BN, parent_BN, self.length - 1), state
 
-    def update(self, state, draft, verdict, sequences, sampling):
-        return state.after(verdict)
-
     def search(self, hidden_BD: jax.Array, sequences, sampling) -> jax.Array:
         """Beam search: the pending token and what may follow, int32 `[B, M, C]`, best first."""
         batch, beams = len(hidden_BD), self.beams
-        pending_B1 = sequences.window(1)
-        beams_BMC = jnp.broadcast_to(pending_B1[:, :, None], (batch, beams, self.length))
+        pending_B11 = sequences.window(1)[:, :, None]
+        beams_BMC = jnp.broadcast_to(pending_B11, (batch, beams, self.length))
         context_BMD = jnp.broadcast_to(hidden_BD[:, None], (batch, beams, hidden_BD.shape[1]))
         only_1M = jnp.where(jnp.arange(beams)[None] == 0, 0.0, NEVER)
 
@@ -120,17 +105,14 @@ class ReDrafter(TrainedDrafter):
             beams_BMC, state_BMD, score_BM = carry
             last_BM = jax.lax.dynamic_index_in_dim(beams_BMC, ahead - 1, 2, keepdims=False)
             state_BMD = self.cell(last_BM, state_BMD)
-            logits_BMV = self.logits(context_BMD, state_BMD)
-            ahead_M = jnp.broadcast_to(ahead[None], (beams,))
+            ahead_M, logits_BMV = jnp.full(beams, ahead), self.logits(context_BMD, state_BMD)
             logits_BMV = perturbed(logits_BMV, sequences, ahead_M, sampling)
             score_BMV = jax.nn.log_softmax(logits_BMV, axis=-1) + score_BM[:, :, None]
             # The best M over all are among the best M of each beam.
             top_BMM, token_BMM = jax.lax.top_k(score_BMV, beams)
             score_BM, best_BM = jax.lax.top_k(top_BMM.reshape(batch, -1), beams)
-            token_BM = jnp.take_along_axis(token_BMM.reshape(batch, -1), best_BM, axis=1)
-            from_BM1 = (best_BM // beams)[:, :, None]
-            beams_BMC = jnp.take_along_axis(beams_BMC, from_BM1, axis=1)
-            state_BMD = jnp.take_along_axis(state_BMD, from_BM1, axis=1)
+            token_BM = take_rows(token_BMM.reshape(batch, -1), best_BM)
+            beams_BMC, state_BMD = (take_rows(x, best_BM // beams) for x in (beams_BMC, state_BMD))
             beams_BMC = jax.lax.dynamic_update_index_in_dim(beams_BMC, token_BM, ahead, 2)
             return (beams_BMC, state_BMD, score_BM), None
 
@@ -158,7 +140,7 @@ class ReDrafter(TrainedDrafter):
         head_VD = self.tables.head_VD.astype(jnp.float32)
         return product('bxd,vd->bxv', linear(x_BXE, own['project']), head_VD)
 
-    def new_weights(self, key: jax.Array, tables: TargetTables) -> dict:
+    def new_weights(self, key, tables):
         """Random weights."""
         (vocab, width), keys = tables.embed_VD.shape, iter(jax.random.split(key, self.layers + 3))
         own = {name: normal(next(keys), (width, width), width) for name in 'wu'}
@@ -170,7 +152,7 @@ class ReDrafter(TrainedDrafter):
             return own | {'out': normal(next(keys), (vocab, 2 * width), 2 * width)}
         return own | {'project': normal(next(keys), (2 * width, width), 2 * width)}
 
-    def loss(self, answers: AnswerBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, answers):
         """The sum of the mean cross-entropies of `length - 1` steps."""
         hidden_BAD, read_BA = answers.hidden_BAD, answers.labels_BA
         state_BAD, loss, metrics = jnp.zeros_like(hidden_BAD), jnp.float32(0), {}

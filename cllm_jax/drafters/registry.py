@@ -40,8 +40,7 @@ TRAINED: dict[str, type[TrainedDrafter]] = {
 def register(name: str, drafter: type[Drafter]) -> None:
     """Add a drafter of another package, under the name by which `DrafterConfig` asks for it.
 
-    Raises:
-      ConfigError: a trained one has another `kind`.
+    Raises ConfigError for a trained one of another `kind`.
     """
     if issubclass(drafter, TrainedDrafter):
         if drafter.kind != name:
@@ -72,32 +71,25 @@ class DrafterConfig:
     """Also try what followed the last time in the prompt or answer, in the same forward."""
 
     @property
-    def drafter_name(self) -> str:
-        return self.drafter.partition(':')[0]
-
-    @property
     def drafter_title(self) -> str:
         """What tables call it."""
-        return DRAFTERS[self.drafter_name].title
+        return DRAFTERS[self.drafter.partition(':')[0]].title
 
     def check_drafter(self) -> None:
         """Raise ConfigError unless there is such a drafter, with a directory where it needs one."""
         name, colon, directory = self.drafter.partition(':')
+        given = f'with drafter {self.drafter!r}'
         if self.reference and name != 'lookup':
-            raise ConfigError(
-                f'reference with drafter {self.drafter!r}: only lookup reads references'
-            )
+            raise ConfigError(f'reference {given}: only lookup reads references')
         if name not in DRAFTERS:
             raise ConfigError(f'drafter: {no_such("drafter", name, DRAFTERS)}')
-        chains = self.recycle or self.lookup
-        if self.branches and (name != 'jacobi' or self.mode != 'sliding' or chains):
-            raise ConfigError(
-                f'branches {self.branches}: only Jacobi with a sliding window has branches, and '
-                'neither recycling nor lookup with them; leave one of them out'
-            )
         options = {'lookup': self.lookup, 'recycle': self.recycle, 'mode': self.mode != 'sliding'}
-        if name != 'jacobi' and (used := [option for option, is_on in options.items() if is_on]):
-            raise ConfigError(f'{used[0]} with drafter {self.drafter!r}: it is an option of jacobi')
+        used = [option for option, is_on in options.items() if is_on]
+        if self.branches and (name != 'jacobi' or used):
+            rule = 'only Jacobi with a sliding window and neither recycling nor lookup has branches'
+            raise ConfigError(f'branches {self.branches}: {rule}; leave one of them out')
+        if name != 'jacobi' and used:
+            raise ConfigError(f'{used[0]} {given}: it is an option of jacobi')
         Jacobi(self.block)  # checks it
         needs_nothing = name not in TRAINED and name != 'model'
         wrong = directory if needs_nothing else name == 'model' and not directory

@@ -1,8 +1,8 @@
 """SPACE (arXiv 2402.11809): mask tokens guess what comes next, in the forward that verifies.
 
 The model itself is fine-tuned to read a row of mask tokens as "what comes after this?". Every
-forward verifies the guesses so far, with a group of masks after each: whichever guess turns out to
-be the last right one, the masks after it have already drafted what follows.
+forward verifies the guesses so far, with masks after each: whichever guess turns out to be the last
+right one, the masks after it have already drafted what follows.
 """
 
 from typing import ClassVar
@@ -13,9 +13,10 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, setting
-from cllm_jax.drafters.trained import HeadsConfig, TrainedDrafter, last_of
+from cllm_jax.decoding.tree import chains
+from cllm_jax.drafters.trained import TrainedDrafter, last_of
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.hf.load import Model
+from cllm_jax.model.llama import take_rows
 
 
 @struct.dataclass
@@ -43,18 +44,12 @@ class Space(TrainedDrafter):
             raise ConfigError(f'mask_id {self.mask_id}: must be a token id')
 
     @classmethod
-    def of_size(cls, sizes: HeadsConfig, model: Model) -> 'Space':
-        """See `TrainedDrafter`; the mask is the padding token, else BOS.
-
-        Raises:
-          ConfigError: the model has neither.
-        """
+    def of_size(cls, sizes, model):
+        """The mask is the padding token, else BOS; raises ConfigError if there is neither."""
         mask = model.config.pad_id if model.config.pad_id is not None else model.config.bos_id
         if mask is None:
-            raise ConfigError(
-                f'{model.source}: neither pad_token_id nor bos_token_id, one of which would be the '
-                'mask of SPACE; set pad_token_id in its config.json'
-            )
+            rule = 'neither pad_token_id nor bos_token_id, one of which would be the mask of SPACE'
+            raise ConfigError(f'{model.source}: {rule}; set pad_token_id in its config.json')
         return cls(mask, sizes.ahead)
 
     @property
@@ -74,23 +69,15 @@ class Space(TrainedDrafter):
 
     def draft(self, state, sequences, sampling):
         chain_BN = jnp.concatenate([sequences.window(1), state.guess_BM], axis=1)
-        rows, others = len(chain_BN), self.nodes - self.masks - 1
-        masks_BN = jnp.full((rows, others), self.mask_id, jnp.int32)
-        tokens_BN = jnp.concatenate([chain_BN, masks_BN], axis=1)
-        here_1N = jnp.arange(self.nodes)[None]
-        valid_BN = state.known_B[:, None] & (here_1N <= self.masks)
-        return Draft.tree(tokens_BN, valid_BN, self._parents(), 2 * self.masks), state
+        rest = ((0, 0), (0, self.nodes - self.masks - 1))
+        tokens_BN = jnp.pad(chain_BN, rest, constant_values=self.mask_id)
+        valid_BN = state.known_B[:, None] & (jnp.arange(self.nodes)[None] <= self.masks)
+        chain = self.masks + 1
+        after = chains(0, [-1], chain), chains(chain, range(chain), self.masks)
+        return Draft.tree(tokens_BN, valid_BN, np.concatenate(after)), state
 
     def update(self, state, draft, verdict, sequences, sampling):
         # The first mask after the last accepted node stands where the new pending token is.
         first_B1 = self.masks + 1 + last_of(verdict) * self.masks
         at_BM = first_B1 + jnp.arange(self.masks, dtype=jnp.int32)[None]
-        guess_BM = jnp.take_along_axis(verdict.y_BN, at_BM, axis=1)
-        return Masked(guess_BM, jnp.ones_like(state.known_B))
-
-    def _parents(self) -> np.ndarray:
-        """A chain of guesses, and after each node of it a chain of masks."""
-        count = self.masks
-        groups = np.arange(self.nodes - count - 1).reshape(count + 1, count) + count
-        groups[:, 0] = np.arange(count + 1)
-        return np.concatenate([np.arange(count + 1) - 1, groups.ravel()]).astype(np.int32)
+        return Masked(take_rows(verdict.y_BN, at_BM), jnp.ones_like(state.known_B))

@@ -16,6 +16,7 @@ from cllm_jax.decoding.drafter import Drafter, Sequences, Verdict
 from cllm_jax.decoding.sampling import Sampling, gumbel
 from cllm_jax.errors import at_least
 from cllm_jax.hf.load import Model
+from cllm_jax.model.llama import take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +59,13 @@ def tables_of(params: Any) -> TargetTables:
 
 @struct.dataclass
 class AnswerBatch:
-    """What a drafter learns from: answers, and what the target computed on the way to them.
+    """What a drafter learns from: answers, and the target's float32 last hidden states.
 
     The rows are packed clean text (`training/packing.py`). Answer token a of a row is chosen after
     the hidden state at `rows_BA[a]`.
     """
 
     hidden_BTD: jax.Array
-    """float32 last hidden states."""
     tokens_BT: jax.Array
     positions_BT: jax.Array
     mask_BTT: jax.Array
@@ -78,7 +78,7 @@ class AnswerBatch:
     @property
     def hidden_BAD(self) -> jax.Array:
         """The hidden states after which answer tokens are chosen."""
-        return jnp.take_along_axis(self.hidden_BTD, self.rows_BA[:, :, None], axis=1)
+        return take_rows(self.hidden_BTD, self.rows_BA)
 
     def later(self, by: int) -> tuple[jax.Array, jax.Array]:
         """The labels `by` places later, and their weights: 0 where the answer ended earlier."""
@@ -87,8 +87,7 @@ class AnswerBatch:
         return jnp.pad(self.labels_BA[:, by:], pad), jnp.pad(self.weight_BA[:, by:], pad)
 
     def scored(self, logits_BAV: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-        """Mean cross-entropy of scores for the labels `by` places later, and the share of right
-        first guesses."""
+        """Mean cross-entropy for the labels `by` places later, and share of right first guesses."""
         (labels_BA, weight_BA), total = self.later(by), jnp.maximum(self.later_A[by], 1e-9)
         right_BA = (jnp.argmax(logits_BAV, axis=-1) == labels_BA).astype(jnp.float32)
         loss_BA = optax.softmax_cross_entropy_with_integer_labels(logits_BAV, labels_BA)
@@ -108,11 +107,7 @@ class TrainedDrafter(Drafter):
 
     @classmethod
     def of_size(cls, sizes: HeadsConfig, model: Model) -> Self:
-        """The drafter to train for a model, without weights.
-
-        Raises:
-          ConfigError: sizes that the method cannot have.
-        """
+        """The drafter to train for a model, without weights; ConfigError for impossible sizes."""
         raise NotImplementedError
 
     def check_model(self, model: Model, where: str) -> None:
@@ -125,6 +120,13 @@ class TrainedDrafter(Drafter):
     def with_weights(self, own: Any, params: Any) -> Self:
         """The same drafter with weights, for a model with these parameters."""
         return self.replace(own=own, tables=tables_of(params))
+
+    def init(self, sequences: Sequences) -> Any:
+        """By default what a head reads, the target's last hidden state (`LastHidden`)."""
+        return LastHidden.unknown(self.tables, sequences)
+
+    def update(self, state, draft, verdict, sequences, sampling):
+        return state.after(verdict)
 
     def loss(self, answers: AnswerBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of its weights, a float32 scalar, and metrics."""
@@ -151,15 +153,13 @@ class LastHidden:
 
     def after(self, verdict: Verdict) -> Self:
         """The state after a verification; that of a finished row is never used."""
-        at_B11 = last_of(verdict)[:, :, None]
-        hidden_BD = jnp.take_along_axis(verdict.hidden_BND, at_B11, axis=1)[:, 0]
+        hidden_BD = take_rows(verdict.hidden_BND, last_of(verdict))[:, 0]
         return LastHidden(hidden_BD.astype(jnp.float32), jnp.ones_like(self.known_B))
 
 
 def last_of(verdict: Verdict) -> jax.Array:
     """The node after which the new pending token was chosen, int32 `[B, 1]`."""
-    at_B1 = jnp.maximum(verdict.count_B - 1, 0)[:, None]
-    return jnp.take_along_axis(verdict.path_BP, at_B1, axis=1)
+    return take_rows(verdict.path_BP, jnp.maximum(verdict.count_B - 1, 0)[:, None])
 
 
 def perturbed(

@@ -19,6 +19,7 @@ from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.drafters.trained import TrainedDrafter
 from cllm_jax.errors import at_least, check_seed
+from cllm_jax.evaluation.settings import ComparisonConfig
 from cllm_jax.evaluation.speed import (
     Method,
     one_by_one,
@@ -28,8 +29,8 @@ from cllm_jax.evaluation.speed import (
     tokens_per_second,
 )
 from cllm_jax.evaluation.torch_generate import generate_speed
-from cllm_jax.hf.load import Model, Precision, load
-from cllm_jax.runs.stages import EMBEDDED_ROOT, STAGES, output_of
+from cllm_jax.hf.load import Model, load
+from cllm_jax.runs.stages import STAGES, output_of
 from cllm_jax.tasks.quality import share_right
 
 BATCH = 16
@@ -37,23 +38,15 @@ BATCH = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(ComparisonConfig):
     """Settings of a benchmark."""
 
-    root: str = EMBEDDED_ROOT
-    """Directory of the recipe's runs, runs/NAME of its file."""
-    model: str = ''
-    """The CLLM; default ROOT/export/cllm, or embedded if runs/embedded has no exports."""
-    target: str = ''
-    """The target; default ROOT/export/target, or embedded-target likewise."""
     random_weights: str = ''
     """A model directory or config file: measure forwards of that size, with random weights."""
     tasks: tuple[str, ...] = ('sql', 'arithmetic')
     """Datasets whose held-out prompts are decoded."""
     limit: int = 40
     """Prompts per task."""
-    seed: int = 0
-    """Which held-out prompts are drawn."""
     nodes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     """Tokens per forward whose cost is measured; one token is measured always."""
     batches: tuple[int, ...] = (1, 4, 16)
@@ -68,27 +61,19 @@ class BenchConfig:
     """Also prompt lookup, lookahead, recycling, and the drafters trained in ROOT."""
     draft_model: str = ''
     """A smaller model that drafts for the target; default ROOT/draft if that was trained."""
-    max_tokens: int = 128
-    """Longest answer."""
     repeats: int = 5
     """Times everything is measured after the first; the median counts."""
-    dtype: Precision = 'auto'
-    """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
     collected: int = 128
     """Prompts per task whose trajectories are collected, and trained on; 0 leaves this out."""
     torch: bool = True
-    """Time `transformers` generate beside it, if torch is installed."""
+    """Time `transformers` generate too, if torch is installed."""
     json: str = ''
     """Write all results to this file, again after every part."""
-    quick: bool = False
-    """A tiny version, to see that it works."""
 
     def __post_init__(self):
         at_least(self, limit=1, prompt=1, max_tokens=1, repeats=1, collected=0)
+        at_least(self, nodes=1, batches=1, blocks=1, **({'parts': 1} if self.parts else {}))
         check_seed(self)
-        at_least(self, nodes=1, batches=1, blocks=1)
-        if self.parts:
-            at_least(self, parts=1)
         for block in self.blocks:
             Jacobi(block)  # checks it
 
@@ -112,10 +97,8 @@ def methods_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, M
         f'{name}, prompt lookup': own.with_drafter(Jacobi(block, lookup=True)),
         f'{name}, lookahead': own.with_drafter(Lookahead(5, 4, 5, block)),
     }
-    small = settings.draft_model
-    if not small and Path(output_of('draft', settings.root), 'model').is_dir():
-        small = output_of('draft', settings.root)
-    if small:
+    trained = output_of('draft', settings.root)
+    if small := settings.draft_model or (Path(trained, 'model').is_dir() and trained):
         drafter = draft_model(target, load(small, settings.dtype))
         methods['target, draft model'] = plain.with_drafter(drafter)
     for run, stage in STAGES.items():
@@ -135,7 +118,7 @@ def compare_methods(
     settings: BenchConfig, source: Source, target: Model, cllm: Model, console: Console
 ) -> dict[str, Any]:
     """Every method on the held-out prompts of one task."""
-    prompts = [source[i].prompt for i in range(len(source))]
+    prompts = [row.prompt for row in source.rows]
     methods, results = methods_of(settings, target, cllm), {}
     for name, method in methods.items():
         with console.status(f'{source.name}: {name}'):

@@ -101,8 +101,8 @@ def _once(model: Model, request: Request, prompts: list[list[int]]) -> tuple[flo
 
 
 def weight_bytes(params: Any) -> int:
-    """Bytes of all parameters."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    """Bytes of all arrays of a tree, or of those that its shapes stand for."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def bandwidth(size: int, repeats: int = 7) -> float:

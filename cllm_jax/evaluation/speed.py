@@ -9,8 +9,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-
-from jax.sharding import Mesh
+from functools import partial
 
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import decode_batch
@@ -31,17 +30,18 @@ class Method:
         return Method(self.model, dataclasses.replace(self.request, drafter=drafter))
 
 
-def plain_methods(name: str, plain: Method, mesh: Mesh | None = None) -> dict[str, Method]:
+def plain_methods(name: str, plain: Method) -> dict[str, Method]:
     """Autoregressive decoding, in each precision in which it may be the fastest.
 
     A speed-up counts from the fastest (`Backend.float32_may_be_faster`).
 
     Args:
       name: of the method as it is; the other has the precision added.
-      plain: a model with `AutoRegressive()` as its drafter, on the devices of `mesh`.
+      plain: a model with `AutoRegressive()` as its drafter.
     """
     methods, model = {name: plain}, plain.model
     if model.module.compute is not None and model.backend.float32_may_be_faster:
+        mesh = getattr(model.params['norm'].sharding, 'mesh', None)  # None on a single device
         wide = load(model.source, 'float32', mesh)
         methods[f'{name}, float32'] = dataclasses.replace(plain, model=wide)
     return methods
@@ -60,9 +60,9 @@ def share_identical(a: DecodeResult, b: DecodeResult) -> float:
 
 def one_by_one(method: Method, prompts: Sequence[str | Sequence[int]]) -> DecodeResult:
     """Every prompt decoded alone, by the very calls that `tokens_per_second` times."""
-    parts = [_once(method, prompts, range(i, i + 1), 1)[0] for i in range(len(prompts))]
+    results = [_once(method, prompts, range(i, i + 1), 1)[0] for i in range(len(prompts))]
     columns = ('texts', 'tokens', 'accepted', 'seconds')
-    return DecodeResult(*([x for part in parts for x in getattr(part, c)] for c in columns))
+    return DecodeResult(*([x for result in results for x in getattr(result, c)] for c in columns))
 
 
 def tokens_per_second(
@@ -72,24 +72,40 @@ def tokens_per_second(
     progress: Callable[[int], None] = lambda prompts: None,
     batch: int = 1,
 ) -> dict[str, float]:
-    """End-to-end speed of each method: tokens over wall-clock, prefill included.
+    """The speed of each method, prefill included (`time_in_turn`); a call has `batch` prompts."""
 
-    Prompts are decoded `batch` at a time, in one call, `repeats` times by every method in turn; the
-    median of its times counts.
+    def decode(method: Method, rows: range) -> tuple[int, float]:
+        result, seconds = _once(method, prompts, rows, batch)
+        return sum(map(len, result.tokens)), seconds
+
+    calls = {name: partial(decode, method) for name, method in methods.items()}
+    return time_in_turn(calls, len(prompts), repeats, progress, batch)
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[range], tuple[int, float]]],
+    count: int,
+    repeats: int = 3,
+    progress: Callable[[int], None] = lambda rows: None,
+    batch: int = 1,
+) -> dict[str, float]:
+    """Tokens per second of wall-clock of everything that is compared.
+
+    Args:
+      calls: decode some of the rows; return the tokens and the seconds that it took.
+      count: how many rows there are; a call gets `batch` of them.
+      repeats: times each call is timed, in turn, after a first one that compiles and whose tokens
+        count; the median of its times counts.
     """
-    totals = {name: [0, 0.0] for name in methods}
-    for begin in range(0, len(prompts), batch):
-        rows = range(begin, min(begin + batch, len(prompts)))
-        for name, method in methods.items():
-            totals[name][0] += sum(map(len, _once(method, prompts, rows, batch)[0].tokens))
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
-        for _ in range(repeats):
-            for name, method in methods.items():
-                seconds[name].append(_once(method, prompts, rows, batch)[1])
-        for name in methods:
-            totals[name][1] += statistics.median(seconds[name])
+    tokens, seconds = dict.fromkeys(calls, 0), dict.fromkeys(calls, 0.0)
+    for begin in range(0, count, batch):
+        rows = range(begin, min(begin + batch, count))
+        first, *timed = [{n: call(rows) for n, call in calls.items()} for _ in range(repeats + 1)]
+        for name in calls:
+            tokens[name] += first[name][0]
+            seconds[name] += statistics.median(found[name][1] for found in timed)
         progress(len(rows))
-    return {name: tokens / max(taken, 1e-9) for name, (tokens, taken) in totals.items()}
+    return {name: tokens[name] / max(seconds[name], 1e-9) for name in calls}
 
 
 def _once(

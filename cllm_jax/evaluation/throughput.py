@@ -19,11 +19,7 @@ from cllm_jax.trajectories.store import Collection
 
 
 def collection_speed(
-    model: Model,
-    source: Source,
-    plans: Mapping[str, Collection],
-    alone: int,
-    repeats: int = 3,
+    model: Model, source: Source, plans: Mapping[str, Collection], alone: int, repeats: int = 3
 ) -> tuple[dict[str, dict[str, float]], list[Trajectory]]:
     """Prompts and tokens per second of collecting, and of decoding one prompt at a time.
 

@@ -1,24 +1,18 @@
 """Hugging Face's `config.json`, read and written.
 
-Only what `model/llama.py` computes is accepted; everything else is refused by name, because a
-checkpoint that loads and computes something slightly different is worse than one that does not.
+What `model/llama.py` does not compute is refused by name: a checkpoint that loads and computes
+something slightly different is worse than one that does not load.
 """
 
 import dataclasses
 import reprlib
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from cllm_jax.errors import ConfigError, DataError, one_line
 from cllm_jax.hf.files import read_json
 from cllm_jax.model.config import LARGEST, Family, LlamaConfig, RopeScaling
 
-ARCHITECTURES = {
-    'llama': 'LlamaForCausalLM',
-    'mistral': 'MistralForCausalLM',
-    'qwen2': 'Qwen2ForCausalLM',
-    'qwen3': 'Qwen3ForCausalLM',
-}
 LLAMA3 = ('low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
 ROPE_KEYS = {'default': (), 'linear': ('factor',), 'llama3': ('factor', *LLAMA3)}
 """Kinds of rotary scaling with Hugging Face's names of the fields of `RopeScaling`, in order."""
@@ -37,17 +31,15 @@ OPTIONAL_SIZES = ('num_key_value_heads', 'head_dim')
 
 
 def read_config(place: Path) -> LlamaConfig:
-    """Read a config file, or `config.json` and `generation_config.json` of a model directory.
-
-    The second of these only adds stop ids.
+    """Read a config file, or that of a model directory, to which `generation_config.json` adds ids.
 
     Raises:
       DataError: a file is missing or not JSON, or a value has the wrong type.
       ConfigError: the architecture is outside what `llama.py` computes; the message names the key.
     """
-    path = place if place.is_file() else place / 'config.json'
+    path, extra = place / 'config.json', place / 'generation_config.json'
+    path = place if place.is_file() else path
     raw = read_json(path)
-    extra = place / 'generation_config.json'
     stops = _ids(extra, read_json(extra).get('eos_token_id')) if extra.exists() else ()
     return parse_config(path, raw, stops)
 
@@ -55,10 +47,7 @@ def read_config(place: Path) -> LlamaConfig:
 def parse_config(path: Path, raw: dict[str, Any], stops: tuple[int, ...] = ()) -> LlamaConfig:
     """The model that a `config.json` object describes; `path` is only named in errors.
 
-    Absent keys take the defaults of `transformers`, as they would there.
-
-    Raises:
-      ConfigError, DataError: see `read_config`.
+    Absent keys take the defaults of `transformers`. Raises what `read_config` raises.
     """
     from transformers import CONFIG_MAPPING  # slow to import, and only model directories need it
 
@@ -86,16 +75,14 @@ def config_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     # The last three numbers belong to `llama3` alone.
     scaling = {'rope_type': kind, **dict(zip(ROPE_KEYS[kind], numbers, strict=False))}
     eos = list(config.eos_ids)
-    # Both spellings of the rotary keys: transformers 5 writes the first, older readers know the
-    # other two.
     return {
-        'architectures': [ARCHITECTURES[config.family]],
+        'architectures': [f'{config.family.capitalize()}ForCausalLM'],
         'model_type': config.family,
         **{name: getattr(config, ours) for name, ours in SIZES.items()},
         'hidden_act': 'silu',
         'rms_norm_eps': config.norm_eps,
         'rope_parameters': {'rope_theta': config.rope_theta, **scaling},
-        'rope_theta': config.rope_theta,
+        'rope_theta': config.rope_theta,  # this and the next are read by transformers before 5
         'rope_scaling': scaling if rule else None,
         'tie_word_embeddings': config.tied,
         'sliding_window': None,
@@ -112,18 +99,16 @@ def _refuse(key: str, value: object, rule: str) -> NoReturn:
 
 def _check_raw(path: Path, raw: dict[str, Any]) -> None:
     """What must be refused before `transformers` sees it: foreign models, and sizes it trusts."""
-    family = raw.get('model_type')
-    if not isinstance(family, str) or family not in ARCHITECTURES:
-        _refuse('model_type', family, f'supported models are {", ".join(ARCHITECTURES)}')
+    if raw.get('model_type') not in (families := get_args(Family)):
+        _refuse('model_type', raw.get('model_type'), f'supported models are {", ".join(families)}')
     if raw.get('auto_map'):
         _refuse('auto_map', raw['auto_map'], 'code of a checkpoint is never run; remove the key')
     if raw.get('quantization_config'):
         _refuse('quantization_config', raw['quantization_config'], 'export the model unquantised')
     for key in SIZES.keys() & raw.keys():
         size, most = raw[key], LARGEST[SIZES[key]]
-        if size is None and key in OPTIONAL_SIZES:
-            continue
-        if type(size) is not int or not 1 <= size <= most:
+        absent = size is None and key in OPTIONAL_SIZES
+        if not absent and (type(size) is not int or not 1 <= size <= most):
             raise DataError(
                 f'{path}: {key} = {reprlib.repr(size)}, a whole number from 1 to {most} expected; '
                 'compare it with the original config.json'
@@ -141,17 +126,6 @@ def _ids(path: Path, value: object) -> tuple[int, ...]:
     return tuple(i for i in ids if i >= 0)
 
 
-def _token(value: int | None) -> int | None:
-    return None if value is None or value < 0 else value
-
-
-def _number(rope: dict[str, Any], key: str) -> float:
-    value = rope.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        _refuse(f'rope {key}', value, 'it must be a number; copy it from the original config.json')
-    return float(value)
-
-
 def _rope(hf: Any) -> tuple[float, RopeScaling | None]:
     """The base of the rotary frequencies, and how they are stretched."""
     rope = dict(hf.rope_parameters or {})
@@ -163,13 +137,15 @@ def _rope(hf: Any) -> tuple[float, RopeScaling | None]:
     for key, value in rope.items():
         if isinstance(value, dict):
             _refuse(f'rope_parameters[{reprlib.repr(key)}]', value, 'all layers must share one')
-    theta = _number(rope, 'rope_theta')
-    if kind == 'default':
-        return theta, None
-    numbers = [_number(rope, key) for key in ROPE_KEYS[kind]]
+    numbers = {key: rope.get(key) for key in ('rope_theta', *ROPE_KEYS[kind])}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            rule = 'it must be a number; copy it from the original config.json'
+            _refuse(f'rope {key}', value, rule)
+    theta, *numbers = map(float, numbers.values())
     if kind == 'llama3':
         numbers[-1] = int(numbers[-1])
-    return theta, RopeScaling(kind, *numbers)
+    return theta, None if kind == 'default' else RopeScaling(kind, *numbers)
 
 
 def _from_hf(family: Family, hf: Any, eos_ids: tuple[int, ...]) -> LlamaConfig:
@@ -188,8 +164,8 @@ def _from_hf(family: Family, hf: Any, eos_ids: tuple[int, ...]) -> LlamaConfig:
         _refuse('layer_types', sorted(kinds), 'every layer must be full_attention')
     theta, scaling = _rope(hf)
     sizes = {ours: getattr(hf, name, None) for name, ours in SIZES.items()}
-    sizes['kv_heads'] = sizes['kv_heads'] or sizes['heads']
-    sizes['head_dim'] = sizes['head_dim'] or sizes['dim'] // sizes['heads']
+    sizes['head_dim'] = sizes['head_dim'] or sizes['dim'] // sizes['heads']  # Qwen2 has none
+    bos, pad = (t if t is not None and t >= 0 else None for t in (hf.bos_token_id, hf.pad_token_id))
     return LlamaConfig(
         **sizes,
         rope_theta=theta,
@@ -198,8 +174,8 @@ def _from_hf(family: Family, hf: Any, eos_ids: tuple[int, ...]) -> LlamaConfig:
         tied=hf.tie_word_embeddings,
         qkv_bias=family == 'qwen2',
         qk_norm=family == 'qwen3',
-        bos_id=_token(hf.bos_token_id),
+        bos_id=bos,
         eos_ids=eos_ids,
-        pad_id=_token(hf.pad_token_id),
+        pad_id=pad,
         family=family,
     )

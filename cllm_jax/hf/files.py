@@ -1,17 +1,13 @@
-"""The files of a model directory: which hold the weights, what is in them, what is wrong.
-
-Nothing outside the directory is opened, and nothing is unpickled.
-"""
+"""The files of a model directory. Nothing outside it is opened, and nothing is unpickled."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,8 +20,7 @@ WEIGHTS_NAME = re.compile(r'[^/]+\.safetensors')
 LISTED = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """Where a tensor lies, its shape, and its number format as safetensors spells it."""
 
     file: Path
@@ -40,37 +35,28 @@ def listed(names: list[str]) -> str:
 
 
 def read_json(path: Path, most_mib: int = 1) -> dict[str, Any]:
-    """The JSON object of a small file.
-
-    Raises:
-      DataError: there is no such file, it is too large, or it holds something else.
-    """
+    """The JSON object of a file; DataError if it is absent, too large, or something else."""
     if not path.is_file():
         raise DataError(f'{path}: no such file; name a directory that holds a whole model')
     try:
-        size = path.stat().st_size
-        if size > most_mib << 20:
-            raise DataError(
-                f'{path}: {size} bytes, at most {most_mib} MiB expected; fetch the file again'
-            )
-        data = json.loads(path.read_text('utf-8'))
+        wrong = f'{path.stat().st_size} bytes, at most {most_mib} MiB expected'
+        if path.stat().st_size <= most_mib << 20:
+            data = json.loads(path.read_text('utf-8'))
+            if isinstance(data, dict):
+                return data
+            wrong = f'a JSON {type(data).__name__}, an object expected'
     except OSError as e:
         raise DataError(f'{path}: {e.strerror or e}; make the file readable') from None
     except (ValueError, RecursionError):
-        raise DataError(f'{path}: not valid JSON; fetch the file again') from None
-    if not isinstance(data, dict):
-        raise DataError(
-            f'{path}: a JSON {type(data).__name__}, an object expected; fetch the file again'
-        )
-    return data
+        wrong = 'not valid JSON'
+    raise DataError(f'{path}: {wrong}; fetch the file again')
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index, single = directory / INDEX, directory / SINGLE
-    if os.path.isfile(index):
-        return _indexed_files(directory, index)
-    if os.path.isfile(single):
-        return [single]
+    if os.path.isfile(directory / INDEX):
+        return _indexed_files(directory, directory / INDEX)
+    if os.path.isfile(directory / SINGLE):
+        return [directory / SINGLE]
     pickles = sorted(p.name for s in ('*.bin', '*.pt', '*.pth') for p in directory.glob(s))
     if pickles:
         raise DataError(
@@ -87,9 +73,9 @@ def _indexed_files(directory: Path, index: Path) -> list[Path]:
         raise DataError(
             f'{index}: not a safetensors index of at most {INDEX_MIB} MiB; fetch the file again'
         ) from None
-    home = directory.resolve()
-    # The hub's cache links every file of snapshots/REVISION into blobs/.
-    homes = [home, home.parents[1] / 'blobs'] if home.parent.name == 'snapshots' else [home]
+    homes = [home := directory.resolve()]
+    if home.parent.name == 'snapshots':  # the hub's cache links every file into blobs/
+        homes.append(home.parents[1] / 'blobs')
     for name in names:
         says = f'{index}: names {one_line(ascii(name))}'
         if not isinstance(name, str) or not WEIGHTS_NAME.fullmatch(name):
@@ -109,27 +95,25 @@ def _indexed_files(directory: Path, index: Path) -> list[Path]:
 
 def explain(path: Path, error: Exception) -> DataError:
     """What is wrong with a file that safetensors could not read; the commonest causes by name."""
+    wrong = f'damaged safetensors file ({one_line(error, 120)}); fetch it again'
     try:
         with open(path, 'rb') as f:
             head = f.read(64)
     except OSError as e:
-        return DataError(f'{path}: {e.strerror or e}; make the file readable')
-    if not head:
-        return DataError(f'{path}: an empty file, not weights; fetch it again')
-    if head.startswith(b'version https://git-lfs'):
-        return DataError(f'{path}: a git-LFS pointer, not the weights; run git lfs pull')
-    if head.lstrip().lower().startswith((b'<!doctype', b'<html')):
-        return DataError(f'{path}: an HTML page, not weights; download the file itself')
-    return DataError(f'{path}: damaged safetensors file ({one_line(error, 120)}); fetch it again')
+        wrong = f'{e.strerror or e}; make the file readable'
+    else:
+        if not head:
+            wrong = 'an empty file, not weights; fetch it again'
+        elif head.startswith(b'version https://git-lfs'):
+            wrong = 'a git-LFS pointer, not the weights; run git lfs pull'
+        elif head.lstrip().lower().startswith((b'<!doctype', b'<html')):
+            wrong = 'an HTML page, not weights; download the file itself'
+    return DataError(f'{path}: {wrong}')
 
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file to read from in a `with` block.
-
-    Raises:
-      DataError: the file is damaged; see `explain`.
-    """
+    """A safetensors file to read in a `with` block; DataError if it is damaged (`explain`)."""
     try:
         with safe_open(path, framework='np') as f:
             yield f
@@ -140,8 +124,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 def read_headers(directory: Path) -> dict[str, Stored]:
     """Every tensor of a model directory by name; reads no weights.
 
-    Raises:
-      DataError: no, pickled, missing or damaged files, or an index that points elsewhere.
+    Raises DataError for absent, pickled or damaged files, or an index that points elsewhere.
     """
     found: dict[str, Stored] = {}
     for path in _weight_files(directory):

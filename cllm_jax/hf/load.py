@@ -30,6 +30,7 @@ HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 # A repository may hold the same weights twice more, in subdirectories or as `consolidated`.
 HUB_FILES = ['*.json', '*.safetensors', 'tokenizer.model', '*.jinja', '*.txt']
 HUB_SKIP = ['*/*', 'consolidated*']
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,29 +58,20 @@ class Model:
 
 
 def chosen(dtype: str) -> str:
-    """What 'auto' stands for on the devices that are here (`Backend`). Other names stay.
-
-    Raises:
-      ConfigError: an unknown name.
-    """
-    if dtype not in get_args(Precision):
-        known = ', '.join(get_args(Precision))
-        raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {known}')
-    if dtype != 'auto':
-        return dtype
-    return backend_for(jax.devices()).default_dtype
+    """What 'auto' stands for on the devices that are here; ConfigError for an unknown name."""
+    if dtype not in (known := get_args(Precision)):
+        raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {", ".join(known)}')
+    return backend_for(jax.devices()).default_dtype if dtype == 'auto' else dtype
 
 
 def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
     """The local directory of the model that a name stands for.
 
     `embedded` and `embedded-target` ship with the package. A path never touches the network. A name
-    of the form `owner/name` that is not a directory is fetched with `huggingface_hub`: those of its
-    files that match `files`.
+    of the form `owner/name` that is not a directory is fetched from the hub: what matches `files`.
 
     Raises:
-      ConfigError: there is no such directory, and it is not a hub id; or the hub does not deliver
-        it.
+      ConfigError: neither a directory nor a hub id, or the hub does not deliver it.
       DataError: this installation lacks the embedded model.
     """
     if name in EMBEDDED:
@@ -93,17 +85,14 @@ def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
         if name and path.is_dir():
             run = path / 'model'
             return run if run.is_dir() and not (path / 'config.json').exists() else path
-        is_file = path.is_file()
+        if path.is_file():
+            raise ConfigError(f'{shown}: is a file; name the directory that holds config.json')
     except (OSError, ValueError, RuntimeError) as e:  # too long, a NUL, an unknown ~user
         reason = getattr(e, 'strerror', None) or one_line(e)
         raise ConfigError(f'{shown}: {reason}; name a readable directory') from None
-    if is_file:
-        raise ConfigError(f'{shown}: is a file; name the directory that holds config.json')
     if not HUB_ID.fullmatch(name):
-        known = ', '.join(EMBEDDED)
-        raise ConfigError(
-            f'{shown}: no such directory; use {known}, a directory, or a hub id owner/name'
-        )
+        known = f'{", ".join(EMBEDDED)}, a directory, or a hub id owner/name'
+        raise ConfigError(f'{shown}: no such directory; use {known}')
     from huggingface_hub import snapshot_download  # network code, only for a hub id
 
     try:
@@ -116,25 +105,19 @@ def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
 
 
 def peek(name: str) -> LlamaConfig:
-    """The architecture of the model that a name stands for; from the hub comes only config.json.
-
-    Raises:
-      ConfigError, DataError: see `resolve` and `read_config`.
-    """
+    """The config of the model that a name stands for, without its weights; raises as `load`."""
     return read_config(resolve(name, ['config.json']))
 
 
 def read_tokenizer(directory: Path) -> Any:
     """The `transformers` tokenizer of a model directory, or None if it has no tokenizer files."""
-    names = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json')
-    if not any((directory / n).exists() for n in names):
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer  # slow to import
 
+    only_files = {'local_files_only': True, 'trust_remote_code': False}
     try:
-        return AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(directory, **only_files)
     except Exception as e:  # tokenizers raise bare Exceptions on malformed files
         raise ConfigError(
             f'{directory}: unreadable tokenizer ({type(e).__name__}: {one_line(e, 160)}); '
@@ -163,11 +146,7 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
 
 
 def with_tokenizer(model: Model) -> Model:
-    """The model, to learn or to answer texts with.
-
-    Raises:
-      ConfigError: it has no tokenizer.
-    """
+    """The model, if texts can be learned or answered with it; ConfigError without a tokenizer."""
     if model.tokenizer is None:
         raise ConfigError(
             f'{model.source} has no tokenizer; copy the tokenizer files of the original model into '
@@ -195,8 +174,7 @@ def mixed(params: Any) -> Any:
 def fingerprint(model: Model) -> str:
     """sha256 over the config and every weight: two models with one fingerprint compute the same."""
     digest = hashlib.sha256(repr(model.config).encode())
-    leaves = jax.tree_util.tree_flatten_with_path(model.params)[0]
-    for path, leaf in leaves:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         array = np.ascontiguousarray(jax.device_get(leaf))
         digest.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'.encode())
         digest.update(array.view(np.uint8).data)
@@ -204,10 +182,7 @@ def fingerprint(model: Model) -> str:
 
 
 def files_fingerprint(directory: Path) -> str:
-    """sha256 of a model directory's sums (`checksums.py`); its weights are not read.
-
-    Without sums: of config.json, and of the names and sizes of its weights' files.
-    """
+    """sha256 of a model directory's sums, else of its config and the sizes of its weight files."""
     if (directory / SUMS).exists():
         return sha256(directory / SUMS)
     digest = hashlib.sha256((directory / 'config.json').read_bytes())

@@ -1,7 +1,7 @@
 """The weights of a Hugging Face model directory, without torch.
 
-One table says where each parameter lives. Hugging Face keeps matrices as (outputs, inputs): reading
-transposes the parts that are wanted, and writing (`write.py`) is the inverse, bit for bit.
+Hugging Face keeps matrices as (outputs, inputs): reading transposes the parts that are wanted, and
+writing (`write.py`) is the inverse, bit for bit.
 """
 
 import functools
@@ -27,45 +27,28 @@ STORED = ('F64', 'F32', 'F16', 'BF16')
 """Number formats (as safetensors spells them) that hold plain weights."""
 BLOCK_NAMES = {
     'attn_norm': 'input_layernorm.weight',
-    'q': 'self_attn.q_proj.weight',
-    'k': 'self_attn.k_proj.weight',
-    'v': 'self_attn.v_proj.weight',
-    'o': 'self_attn.o_proj.weight',
-    'q_bias': 'self_attn.q_proj.bias',
-    'k_bias': 'self_attn.k_proj.bias',
-    'v_bias': 'self_attn.v_proj.bias',
-    'q_norm': 'self_attn.q_norm.weight',
-    'k_norm': 'self_attn.k_norm.weight',
     'mlp_norm': 'post_attention_layernorm.weight',
-    'gate': 'mlp.gate_proj.weight',
-    'up': 'mlp.up_proj.weight',
-    'down': 'mlp.down_proj.weight',
+    **{name: f'self_attn.{name}_proj.weight' for name in ('q', 'k', 'v', 'o')},
+    **{f'{name}_bias': f'self_attn.{name}_proj.bias' for name in ('q', 'k', 'v')},
+    **{f'{name}_norm': f'self_attn.{name}_norm.weight' for name in ('q', 'k')},
+    **{name: f'mlp.{name}_proj.weight' for name in ('gate', 'up', 'down')},
 }
-TOP_NAMES = {
-    'embed': 'model.embed_tokens.weight',
-    'norm': 'model.norm.weight',
-    'head': 'lm_head.weight',
-}
+EMBED, HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
+TOP_NAMES = {'embed': EMBED, 'norm': 'model.norm.weight', 'head': HEAD}
 HEAD_AXES = {'q': 1, 'k': 1, 'v': 1, 'o': 0, 'q_bias': 0, 'k_bias': 0, 'v_bias': 0}
 """Where a parameter has its axis of heads, which Hugging Face merges with the next axis."""
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract(config: LlamaConfig, dtype: Any) -> Any:
-    return jax.eval_shape(lambda: init_params(Llama(config, dtype), jax.random.key(0)))
-
-
 def abstract_params(config: LlamaConfig, dtype: jnp.dtype = jnp.float32) -> Any:
-    """Shapes and dtypes of the parameters, without computing any."""
-    return jax.tree.map(lambda leaf: leaf, _abstract(config, dtype))
+    """Shapes and dtypes of the parameters, computing none; the tree is shared, do not change it."""
+    return jax.eval_shape(lambda: init_params(Llama(config, dtype), jax.random.key(0)))
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of a checkpoint of this architecture, by Hugging Face name."""
-    return {
-        hf_name: _merged(name, leaf.shape)
-        for hf_name, (name, leaf) in named(abstract_params(config)).items()
-    }
+    tensors = named(abstract_params(config))
+    return {hf_name: _merged(name, leaf.shape) for hf_name, (name, leaf) in tensors.items()}
 
 
 def named(params: Any) -> dict[str, tuple[str, Any]]:
@@ -73,11 +56,10 @@ def named(params: Any) -> dict[str, tuple[str, Any]]:
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         *layer, name = (key.key for key in path)
+        hf_name = TOP_NAMES.get(name)
         if layer:
-            number = layer[0].removeprefix('layers_')
-            found[f'model.layers.{number}.{BLOCK_NAMES[name]}'] = name, leaf
-        else:
-            found[TOP_NAMES[name]] = name, leaf
+            hf_name = f'model.layers.{layer[0].removeprefix("layers_")}.{BLOCK_NAMES[name]}'
+        found[hf_name] = name, leaf
     return found
 
 
@@ -99,11 +81,7 @@ def _merged(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def cast(name: str, tensor: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
-    """`astype`, but a finite weight must stay finite; only float16 has too short a range.
-
-    Raises:
-      ConfigError: a weight is out of the range of `dtype`.
-    """
+    """`astype`; ConfigError if a finite weight is beyond the range of `dtype`, float16's alone."""
     with np.errstate(over='ignore'):
         out = tensor.astype(dtype)
     if dtype == jnp.float16 and not np.array_equal(np.isfinite(tensor), np.isfinite(out)):
@@ -112,20 +90,18 @@ def cast(name: str, tensor: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
 
 
 def read_model(
-    directory: Path,
-    dtype: jnp.dtype = jnp.float32,
-    mesh: Mesh | None = None,
+    directory: Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
 ) -> tuple[LlamaConfig, Any]:
     """Read a model directory: its config and its parameters, cast to `dtype`.
 
-    Names, shapes and formats are checked before any weight is read or memory taken; besides the
-    result, one tensor is in memory at a time.
+    Names, shapes and formats are checked before any weight is read or memory taken. In addition to
+    the result, one tensor is in memory at a time.
 
     Args:
       directory: holds config.json and safetensors.
       dtype: of the parameters.
-      mesh: devices that share the weights: each process reads only what its own devices hold,
-        which goes straight there. None leaves the choice to JAX.
+      mesh: devices that share the weights; each process reads only what its own devices hold. None
+        leaves the choice to JAX.
 
     Raises:
       DataError: a missing or damaged file; pickled weights; missing, extra or ill-shaped tensors.
@@ -134,12 +110,11 @@ def read_model(
     config = read_config(directory)
     found = read_headers(directory)
     _check(directory, config, found)
-    if config.tied and TOP_NAMES['head'] in found:
+    if config.tied and HEAD in found:
         _check_tied(directory, found)
     check_sums(directory)
-    abstract = abstract_params(config, dtype)
+    abstract, places = abstract_params(config, dtype), {}
     wanted = named(abstract)
-    places = {}
     if mesh is not None:
         shardings = jax.tree.leaves(param_shardings(param_axes(config), abstract, mesh))
         places = dict(zip(wanted, shardings, strict=True))
@@ -153,24 +128,20 @@ def read_model(
 
 def _check(directory: Path, config: LlamaConfig, found: dict[str, Stored]) -> None:
     """Refuse anything but exactly the tensors, shapes and formats of this architecture."""
-    shapes, head = tensor_shapes(config), TOP_NAMES['head']
-    allowed = shapes | ({head: shapes[TOP_NAMES['embed']]} if config.tied else {})
+    shapes = tensor_shapes(config)
+    allowed = shapes | ({HEAD: shapes[EMBED]} if config.tied else {})
     if missing := sorted(shapes.keys() - found.keys()):
         remedy = 'fetch the whole model again'
-        if missing == [head]:
+        if missing == [HEAD]:
             remedy = 'set tie_word_embeddings to true in config.json if the head is the embedding'
         raise DataError(f'{directory}: missing tensors: {listed(missing)}; {remedy}')
+    remedy = 'use the config.json that belongs to these weights'
     if extra := sorted(found.keys() - allowed.keys()):
-        raise DataError(
-            f'{directory}: tensors that a {config.family} model of this config.json has not: '
-            f'{listed(extra)}; use the config.json that belongs to these weights'
-        )
+        foreign = f'tensors that a {config.family} model of this config.json has not'
+        raise DataError(f'{directory}: {foreign}: {listed(extra)}; {remedy}')
     wrong = sorted(name for name, tensor in found.items() if tensor.shape != allowed[name])
-    if wrong:
-        differ = [f'{n} is {found[n].shape} and not {allowed[n]}' for n in wrong]
-        raise DataError(
-            f'{directory}: {listed(differ)}; use the config.json that belongs to these weights'
-        )
+    if differ := [f'{name} is {found[name].shape} and not {allowed[name]}' for name in wrong]:
+        raise DataError(f'{directory}: {listed(differ)}; {remedy}')
     if formats := sorted(n for n, tensor in found.items() if tensor.dtype not in STORED):
         raise DataError(
             f'{directory}: {found[formats[0]].dtype} tensors: {listed(formats)}; '
@@ -206,12 +177,12 @@ def _hf_index(name: str, spans: Sequence[tuple[int, int]], shape: Sequence[int])
 
 def _check_tied(directory: Path, found: dict[str, Stored]) -> None:
     """Refuse a stored head that differs from the embedding to which it is tied."""
-    head, tensors = TOP_NAMES['head'], []
-    for name in (head, TOP_NAMES['embed']):
+    tensors = []
+    for name in (HEAD, EMBED):
         with open_tensors(found[name].file) as f:
             tensors.append(f.get_tensor(name))
     if not np.array_equal(*tensors, equal_nan=True):
         raise DataError(
-            f'{directory}: {head} differs from the embedding although config.json ties them; '
+            f'{directory}: {HEAD} differs from the embedding although config.json ties them; '
             'set tie_word_embeddings to false'
         )

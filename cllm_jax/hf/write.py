@@ -21,8 +21,7 @@ from cllm_jax.runs.checksums import write_sums
 
 SHARD_BYTES = 4 << 30
 MODEL_SUFFIXES = ('.json', '.safetensors', '.model', '.jinja', '.txt', '.sha256')
-MODEL_DIRS = ('additional_chat_templates',)
-"""What a model directory that may be overwritten consists of."""
+MODEL_DIRS = ('additional_chat_templates',)  # with the suffixes: what may be overwritten
 
 
 def write_model(
@@ -37,17 +36,15 @@ def write_model(
 ) -> None:
     """Write config, weights and tokenizer; an old model in the directory is replaced.
 
-    Files go to a sibling temporary directory first, which then takes the final name: a reader
-    never sees half a model.
+    Files go to a temporary directory first, which then takes the final name: a reader never sees
+    half a model.
 
     Args:
-      directory: becomes the model's directory.
-      model: what to write; its `source` is not.
       dtype: of the weights, one of `DTYPES`.
       shard_bytes: size from which on the weights are divided into several files.
       card: the text of README.md; '' for none.
       sums: write the sha256 of every file too, which `read_model` then checks (`checksums.py`).
-      rewritten: what may be lost with the old model because the caller writes it again.
+      rewritten: files that the caller writes again, so they may be lost with the old model.
 
     Raises:
       ConfigError: an unknown `dtype`, a config no supported family has, or parameters of another
@@ -57,8 +54,8 @@ def write_model(
     config = model.config
     if dtype not in DTYPES:
         raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {", ".join(DTYPES)}')
-    shapes = jax.tree.map(jnp.shape, model.params)
-    if shapes != jax.tree.map(jnp.shape, abstract_params(config)):
+    found, wanted = (jax.tree.map(jnp.shape, p) for p in (model.params, abstract_params(config)))
+    if found != wanted:
         raise ConfigError(f'{directory}: the parameters do not belong to this config; pass its own')
     directory = directory.resolve()
     raw = config_json(config, dtype)
@@ -86,9 +83,7 @@ def write_model(
 
 
 def _check_replaceable(directory: Path, rewritten: Set[str]) -> None:
-    if not directory.exists():
-        return
-    if not directory.is_dir():
+    if directory.exists() and not directory.is_dir():
         raise DataError(f'{directory}: is a file; choose another directory')
     is_model = (directory / 'config.json').is_file()
 
@@ -96,7 +91,7 @@ def _check_replaceable(directory: Path, rewritten: Set[str]) -> None:
         known = path.name in MODEL_DIRS if path.is_dir() else path.suffix in MODEL_SUFFIXES
         return path.name in rewritten or (is_model and known)
 
-    if foreign := sorted(path.name for path in directory.iterdir() if not replaceable(path)):
+    if foreign := sorted(path.name for path in directory.glob('*') if not replaceable(path)):
         raise DataError(
             f'{directory}: holds {listed(foreign)}, which is not part of a model and would be '
             'lost; choose another directory'
@@ -104,7 +99,7 @@ def _check_replaceable(directory: Path, rewritten: Set[str]) -> None:
 
 
 def _write_weights(directory: Path, params: Any, dtype: jnp.dtype, shard_bytes: int) -> None:
-    """Write one shard after the other, so that one at a time is in memory twice."""
+    """Write one shard after the other: only one is in memory twice."""
     tensors = named(params)
     plan = split_state_dict_into_shards_factory(
         tensors,

@@ -26,12 +26,11 @@ def attend(
 ) -> jax.Array:
     """Grouped-query attention; query t of a row sees exactly the keys its mask row allows.
 
-    Keys and values may have K and B as one axis, as the cache does (`cache.py`). Merged axes cannot
-    be divided among devices by B, so training keeps them apart. Scores and softmax are float32
-    whatever the inputs; `compute` is the dtype of what is multiplied (see `product`), None for the
-    queries' own. With `rounded_kv` keys and values have been rounded to it already, and are
-    multiplied in the dtype they come in, also where that is wider (`cache.py`). A query without a
-    visible key (padding) averages all values; its result is never used.
+    Keys and values may have K and B as one axis, as the cache does; training keeps them apart, for
+    merged axes cannot be divided among devices by B. Scores and softmax are float32. `compute` is
+    the dtype of what is multiplied (see `product`), None for the queries' own. With `rounded_kv`
+    keys and values have been rounded to it already, and are multiplied in the dtype they come in. A
+    query without a visible key (padding) averages all values; its result is never used.
     """
     batch, queries, _, width = q_BTNH.shape
     groups = math.prod(k_KBSH.shape[:-2]) // batch
@@ -64,9 +63,8 @@ def _attend_forward(compute, precision, backend, q_KBXH, k_KBSH, v_KBSH, mask_BT
 
 
 def _attend_backward(compute, precision, backend, saved, do_KBXH):
-    # The softmax's own rule sums dp * p over the keys, which XLA's CPU backend does so slowly that
-    # it took a quarter of a training step; do * o over the head width is the same number
-    # (FlashAttention, arXiv 2205.14135, appendix B.2).
+    # The softmax's own rule sums dp * p over the keys, which takes XLA's CPU backend a quarter of a
+    # step; do * o over the head width is the same number (arXiv 2205.14135, appendix B.2).
     q_KBXH, k_KBSH, v_KBSH, p_KBXS, o_KBXH = saved
     dp_KBXS = product('...XH,...SH->...XS', do_KBXH, v_KBSH, compute)
     sums_KBX1 = (do_KBXH * o_KBXH).sum(-1, keepdims=True)

@@ -1,7 +1,6 @@
-"""The KV cache: plain arrays that travel through `while_loop`, `shard_map` and donation.
+"""The KV cache: plain arrays. Whoever decodes keeps the length and builds the mask.
 
-Which slots count is not stored here. Whoever decodes keeps the length and builds the mask; slots
-beyond the length hold rejected guesses and are simply overwritten.
+Slots after the length hold rejected guesses, which are overwritten.
 """
 
 import jax
@@ -17,12 +16,10 @@ class Cache:
     """Keys and values, one `[R, S, H]` array per layer, as attention multiplies them.
 
     R = K x B, heads first: one batch axis for the products, in which a head's rows lie together.
-    XLA's CPU backend copies whatever is sliced, transposed or reshaped on the way from the loop's
-    carry to a product, in every layer of every forward: one array for all layers, tokens before
-    heads, or batch and heads as two axes each cost more than the products themselves.
-
-    A bfloat16 cache may hold the bits, as uint16, or the values as float32: see
-    `Backend.cache_dtype`.
+    XLA's CPU backend copies whatever is sliced, transposed or reshaped between the loop's carry and
+    a product, in every forward: one array for all layers, tokens before heads, or batch and heads
+    as two axes each cost more than the products. `Backend.cache_dtype` says what a bfloat16 cache
+    holds.
     """
 
     k_RSH: tuple[jax.Array, ...]
@@ -34,10 +31,7 @@ class Cache:
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache of arrays of `dtype` (`Backend.cache_dtype`).
-
-    Separate buffers throughout, since one buffer cannot be donated twice.
-    """
+    """An empty cache of arrays of `dtype`, none of which share a buffer: each can be donated."""
     shape = (config.kv_heads * batch, slots, config.head_dim)
     return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in 'kv'))
 
@@ -61,19 +55,13 @@ def with_room(cache: Cache, used: int, room: int, values: jnp.dtype, dtype: jnp.
     return jax.tree.map(one, cache)
 
 
-def heads_first(x_BTKH: jax.Array) -> jax.Array:
-    """Keys or values as attention multiplies them, `[K, B, T, H]`."""
-    return x_BTKH.transpose(2, 0, 1, 3)
-
-
 @jax.named_scope('cache')
 def write(
     cache_RSH: jax.Array, new_KBTH: jax.Array, start_B: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """Put the T new rows of one layer at slots `start .. start + T` of each sequence.
+    """Put the T new rows of a layer, rounded to `dtype`, at slots `start .. start + T <= S`.
 
-    They are rounded to `dtype`. A single start is that of all sequences.
-    `dynamic_update_slice` clamps: the caller guarantees `start + T <= S`.
+    A single start is that of all sequences.
     """
     new_RTH = new_KBTH.reshape(len(cache_RSH), *new_KBTH.shape[2:])
     return _write(cache_RSH, _as_kept(new_RTH, dtype, cache_RSH.dtype), start_B)

@@ -82,9 +82,8 @@ class LlamaConfig:
                 'multiple of the second; choose kv_heads that divides heads'
             )
         if self.head_dim % 2:
-            raise ConfigError(
-                f'head_dim {self.head_dim}; choose an even number, rotation needs pairs'
-            )
+            rule = 'choose an even number, rotation needs pairs'
+            raise ConfigError(f'head_dim {self.head_dim}; {rule}')
 
     @property
     def parameters(self) -> int:

@@ -5,11 +5,13 @@ Legend of the shape suffixes used in the whole package:
   N query heads      K kv heads          H head width      F mlp width   V vocabulary
 In decoding also: n block size, N nodes of a draft tree (where no heads are near), I iterations.
 
-Weights are stored as (inputs..., outputs), each layer's on their own: XLA's CPU backend multiplies
-a few tokens with them up to 1.4x faster than with Hugging Face's (outputs, inputs), and copies what
-is sliced out of a stack in every forward. Nothing is hidden in mutable collections: the same call
-serves training (no cache), prefill, and the verification of a draft.
+Weights are stored as (inputs..., outputs), each layer's separately: XLA's CPU backend multiplies a
+few tokens with them up to 1.4x faster than with Hugging Face's (outputs, inputs), and would copy a
+slice of a stack in every forward. One call serves training (no cache), prefill and verification.
 """
+
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cllm_jax.model.attention import attend, rope_tables, rotate
-from cllm_jax.model.cache import Cache, heads_first, init_cache, read, write
+from cllm_jax.model.cache import Cache, init_cache, read, write
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.packed_attention import PackedMask, attend_packed
 from cllm_jax.model.precision import linear
@@ -40,6 +42,11 @@ def take_rows(x_BTX: jax.Array, rows_BN: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BTX, at_BNX, axis=1)
 
 
+def _parameter(module: nn.Module, name: str, init: Any, axes: tuple, *shape: int) -> jax.Array:
+    """A parameter of a module, with the names of its axes (`runtime/sharding.py`)."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, module.dtype)
+
+
 class Block(nn.Module):
     """Attention and gated MLP, each after an RMS norm and added to the residual stream."""
 
@@ -50,45 +57,37 @@ class Block(nn.Module):
 
     def _weight(self, name: str, axes: tuple[str, ...], *shape: int) -> jax.Array:
         scale = self.config.dim**-0.5
-        if axes[-1] == 'embed':  # writes to the residual stream, which 2 L such products add up in
+        if axes[-1] == 'embed':  # the residual stream is the sum of 2 L such products
             scale *= (2 * self.config.layers) ** -0.5
-        init = nn.with_logical_partitioning(nn.initializers.normal(scale), axes)
-        return self.param(name, init, shape, self.dtype)
+        return _parameter(self, name, nn.initializers.normal(scale), axes, *shape)
 
-    def _vector(self, name: str, init: nn.initializers.Initializer, axes, *shape) -> jax.Array:
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.dtype)
+    def _norm(self, name: str, x: jax.Array, axis: str) -> jax.Array:
+        gain = _parameter(self, name, nn.initializers.ones, (axis,), x.shape[-1])
+        return rms_norm(x, gain, self.config.norm_eps)
 
     def _qkv(self, x_BTD, sin, cos, rows_BN):
-        c, ones, zeros = self.config, nn.initializers.ones, nn.initializers.zeros
-        out = {}
-        for name, heads, axis in (
-            ('q', c.heads, 'heads'),
-            ('k', c.kv_heads, 'kv_heads'),
-            ('v', c.kv_heads, 'kv_heads'),
-        ):
+        c, out = self.config, {}
+        for name in ('q', 'k', 'v'):
+            heads, axis = (c.heads, 'heads') if name == 'q' else (c.kv_heads, 'kv_heads')
             w = self._weight(name, ('embed', axis, 'head'), c.dim, heads, c.head_dim)
             x = x_BTD if rows_BN is None or name != 'q' else take_rows(x_BTD, rows_BN)
             y = linear(x, w.reshape(c.dim, -1), self.compute)
             y = y.reshape(*y.shape[:2], heads, c.head_dim)
             if c.qkv_bias:
-                bias = self._vector(f'{name}_bias', zeros, (axis, 'head'), heads, c.head_dim)
-                y = y + bias[None, None]
-            if c.qk_norm and name != 'v':
-                y = rms_norm(
-                    y, self._vector(f'{name}_norm', ones, ('head',), c.head_dim), c.norm_eps
-                )
-            out[name] = y
+                shape, zeros = (heads, c.head_dim), nn.initializers.zeros
+                y = y + _parameter(self, f'{name}_bias', zeros, (axis, 'head'), *shape)[None, None]
+            out[name] = self._norm(f'{name}_norm', y, 'head') if c.qk_norm and name != 'v' else y
         turns = (sin, cos) if rows_BN is None else (take_rows(a, rows_BN) for a in (sin, cos))
         return rotate(out['q'], *turns), rotate(out['k'], sin, cos), out['v']
 
     @nn.compact
     def __call__(self, x_BTD, sin, cos, mask_BTS, kv_RSH=None, start_B=None, rows_BN=None):
-        c, ones = self.config, nn.initializers.ones
-        h_BTD = rms_norm(x_BTD, self._vector('attn_norm', ones, ('embed',), c.dim), c.norm_eps)
+        c = self.config
+        h_BTD = self._norm('attn_norm', x_BTD, 'embed')
         q_BTNH, *kv_BTKH = self._qkv(h_BTD, sin, cos, rows_BN)
-        if rows_BN is not None:  # what follows is asked of these alone
+        if rows_BN is not None:  # what follows is computed for these alone
             x_BTD, mask_BTS = (take_rows(a, rows_BN) for a in (x_BTD, mask_BTS))
-        new = kv = [heads_first(x_BTKH) for x_BTKH in kv_BTKH]
+        new = kv = [x_BTKH.transpose(2, 0, 1, 3) for x_BTKH in kv_BTKH]  # heads first, as the cache
         if kv_RSH is not None:
             dtype = self.compute or self.dtype
             kv = [write(*pair, start_B, dtype) for pair in zip(kv_RSH, new, strict=True)]
@@ -104,19 +103,16 @@ class Block(nn.Module):
         o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
         x_BTD = x_BTD + linear(o_BTA, o.reshape(-1, c.dim), self.compute)
 
-        h_BTD = rms_norm(x_BTD, self._vector('mlp_norm', ones, ('embed',), c.dim), c.norm_eps)
-        gate = self._weight('gate', ('embed', 'mlp'), c.dim, c.mlp_dim)
-        up = self._weight('up', ('embed', 'mlp'), c.dim, c.mlp_dim)
+        h_BTD = self._norm('mlp_norm', x_BTD, 'embed')
+        shape = ('embed', 'mlp'), c.dim, c.mlp_dim
+        gate, up = self._weight('gate', *shape), self._weight('up', *shape)
         down = self._weight('down', ('mlp', 'embed'), c.mlp_dim, c.dim)
         h_BTF = nn.silu(linear(h_BTD, gate, self.compute)) * linear(h_BTD, up, self.compute)
         return x_BTD + linear(h_BTF, down, self.compute), kv
 
 
 class Llama(nn.Module):
-    """`apply({'params': p}, tokens, positions, mask, cache, start) -> (hidden_BTD, cache)`.
-
-    A frozen value like its config: two equal modules share one compilation.
-    """
+    """`apply({'params': p}, tokens, positions, mask, cache, start) -> (hidden_BTD, cache)`."""
 
     config: LlamaConfig
     dtype: jnp.dtype = jnp.float32
@@ -132,15 +128,14 @@ class Llama(nn.Module):
     """Where the weights live (`runtime/backend.py`)."""
 
     def setup(self):
-        c, normal = self.config, nn.initializers.normal(0.02)
-        table = nn.with_logical_partitioning(normal, ('vocab', 'embed'))
-        self.embed = self.param('embed', table, (c.vocab_size, c.dim), self.dtype)
+        c, ones = self.config, nn.initializers.ones
+        table = nn.initializers.normal(0.02), ('vocab', 'embed'), c.vocab_size, c.dim
+        self.embed = _parameter(self, 'embed', *table)
         block = nn.remat(Block) if self.remat else Block
         self.layers = [block(c, self.dtype, self.compute, self.backend) for _ in range(c.layers)]
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
-        self.norm = self.param('norm', ones, (c.dim,), self.dtype)
+        self.norm = _parameter(self, 'norm', ones, ('embed',), c.dim)
         if not c.tied:
-            self.head = self.param('head', table, (c.vocab_size, c.dim), self.dtype)
+            self.head = _parameter(self, 'head', *table)
 
     @property
     def products(self) -> jnp.dtype:
@@ -166,21 +161,19 @@ class Llama(nn.Module):
         Args:
           tokens_BT: int32 token ids.
           positions_BT: int32 rotary positions; 0..T-1 if absent.
-          mask_BTS: True where a query may look; S is T without a cache, else the cache slots,
-            the new tokens among them, or T where these see nothing but each other. Plain causal
-            (positions absent) if absent.
+          mask_BTS: True where a query may look, causal if absent. S is T without a cache, else the
+            cache slots, the new tokens among them, or T where these see only each other.
           cache: keys and values so far, or None to attend among the new tokens only.
           start_B: slot at which each row's new keys go; needed with a cache.
-          rows_BN: the tokens whose hidden states are wanted, all if absent. The last layer computes
-            no more than keys and values for the others.
+          rows_BN: the tokens whose hidden states are wanted, all if absent. For the others the last
+            layer computes only keys and values.
         """
         c, (batch, length) = self.config, tokens_BT.shape
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         if mask_BTS is None:
-            mask_BTS = jnp.broadcast_to(
-                jnp.tril(jnp.ones((length, length), bool))[None], (batch, length, length)
-            )
+            causal_TT = jnp.tril(jnp.ones((length, length), bool))
+            mask_BTS = jnp.broadcast_to(causal_TT[None], (batch, length, length))
         if cache is None:
             sin, cos = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling)
         else:  # looked up: the table of all slots is computed once, outside the decoding loop
@@ -222,23 +215,20 @@ class Llama(nn.Module):
         return linear(hidden_BTD, table_VD, self.products, 'OI')
 
 
-def _everything(module: Llama, tokens_BT: jax.Array) -> jax.Array:
-    return module.logits(module(tokens_BT)[0])
+def _boxed_params(model: Llama, key: jax.Array) -> dict:
+    """Fresh parameters, each in a box with the names of its axes."""
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
 
 
 def init_params(model: Llama, key: jax.Array) -> dict:
-    """Fresh parameters as a plain nested dict; the partitioning boxes are stripped at once."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return nn.unbox(model.init(key, tokens, method=_everything))['params']
+    """Fresh parameters as a plain nested dict."""
+    return nn.unbox(_boxed_params(model, key))
 
 
 def param_axes(config: LlamaConfig) -> dict:
     """The logical axis names of every parameter, a tree of PartitionSpecs."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    boxed = jax.eval_shape(
-        lambda key: Llama(config).init(key, tokens, method=_everything), jax.random.key(0)
-    )
-    return nn.get_partition_spec(boxed)['params']
+    boxed = jax.eval_shape(partial(_boxed_params, Llama(config)), jax.random.key(0))
+    return nn.get_partition_spec(boxed)
 
 
 def forward(model: Llama, params: dict, tokens_BT: jax.Array) -> jax.Array:

@@ -1,9 +1,8 @@
 """Attention of packed training rows (`training/packing.py`), without the pairs that never meet.
 
-A row is clean text followed by states of n tokens each. A state sees clean text and itself, never
-another state: with C states after L tokens of text that is L + n keys for a query instead of
-L + C n. Suffixes, in addition to those of `llama.py`: W = C n state tokens, X = query heads of a
-group x n.
+A row is L tokens of clean text followed by C states of n tokens. A state sees clean text and
+itself: L + n keys for a query instead of L + C n. Suffixes, in addition to those of `llama.py`:
+W = C n state tokens, X = query heads of a group x n.
 """
 
 from functools import partial
@@ -19,14 +18,11 @@ from cllm_jax.runtime.backend import ANY, Backend
 
 @struct.dataclass
 class PackedMask:
-    """True where a query may look."""
+    """True where a query may look: text at text, states at text, states at themselves."""
 
     text_BLL: jax.Array
-    """Clean text at clean text."""
     states_BWL: jax.Array
-    """State tokens at clean text."""
     own_BCnn: jax.Array
-    """State tokens at their own state."""
 
 
 def attend_packed(

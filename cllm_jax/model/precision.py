@@ -19,14 +19,12 @@ from cllm_jax.runtime.backend import Backend
 def linear(
     x: jax.Array, weight: jax.Array, compute: jnp.dtype | None = None, axes: str = 'IO'
 ) -> jax.Array:
-    """`x` times `weight` over the last axis of x, summed in float32; result `[..., O]` like x.
+    """`x` `[..., I]` times `weight`, summed in float32; result `[..., O]` in the dtype of x.
 
     Args:
-      x: `[..., I]`.
-      weight: `[I, O]`, or `[O, I]` with `axes` 'OI' (transposing it first breaks XLA's CPU backend:
-        products that it then folds the transposition into do not support bfloat16).
+      weight: `[I, O]`, or `[O, I]` with `axes` 'OI' (transposed first it breaks XLA's CPU backend,
+        which folds that into the product and then lacks bfloat16).
       compute: dtype of the operands (see `product`); None for x's own.
-      axes: the order of the weight's axes.
     """
     return product(f'...I,{axes}->...O', x, weight, compute or x.dtype).astype(x.dtype)
 
@@ -35,8 +33,7 @@ def product(spec: str, a: jax.Array, b: jax.Array, compute: jnp.dtype = jnp.floa
     """`einsum(spec, a, b)` in float32, of operands rounded to `compute`, in the backward pass too.
 
     With operands in float32 and `compute` bfloat16 this is mixed precision. Chips with bfloat16
-    matrix units gain by it, CPUs with AMX among them: a whole training step of a 2M-parameter model
-    is 1.4x to 2x faster there (docs/log.md).
+    matrix units gain by it, CPUs with AMX among them (docs/log.md).
     """
     if a.dtype == b.dtype == compute:
         return _einsum(spec, a, b)
@@ -51,10 +48,7 @@ def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x` in its own dtype, with values that `dtype` has.
-
-    A conversion there and back says the same, but a compiler may leave that out.
-    """
+    """`x` rounded to `dtype`, in its own; a compiler may leave out `astype` there and back."""
     if jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
         return x
     return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)

@@ -1,14 +1,15 @@
 """Files and directories that are replaced at once: a reader or a crash finds the old or the new."""
 
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace a file so that a reader or a crash sees the old bytes or the new ones, no mix.
-
     What is not a file, such as a pipe, is not replaced but written to. So is the file to which this
     process prints (/dev/stdout may be one).
     """
@@ -27,6 +28,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     _sync(temp)
     temp.rename(path)
     _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file with indented JSON, by `write_atomic`; its directory is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(value, indent=2) + '\n').encode())
 
 
 def temporary(directory: Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.runs.atomic import write_atomic
+from cllm_jax.runs.atomic import write_atomic, write_json
 from cllm_jax.runtime.processes import is_main
 
 
@@ -77,7 +77,7 @@ def claim(directory: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any
     for name, noted in (('settings', settings), ('inputs', inputs)):
         path = directory / f'{name}.json'
         if not (begun and path.exists()):
-            write_atomic(path, (json.dumps(dict(noted), indent=2) + '\n').encode())
+            write_json(path, dict(noted))
 
 
 def _check(path: Path, settings: Mapping[str, Any], remedy: str) -> None:

@@ -64,9 +64,6 @@ STAGES = {
 }
 """In an order in which they can run. Bench also reads every stage with a `drafter`."""
 
-OBJECTIVES = {name: stage.objective for name, stage in STAGES.items() if stage.objective}
-"""What each stage that trains trains, if its recipe does not say."""
-
 
 def output_of(stage: str, root: str) -> str:
     """Where a stage writes."""
@@ -119,10 +116,8 @@ def exported_run(name: str, root: str) -> Path:
     Raises:
       ConfigError: there is no such run.
     """
-    run = Path(root, name)
-    for stage, about in STAGES.items():
-        if about.exported_as == name and Path(output_of(stage, root), 'model').is_dir():
-            run = Path(output_of(stage, root))
+    refined = (Path(root, about.writes) for about in STAGES.values() if about.exported_as == name)
+    run = next((run for run in refined if (run / 'model').is_dir()), Path(root, name))
     if not run.is_dir():
         raise ConfigError(f'{run}: no such directory; run that stage first, or name other runs')
     return run

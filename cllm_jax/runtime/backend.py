@@ -2,7 +2,7 @@
 
 A `Backend` is chosen once, from the devices that the weights live on, and travels with the model
 (`Model.backend`, `Llama.backend`). No other file asks what the hardware is. Each field names what
-decided it: a benchmark of docs/benchmarks.md or docs/log.md, or what a compiler does.
+decided it: a benchmark (docs/benchmarks.md, docs/log.md), or what a compiler does.
 """
 
 import dataclasses
@@ -20,13 +20,9 @@ CACHED = 32 << 20
 """Bytes that a CPU's last cache holds. Larger weights come from memory, whose bandwidth the threads
 would have to share, each for its own reading of them (docs/benchmarks.md)."""
 
-EIGEN = (
-    (('xla_cpu_experimental_ynn_fusion_type', ''),)
-    if jaxlib.__version__.startswith('0.10.')
-    else ()
-)
-"""Compiler options with which XLA's CPU backend multiplies by Eigen and never by YNNPACK. Another
-jaxlib may refuse the option as unknown."""
+NO_YNNPACK = ('xla_cpu_experimental_ynn_fusion_type', '')
+EIGEN = (NO_YNNPACK,) if jaxlib.__version__.startswith('0.10.') else ()
+"""Options with which XLA's CPU backend multiplies by Eigen; other jaxlibs may not know them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +39,18 @@ class Backend:
     backend multiplies a single query with bfloat16 keys by converting those."""
     transposes_in_memory: bool = False
     """Write a transposed operand to memory before a product. XLA's CPU backend folds the
-    transposition into the product, for which it then has no bfloat16 kernel: it converts the
-    operands to float32, which takes three times as long, or fails."""
+    transposition into the product, for which it has no bfloat16 kernel: it fails, or takes three
+    times as long in float32."""
     narrowest: int | None = None
     """Fewest rows for which the loop is compiled again, to go on with half of a batch; None for
-    never. On a CPU finished rows take as much time as the others; on an accelerator a forward
-    hardly gets faster with fewer rows."""
+    never. On a CPU finished rows take as much time as others; on an accelerator hardly any."""
     float32_may_be_faster: bool = False
-    """Whether a model in mixed precision may decode one token at a time faster in float32. Then
-    both are timed: the baseline is AR at its best. On a CPU bfloat16 matrices are half as much to
-    read, but a single row is multiplied with what they are converted to."""
+    """Whether one token at a time may decode faster in float32 than in mixed precision. Then both
+    are timed: the baseline is AR at its best. On a CPU bfloat16 matrices are half as much to read,
+    but are converted before a single row is multiplied with them."""
     threads: int = 1
-    """How many threads can decode parts of a batch side by side and be the faster for it. XLA
-    divides a single operation among cores, and those of a small model are too small for that."""
+    """How many threads decode parts of a batch side by side. XLA divides single operations among
+    cores; those of a small model are too small for that."""
     compiler_options: tuple[tuple[str, str], ...] = ()
     """How the decoding loop is compiled. With 16 float32 rows, weights that lie in a CPU's cache
     are multiplied a quarter faster by Eigen (docs/benchmarks.md)."""
@@ -78,21 +73,18 @@ CPU = Backend(
     narrowest=8,
     float32_may_be_faster=True,
 )
-BACKENDS = {'cpu': CPU, 'gpu': GPU, 'tpu': TPU}
-"""By the platform of a device."""
 
 
 def backend_for(devices: Iterable[jax.Device]) -> Backend:
     """The backend of devices, which are all of one kind."""
-    return BACKENDS.get(next(iter(devices)).platform, ANY)
+    return {'cpu': CPU, 'gpu': GPU, 'tpu': TPU}.get(next(iter(devices)).platform, ANY)
 
 
 def backend_of(weights: Any) -> Backend:
-    """The backend of the devices that a tree of weights lives on.
+    """The backend of the devices that a tree of weights lives on, JAX's first if on none yet.
 
-    Weights that are not on a device yet (NumPy arrays, shapes) will be on JAX's first one. Small
-    weights on a single CPU device decode in one thread per core of this process; those that are
-    float32 throughout are multiplied by Eigen.
+    Small weights on a single CPU device decode in one thread per core of this process; those that
+    are float32 throughout are multiplied by Eigen.
     """
     leaves = [leaf for leaf in jax.tree.leaves(weights) if isinstance(leaf, jax.Array)]
     devices = {device for leaf in leaves for device in leaf.devices()} or {jax.devices()[0]}
@@ -112,10 +104,7 @@ def _cores() -> int:
 def pretend(devices: int) -> None:
     """Stand in for a machine with so many devices, to plan and compile for it; nothing can run.
 
-    To be called before anything else uses JAX.
-
-    Raises:
-      ConfigError: the number is not positive.
+    Call it before any other use of JAX. Raises ConfigError for a number that is not positive.
     """
     if devices < 1:
         raise ConfigError(f'devices {devices}: must be at least 1')

@@ -8,8 +8,6 @@ from jax.sharding import AxisType, Mesh
 
 from cllm_jax.errors import ConfigError
 
-AXES = ('data', 'fsdp', 'tensor')
-
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -24,12 +22,7 @@ class MeshConfig:
 
 
 def shape(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The size of each axis on so many devices.
-
-    Raises:
-      ConfigError: a size that is not -1 or positive, two sizes of -1, or a product other than the
-        number of devices.
-    """
+    """The size of each axis on so many devices; ConfigError if the sizes do not fit them."""
     sizes = dataclasses.asdict(config)
     said = ', '.join(f'{axis} {size}' for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -48,22 +41,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """A mesh over all devices of all processes. Its axes are Auto: the compiler places the rest."""
     devices = jax.devices() if devices is None else devices
     sizes = shape(config, len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
 
 
 def tensor_mesh(tensor: int) -> Mesh | None:
-    """The first devices, sharing every layer of a model among them; None for a single one.
-
-    Raises:
-      ConfigError: the number is not positive, or there are fewer devices.
-    """
-    devices = jax.devices()
-    if not 1 <= tensor <= len(devices):
-        raise ConfigError(
-            f'tensor {tensor}: must be 1 to {len(devices)}, the devices that are here'
-        )
-    if tensor == 1:
-        return None
-    return make_mesh(MeshConfig(data=1, tensor=tensor), devices[:tensor])
+    """The first devices, which share every layer; None for one, ConfigError if there are fewer."""
+    count = len(jax.devices())
+    if not 1 <= tensor <= count:
+        raise ConfigError(f'tensor {tensor}: must be 1 to {count}, the devices that are here')
+    config = MeshConfig(data=1, tensor=tensor)
+    return None if tensor == 1 else make_mesh(config, jax.devices()[:tensor])

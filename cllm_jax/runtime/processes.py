@@ -13,6 +13,8 @@ from cllm_jax.errors import ConfigError
 
 NAMED = ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 """With JAX_COORDINATOR_ADDRESS, what a launcher sets for each process."""
+TASKS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
+"""How many processes SLURM or Open MPI has started."""
 
 
 def initialize(stop_together: bool = False) -> None:
@@ -23,10 +25,10 @@ def initialize(stop_together: bool = False) -> None:
 
     Args:
       stop_together: let JAX's own service catch SIGTERM, for a command that asks it after every
-        step; to others the signal would do nothing, so it ends them at once.
+        step. Others would not notice the signal, so it ends them at once.
 
     Raises:
-      ConfigError: JAX_COORDINATOR_ADDRESS without the other two, or what is no number in them.
+      ConfigError: JAX_COORDINATOR_ADDRESS without the other two, or one of them not a number.
     """
     if jax.distributed.is_initialized():
         return
@@ -40,20 +42,14 @@ def initialize(stop_together: bool = False) -> None:
             )
         processes, process = (int(value) for value in values.values())
         jax.distributed.initialize(num_processes=processes, process_id=process)
-    elif _tasks() > 1:
+    elif any(os.environ.get(name, '').isdecimal() and int(os.environ[name]) > 1 for name in TASKS):
         jax.distributed.initialize()
     elif find_spec('libtpu'):
         try:
             jax.distributed.initialize()
-        except ValueError as e:  # a machine without a TPU is no host of a job
+        except ValueError as e:  # a machine without a TPU is not a host of a job
             if 'coordinator_address' not in str(e):
                 raise
-
-
-def _tasks() -> int:
-    """Processes of a SLURM or Open MPI job."""
-    counts = (os.environ.get(name, '') for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'))
-    return max(int(count) if count.isdecimal() else 1 for count in counts)
 
 
 def is_main() -> bool:

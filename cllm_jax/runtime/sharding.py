@@ -22,23 +22,20 @@ RULES = {
 
 
 def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every parameter.
+    """A NamedSharding for every parameter; ConfigError if one does not divide among the devices.
 
     Args:
       axes: the logical axis names of each parameter, a tree of PartitionSpecs.
       shapes: the same tree of arrays or their shapes and dtypes.
-      mesh: see `make_mesh`.
-
-    Raises:
-      ConfigError: an axis does not divide among the devices of its mesh axis.
     """
 
     def check(spec: P, leaf: Any) -> None:
         for name, size in zip(spec, leaf.shape, strict=True):
-            if RULES[name] and size % mesh.shape[RULES[name]]:
+            axis = RULES[name]
+            if axis and size % mesh.shape[axis]:
                 raise ConfigError(
-                    f'mesh {RULES[name]} {mesh.shape[RULES[name]]}: does not divide the {size} of '
-                    f"the model's {name}; use a divisor of {size}"
+                    f'mesh {axis} {mesh.shape[axis]}: does not divide the {size} of the '
+                    f"model's {name}; use a divisor of {size}"
                 )
 
     jax.tree.map(check, axes, shapes, is_leaf=lambda x: isinstance(x, P))

@@ -5,10 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def side_by_side(function: Callable, jobs: Sequence, threads: int) -> Iterator:
-    """Yield what `function` returns for each job, in order; so many of them run at a time.
-
-    If one raises, or the caller stops here, no further job begins.
-    """
+    """Yield the result of each job in order; once one raises or the caller stops, none begins."""
     if threads == 1 or len(jobs) < 2:
         yield from map(function, jobs)
         return

@@ -140,21 +140,17 @@ def check_tokenizer(settings: TrainConfig) -> None:
         )
 
 
-def check_length(settings: TrainConfig) -> None:
-    """Raises ConfigError if samples may be longer than the model has positions."""
-    positions = architecture(settings).max_positions
+def check_model(settings: TrainConfig) -> None:
+    """Raises ConfigError unless the model has the positions and the mask that settings ask for."""
+    config, mask = architecture(settings), settings.noise.mask
+    positions, vocab = config.max_positions, config.vocab_size
+    if mask >= vocab:
+        raise ConfigError(f'mask {mask}: outside the vocabulary 0..{vocab - 1}; name a token of it')
     if settings.max_length > positions:
         raise ConfigError(
             f'max_length {settings.max_length}: the model has {positions} positions; use at most '
             'as many'
         )
-
-
-def check_mask(settings: TrainConfig) -> None:
-    """Raises ConfigError unless noise.mask is a token of the model."""
-    mask = settings.noise.mask
-    if mask >= 0 and mask >= (size := architecture(settings).vocab_size):
-        raise ConfigError(f'mask {mask}: outside the vocabulary 0..{size - 1}; name a token of it')
 
 
 def with_names(settings: TrainConfig, stage: str) -> TrainConfig:

@@ -151,14 +151,13 @@ def held_out_rows(settings: TrainConfig) -> Source:
       ConfigError: there is nothing to learn, either.
     """
     task, test = settings.task, settings.held_out
-    reads_data = not objective_of(settings).reads_trajectories
-    if reads_data and not settings.data:
+    from_collection = objective_of(settings).reads_trajectories
+    if not (from_collection or settings.data):
         raise ConfigError(
             f'objective {settings.objective!r} without data; name a dataset, such as data: sql'
         )
-    if not task:
-        by_default = settings.data if reads_data else settings.texts
-        task = by_default or read_manifest(Path(settings.data))['identity']['data']
+    task = task or (settings.texts if from_collection else settings.data)
+    task = task or read_manifest(Path(settings.data))['identity']['data']
     return open_source(task, split='heldout', seed=test.seed, limit=test.prompts)
 
 

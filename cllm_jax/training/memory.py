@@ -46,13 +46,12 @@ def abstract_batch(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Ba
     states = np.zeros((0, objective.block(settings)), np.int32)
     prompt, answer = (np.zeros(tokens, np.int32) for tokens in longest(settings))
     sample = Trajectory(states, np.zeros(0, np.int32), prompt, answer)
-    one = make_batch([sample], 1, 0, 0, noise)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            (settings.batch, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh)
-        ),
-        one,
-    )
+    one, place = make_batch([sample], 1, 0, 0, noise), batch_sharding(mesh)
+
+    def many(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((settings.batch, *x.shape[1:]), x.dtype, sharding=place)
+
+    return jax.tree.map(many, one)
 
 
 def abstract_state(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> TrainState:
@@ -68,10 +67,8 @@ def abstract_state(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Tr
 
 def bytes_here(tree: Any) -> int:
     """Bytes of a tree of placed shapes on one device."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def activation_bytes(settings: TrainConfig, config: LlamaConfig, batch: Batch, mesh: Mesh) -> int:
@@ -141,12 +138,10 @@ def compiled_step(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Com
     dtype, compute = DTYPES[settings.dtype], DTYPES[settings.compute]
     backend = backend_for(mesh.devices.flat)
     module = Llama(config, dtype, compute, settings.remat, mesh, backend)
-    step = make_step(
-        partial(text_loss, module, settings.loss),
-        make_optimizer(settings.optimizer, settings.steps),
-        settings.optimizer.accumulate,
-        jax.tree.map(lambda x: x.sharding, state),
-    )
+    loss, optimizer = partial(text_loss, module, settings.loss), settings.optimizer
+    places = jax.tree.map(lambda x: x.sharding, state)
+    rule = make_optimizer(optimizer, settings.steps)
+    step = make_step(loss, rule, optimizer.accumulate, places)
     begin = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     seconds, found = time.perf_counter() - begin, compiled.memory_analysis()

@@ -85,7 +85,7 @@ class Batch:
 def _window(count: int, size: int, seed: int, window: int) -> tuple[int, ...]:
     """The sample indices of one window of an endless, every epoch reshuffled, order (Grain)."""
     indices = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-    return tuple(int(indices[i]) for i in range(window * size, (window + 1) * size))
+    return tuple(int(indices[window * size + i]) for i in range(size))
 
 
 def samples_of_step(
@@ -154,30 +154,24 @@ def _up(size: int, step: int) -> int:
 
 
 def _clean_row(sample: Trajectory, length: int, answer: int, noisy: int) -> dict[str, np.ndarray]:
-    total, prompt, used = length + noisy, len(sample.prompt), sample.length
-    tokens = np.zeros(total, np.int32)
-    tokens[:used] = np.concatenate([sample.prompt, sample.answer])
-    segment = np.full(total, -1, np.int32)
-    segment[:used] = 0
+    """The clean text of a row, and room for `noisy` state tokens."""
+    used, total, here_T = sample.length, length + noisy, np.arange(length + noisy)
+    ints = {name: np.zeros(total, np.int32) for name in ('tokens_BT', 'context_BT')}
+    ints['tokens_BT'][:used] = np.concatenate([sample.prompt, sample.answer])
     labels = np.zeros(answer + noisy, np.int32)
     labels[: len(sample.answer)] = sample.answer
-    rows = np.zeros(answer + noisy, np.int32)
-    rows[:answer] = np.minimum(prompt - 1 + np.arange(answer), length - 1)
-    rows[answer:] = length + np.arange(noisy)
-    zeros = np.zeros(noisy, np.int32)
-    return {
-        'tokens_BT': tokens,
-        'positions_BT': np.where(np.arange(total) < length, np.arange(total), 0).astype(np.int32),
-        'segment_BT': segment,
-        'context_BT': np.zeros(total, np.int32),
-        'rows_BR': rows,
+    asked = np.minimum(len(sample.prompt) - 1 + np.arange(answer), length - 1)
+    return ints | {
+        'positions_BT': np.where(here_T < length, here_T, 0).astype(np.int32),
+        'segment_BT': np.where(here_T < used, 0, -1).astype(np.int32),
+        'rows_BR': np.concatenate([asked, here_T[length:]]).astype(np.int32),
         'labels_BR': labels,
         'ar_weight_BA': (np.arange(answer) < len(sample.answer)).astype(np.float32),
-        'teacher_BW': zeros,
-        'global_weight_BW': zeros.astype(np.float32),
-        'successor_BW': zeros.copy(),
-        'local_weight_BW': zeros.astype(np.float32),
-        'offset_BW': zeros - 1,
+        'teacher_BW': np.zeros(noisy, np.int32),
+        'global_weight_BW': np.zeros(noisy, np.float32),
+        'successor_BW': np.zeros(noisy, np.int32),
+        'local_weight_BW': np.zeros(noisy, np.float32),
+        'offset_BW': np.full(noisy, -1, np.int32),
     }
 
 
@@ -198,11 +192,7 @@ def _pick(sample: Trajectory, noise: Noise, rng: np.random.Generator, count: int
 
 
 def _add_states(
-    row: dict[str, np.ndarray],
-    sample: Trajectory,
-    noise: Noise,
-    rng: np.random.Generator,
-    windows: int,
+    row: dict, sample: Trajectory, noise: Noise, rng: np.random.Generator, windows: int
 ) -> None:
     """Put `windows` states of a sample after its clean text, with their teachers and weights."""
     width, total = sample.states.shape[1], len(sample.answer)
@@ -248,8 +238,7 @@ def _link(row: dict[str, np.ndarray], answer: int, state, successor, distinct: b
     width = here.stop - here.start
     index = begin + np.arange(width) - begin_next
     inside = (index >= 0) & (index < width)
-    row['successor_BW'][here] = np.where(
-        inside, answer + there.start + index, row['teacher_BW'][here]
-    )
+    clean = row['teacher_BW'][here]
+    row['successor_BW'][here] = np.where(inside, answer + there.start + index, clean)
     known = (index < width) & distinct
     row['local_weight_BW'][here] = np.where(known, row['global_weight_BW'][here], 0)

@@ -93,34 +93,34 @@ def text_loss(
     clean_BAV, student_BWV = logits_BRV[:, :answers], logits_BRV[:, answers:]
     right_BR = (jnp.argmax(logits_BRV, axis=-1) == batch.labels_BR).astype(jnp.float32)
 
-    ar = cross_entropy(clean_BAV, batch.labels_BR[:, :answers], batch.ar_weight_BA, totals['ar'])
-    metrics = {
-        'ar_loss': ar,
-        'ar_accuracy': (right_BR[:, :answers] * batch.ar_weight_BA).sum() / totals['ar'],
-    }
-    loss = weights.ar_weight * ar
+    labels_BA, labels_BW = batch.labels_BR[:, :answers], batch.labels_BR[:, answers:]
+    ar = cross_entropy(clean_BAV, labels_BA, batch.ar_weight_BA, totals['ar'])
+    terms = {'ar_loss': (weights.ar_weight, ar)}
+    right = (right_BR[:, :answers] * batch.ar_weight_BA).sum()
+    metrics = {'ar_accuracy': right / totals['ar']}
     if weights.global_weight:
         teacher_BWV = jnp.take_along_axis(clean_BAV, batch.teacher_BW[:, :, None], axis=1)
         kl = divergence(student_BWV, teacher_BWV, batch.global_weight_BW, totals['global'])
-        metrics['global_loss'] = kl
-        loss = loss + weights.global_weight * kl
+        terms['global_loss'] = (weights.global_weight, kl)
     if weights.local_weight:
         teacher_BWV = jnp.take_along_axis(logits_BRV, batch.successor_BW[:, :, None], axis=1)
         kl = divergence(student_BWV, teacher_BWV, batch.local_weight_BW, totals['local'])
-        metrics['local_loss'] = kl
-        loss = loss + weights.local_weight * kl
+        terms['local_loss'] = (weights.local_weight, kl)
     if weights.state_weight:
-        labels_BW = batch.labels_BR[:, answers:]
         ce = cross_entropy(student_BWV, labels_BW, batch.global_weight_BW, totals['global'])
-        metrics['state_loss'] = ce
-        loss = loss + weights.state_weight * ce
-    if weights.global_weight or weights.local_weight or weights.state_weight:
-        live_BW = (batch.offset_BW >= 0).astype(jnp.float32)
-        metrics['agreement'] = (right_BR[:, answers:] * live_BW).sum() / totals['live']
-        for k in (0, 3, 7):
-            at_BW = (batch.offset_BW == k).astype(jnp.float32)
-            metrics[f'agreement_{k}'] = (right_BR[:, answers:] * at_BW).sum() / totals[f'at_{k}']
-    return loss, metrics | {'loss': loss}
+        terms['state_loss'] = (weights.state_weight, ce)
+    if len(terms) > 1:
+        for name, at_BW in _after_first_wrong(batch).items():
+            metrics[name] = (right_BR[:, answers:] * at_BW).sum() / totals[name]
+    loss = sum(weight * term for weight, term in terms.values())
+    return loss, metrics | {name: term for name, (_, term) in terms.items()} | {'loss': loss}
+
+
+def _after_first_wrong(batch: Batch) -> dict[str, jax.Array]:
+    """1 for the state tokens from the first wrong one on: for all, and for those at an offset."""
+    chosen = {'agreement': batch.offset_BW >= 0}
+    chosen |= {f'agreement_{k}': batch.offset_BW == k for k in (0, 3, 7)}
+    return {name: at_BW.astype(jnp.float32) for name, at_BW in chosen.items()}
 
 
 def batch_totals(batch: Batch) -> dict[str, jax.Array]:
@@ -129,12 +129,11 @@ def batch_totals(batch: Batch) -> dict[str, jax.Array]:
         'ar': batch.ar_weight_BA.sum(),
         'global': batch.global_weight_BW.sum(),
         'local': batch.local_weight_BW.sum(),
-        'live': (batch.offset_BW >= 0).sum().astype(jnp.float32),
+        # Of all answer tokens from each place on, for drafters that guess ahead.
+        'later_A': jnp.cumsum(batch.ar_weight_BA.sum(0)[::-1])[::-1],
     }
-    sums |= {f'at_{k}': (batch.offset_BW == k).sum().astype(jnp.float32) for k in (0, 3, 7)}
-    sums['later_A'] = jnp.cumsum(batch.ar_weight_BA.sum(0)[::-1])[::-1]
-    """Weight of all answer tokens from each place on, for drafters that guess ahead."""
-    return {k: jnp.maximum(v, 1e-9) for k, v in sums.items()}
+    sums |= {name: at_BW.sum() for name, at_BW in _after_first_wrong(batch).items()}
+    return {name: jnp.maximum(total, 1e-9) for name, total in sums.items()}
 
 
 def new_state(
@@ -188,11 +187,8 @@ def make_step(
         needs no other compilation.
     """
     step = partial(_step, loss, optimizer, accumulate)
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=None if shardings is None else (shardings, None),
-    )
+    places = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
 def _step(

@@ -3,9 +3,9 @@
 The block schedule waits: a block begins with a token that the model says only when the block before
 it has converged. An answer that has been found already, at a fraction of the cost, says where every
 block begins and what it converges to. So all blocks start from their random guesses together, each
-after the true tokens, and one forward verifies a window of each. The states are those of decoding
-with `Jacobi(n, 'block')`, and so are the forwards that each block takes; in low precision a guess
-may differ where two scores are next to equal, the fixed point never does.
+after the true tokens, and one forward verifies a window of each. The states and the forwards of
+each block are those of decoding with `Jacobi(n, 'block')`; in low precision a guess may differ
+where two scores are next to equal, the fixed point never does.
 
 What has converged is in the cache, what the model says after it is known, and what it says after
 the last guess belongs to the next block. So a forward computes only the guesses between them, those
@@ -27,7 +27,7 @@ from cllm_jax.decoding.drafter import Sequences
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.jacobi import initial_guesses
 from cllm_jax.model.cache import Cache, with_room
-from cllm_jax.model.llama import Llama
+from cllm_jax.model.llama import Llama, take_rows
 
 SIZES = 7
 """Sizes of the window; each is a copy of the loop to compile."""
@@ -53,10 +53,6 @@ class Blocks:
     def block(self) -> int:
         return self.truth_BMn.shape[2]
 
-    @property
-    def offset_11n(self) -> jax.Array:
-        return jnp.arange(self.block, dtype=jnp.int32)[None, None]
-
 
 @struct.dataclass
 class BlocksState:
@@ -74,12 +70,10 @@ class BlocksState:
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Static sizes of `follow`."""
+    """Static sizes of `follow`: tokens per block, and blocks that are followed together."""
 
     block: int
-    """Tokens per block."""
     blocks: int
-    """How many are followed together."""
     slots: int
     """Slots of the cache that are needed: those of the longest answer."""
 
@@ -95,24 +89,21 @@ def follow(
     """The states of blocks `first .. first + blocks` of each answer, and how many there are.
 
     Args:
-      model, params: what decoded the answers.
       sequences: prompts and answers; the last token of an answer is the pending one.
       cache: their keys and values.
-      first: int32, the first of the blocks. An answer may end before the last.
+      first: int32. An answer may end before the last block.
 
     Returns:
       `state_IBMn`, the blocks before each forward (I = n, the most that a block can take), and
       `forwards_BM`, of which the first so many hold something. The fixed point is not among them.
     """
     block, answers = sizes.block, min(sizes.slots, cache.slots)
-    tokens_BS = sequences.tokens_BS
+    tokens_BS, offset_11n = sequences.tokens_BS, _steps(block)
     number_1M = (first + jnp.arange(sizes.blocks, dtype=jnp.int32))[None]
     begin_BM = sequences.prompt_len_B[:, None] + number_1M * block
-    offset_11n = jnp.arange(block, dtype=jnp.int32)[None, None]
-    at_BX = jnp.minimum(begin_BM[..., None] + offset_11n, tokens_BS.shape[1] - 1)
-    at_BX = at_BX.reshape(len(tokens_BS), -1)
+    at_BX = _flat(jnp.minimum(begin_BM[..., None] + offset_11n, tokens_BS.shape[1] - 1))
     truth_BMn, guess_BMn = (
-        jnp.take_along_axis(source_BS, at_BX, axis=1).reshape(*begin_BM.shape, block)
+        take_rows(source_BS, at_BX).reshape(*begin_BM.shape, block)
         for source_BS in (tokens_BS, initial_guesses(sequences))
     )
     # A block's last forward also says the first token of the next one.
@@ -129,19 +120,20 @@ def follow(
     )
     widths = sorted({-(-longest * i // SIZES) for i in range(SIZES + 1)}, reverse=True)
     for width, smaller in pairwise([*widths, -1]):
-        needs_more = partial(_needs_more_than, fixed, smaller)
-        state = jax.lax.while_loop(needs_more, partial(_iterate, fixed, width), state)
+        longer = partial(_some_are_longer, fixed, smaller)
+        state = jax.lax.while_loop(longer, partial(_iterate, fixed, width), state)
     return state.state_IBMn, state.forwards_BM
 
 
-def _needs_more_than(fixed: Blocks, width: int, state: BlocksState) -> jax.Array:
-    need_BM = jnp.maximum(fixed.block - 2 - state.at_BM, 0)
-    return ((state.at_BM < fixed.end_BM) & (need_BM > width)).any()
+def _some_are_longer(fixed: Blocks, width: int, state: BlocksState) -> jax.Array:
+    """Whether a window of more than `width` tokens is left."""
+    left_BM = jnp.maximum(fixed.block - 2 - state.at_BM, 0)
+    return ((state.at_BM < fixed.end_BM) & (left_BM > width)).any()
 
 
 def _iterate(fixed: Blocks, width: int, state: BlocksState) -> BlocksState:
     """One forward of all blocks, with windows of `width` tokens."""
-    offset_11n, truth_BMn = fixed.offset_11n, fixed.truth_BMn
+    offset_11n, truth_BMn = _steps(fixed.block), fixed.truth_BMn
     at_BM1, live_BM = state.at_BM[..., None], state.at_BM < fixed.end_BM
     right_BMn = (state.guess_BMn == truth_BMn) | (offset_11n <= at_BM1)
     right_BM = jnp.cumprod(right_BMn.astype(jnp.int32), axis=2).sum(2)
@@ -165,19 +157,15 @@ def _iterate(fixed: Blocks, width: int, state: BlocksState) -> BlocksState:
 
 def _say(fixed: Blocks, width: int, state: BlocksState) -> tuple[jax.Array, Cache]:
     """What the model chooses after the first `width` wrong guesses of each block."""
-    offset_BMW = state.at_BM[..., None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, None]
+    params, answers = {'params': fixed.params}, fixed.answers
+    offset_BMW = state.at_BM[..., None] + 1 + _steps(width)
     at_BMW = jnp.minimum(offset_BMW, fixed.block - 1)
     window_BMW = jnp.take_along_axis(state.guess_BMn, at_BMW, axis=2)
     position_BMW = fixed.begin_BM[..., None] + offset_BMW
-    hidden_BTD, cache = fixed.model.apply(
-        {'params': fixed.params},
-        _flat(window_BMW),
-        _flat(position_BMW),
-        _mask(position_BMW[..., 0], width, fixed.answers, state.cache.slots),
-        state.cache,
-        jnp.full(1, fixed.answers, jnp.int32),
-    )
-    logits_BTV = fixed.model.apply({'params': fixed.params}, hidden_BTD, method='logits')
+    mask_BTS = _mask(position_BMW[..., 0], width, answers, state.cache.slots)
+    rows = (_flat(window_BMW), _flat(position_BMW), mask_BTS, state.cache)
+    hidden_BTD, cache = fixed.model.apply(params, *rows, jnp.full(1, answers, jnp.int32))
+    logits_BTV = fixed.model.apply(params, hidden_BTD, method='logits')
     y_BT = choose(logits_BTV, fixed.keys_B, _flat(position_BMW) + 1, Sampling())
     return y_BT.reshape(window_BMW.shape), cache
 
@@ -187,14 +175,16 @@ def _flat(x_BMW: jax.Array) -> jax.Array:
     return x_BMW.reshape(len(x_BMW), -1)
 
 
+def _steps(count: int) -> jax.Array:
+    return jnp.arange(count, dtype=jnp.int32)[None, None]
+
+
 def _mask(begin_BM: jax.Array, width: int, answers: int, slots: int) -> jax.Array:
     """What each token of the windows sees, bool `[B, M W, S]`: the slots before its window's
     first token, and that window up to itself; windows are after the slots of the `answers`."""
-    blocks, slots_S = begin_BM.shape[1], jnp.arange(slots, dtype=jnp.int32)
-    earlier_BMS = slots_S[None, None] < jnp.minimum(begin_BM, answers)[..., None]
-    windows_M = answers + jnp.arange(blocks, dtype=jnp.int32) * width
-    step_MS = slots_S[None] - windows_M[:, None]
-    step_W = jnp.arange(width, dtype=jnp.int32)
-    own_MWS = (step_MS[:, None] >= 0) & (step_MS[:, None] <= step_W[None, :, None])
+    earlier_BMS = _steps(slots) < jnp.minimum(begin_BM, answers)[..., None]
+    windows_M = answers + jnp.arange(begin_BM.shape[1], dtype=jnp.int32) * width
+    step_M1S = _steps(slots) - windows_M[:, None, None]
+    own_MWS = (step_M1S >= 0) & (step_M1S <= _steps(width).swapaxes(1, 2))
     mask_BMWS = earlier_BMS[:, :, None] | own_MWS[None]
     return mask_BMWS.reshape(len(begin_BM), -1, slots)

@@ -1,8 +1,7 @@
 """What is left out of a collection before training, and what is added; every row is counted.
 
 Consistency training on repetitive or cut answers collapses (users of the original implementation
-report it, and its authors' advice is to clean); the passes here are functions of the records and a
-seed.
+report it, and its authors advise to clean). What is done depends on the records and a seed alone.
 """
 
 import dataclasses

@@ -16,28 +16,22 @@ import jax
 from cllm_jax.data.sources import Source
 from cllm_jax.data.tokenizer import encode_examples
 from cllm_jax.decoding.request import bucket
-from cllm_jax.decoding.result import Trajectory
+from cllm_jax.decoding.result import UNKNOWN, Trajectory
 from cllm_jax.decoding.text import text_of
 from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import Model
 from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.runtime.threads import side_by_side
 from cllm_jax.tasks.quality import is_repetitive
+from cllm_jax.trajectories import store
 from cllm_jax.trajectories.sharded import mesh_of, prompt_keys, trajectories
-from cllm_jax.trajectories.store import (
-    Collection,
-    finish,
-    open_manifest,
-    read_manifest,
-    write_shard,
-)
 
 
 def collect(
     directory: Path,
     model: Model,
     source: Source,
-    settings: Collection,
+    settings: store.Collection,
     identity: dict[str, Any],
     advance_by: Callable[[int, int], None] = lambda prompts, tokens: None,
 ) -> Counter:
@@ -45,19 +39,17 @@ def collect(
 
     Finished shards of an earlier call are kept. Prompts that leave no room for `max_tokens` in the
     model's positions are counted as `too long` and skipped, those without a token as `empty`.
+    Raises ConfigError for a directory with another collection, and a model without a stop token.
 
     Args:
       identity: what makes two collections the same (model, dataset, settings).
       advance_by: told of prompts done and tokens decoded.
-
-    Raises:
-      ConfigError: the directory holds another collection; the model has no stop token.
     """
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
     shards = -(-len(source) // settings.shard)
     mine = range(jax.process_index(), shards, jax.process_count())
-    manifest = open_manifest(directory, identity, shards, mine)
+    manifest = store.open_manifest(directory, identity, shards, mine)
     for index in mine:
         begin = index * settings.shard
         size = min(settings.shard, len(source) - begin)
@@ -67,13 +59,13 @@ def collect(
         rows = range(begin, begin + size)
         records, left_out = collect_rows(model, source, settings, rows, advance_by)
         counts = {'prompts': size} | left_out | _count(records)
-        write_shard(directory, manifest, index, records, counts)
+        store.write_shard(directory, manifest, index, records, counts)
     barrier('collected')
     if is_main():
-        finish(directory)
+        store.finish(directory)
     barrier('finished')
     counts = Counter()
-    for entry in read_manifest(directory)['shards']:
+    for entry in store.read_manifest(directory)['shards']:
         counts.update(entry['counts'])
     return counts
 
@@ -81,14 +73,14 @@ def collect(
 def collect_rows(
     model: Model,
     source: Source,
-    settings: Collection,
+    settings: store.Collection,
     rows: Sequence[int],
     advance_by: Callable[[int, int], None] = lambda prompts, tokens: None,
 ) -> tuple[list[Trajectory], dict[str, int]]:
     """The trajectories of some rows of `source`, in order, and how many are left out, by reason.
 
-    Rows of a batch wait for the slowest, so each batch gets rows of about the same length, as the
-    reference answers tell it.
+    Rows of a batch wait for the slowest: each batch gets rows whose reference answers have about
+    the same length.
     """
     room = model.config.max_positions - settings.max_tokens
     examples = [source[i] for i in rows]
@@ -111,12 +103,11 @@ def collect_rows(
     threads = model.backend.threads if mesh_of(model).size == 1 else 1
     for chosen, found in zip(batches, side_by_side(answer, batches, threads), strict=True):
         for i, one in zip(chosen, found, strict=True):
-            example, answered = examples[i], one.answer.tolist()
-            judged = {}
+            example, answered, right = examples[i], one.answer.tolist(), UNKNOWN
             if source.checkable:
-                judged['right'] = int(source.check(example, text_of(model, answered)))
+                right = int(source.check(example, text_of(model, answered)))
             finished = answered[-1] in model.config.eos_ids
-            records[i] = dataclasses.replace(one, id=example.id, finished=finished, **judged)
+            records[i] = dataclasses.replace(one, id=example.id, finished=finished, right=right)
         advance_by(len(chosen), sum(len(one.answer) for one in found))
     return [records[i] for i in sorted(records)], left_out
 

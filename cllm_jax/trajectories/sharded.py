@@ -12,14 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cllm_jax.decoding.drafter import Sequences
 from cllm_jax.decoding.loop import Buffers, Decoder, prefill
 from cllm_jax.decoding.request import bucket, cache_slots, pad_prompts, row_keys, stop_ids
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.prompt_lookup import PromptLookup, reference_rows
 from cllm_jax.hf.load import Model
-from cllm_jax.model.cache import Cache
 from cllm_jax.model.llama import Llama
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories.blocks import BlockSizes, follow
@@ -28,14 +26,13 @@ from cllm_jax.trajectories.store import Collection
 TOGETHER = 4096
 """Tokens of blocks in a device's forward: enough to keep it busy, and a bound on memory, unless one
 block of every row is more."""
-
 FINDER = PromptLookup(block=4, ngram=8)
-"""Finds the answers whose blocks are followed, by trying what the dataset says: a model that was
-trained on it often says the same. Four tokens cost little where it does not."""
+"""Finds the answers whose blocks are followed, by trying what the dataset says, which a model that
+was trained on it often says too. Four tokens cost little where it does not."""
 
 
 def mesh_of(model: Model) -> Mesh:
-    """The mesh that shares the model, or all devices of this process, each with a copy of it."""
+    """The mesh that shares the model, or all devices of this process, each with a copy."""
     place = jax.tree.leaves(model.params)[0].sharding
     if isinstance(place, NamedSharding) and 'data' in place.mesh.axis_names:
         return place.mesh
@@ -73,12 +70,9 @@ def trajectories(
     drafter, references_BR = Jacobi(block, settings.mode), None
     if settings.mode == 'block':
         drafter = FINDER
-        texts = [
-            [*prompt[-drafter.ngram :], *reference[: settings.max_tokens]]
-            for prompt, reference in zip(prompts, references, strict=True)
-        ]
-        most = bucket(drafter.ngram + settings.max_tokens + 1)
-        references_BR = reference_rows(texts, rows, most)
+        both, longest = zip(prompts, references, strict=True), settings.max_tokens
+        texts = [[*p[-drafter.ngram :], *reference[:longest]] for p, reference in both]
+        references_BR = reference_rows(texts, rows, bucket(drafter.ngram + longest + 1))
     # Guesses are looked up in the same buffer as tokens: the last block's have to be in it too.
     slots = cache_slots(width, steps, max(drafter.nodes, block))
     buffers = Buffers(slots, steps, trace=drafter is not FINDER)
@@ -127,49 +121,30 @@ def compiled_follower(module: Llama, mesh: Mesh, sizes: BlockSizes) -> Callable:
 def _on_rows(function: Callable, mesh: Mesh) -> Callable:
     """Compiled, each device with all of the first two arguments and its rows of the last two."""
     data, everything = PartitionSpec('data'), PartitionSpec()
-    return jax.jit(
-        jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=(everything, everything, data, data),
-            out_specs=data,
-            axis_names={'data'},  # what shares a model is left to the compiler
-            check_vma=False,
-        )
-    )
+    specs = {'in_specs': (everything, everything, data, data), 'out_specs': data}
+    # What shares a model is left to the compiler.
+    own_rows = jax.shard_map(function, mesh=mesh, **specs, axis_names={'data'}, check_vma=False)
+    return jax.jit(own_rows)
 
 
-def _blocks(
-    model: Model,
-    sequences: Sequences,
-    cache: Cache,
-    answers: Sequence[np.ndarray],
-    block: int,
-    width: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The states of all blocks of decoded answers and the forwards of each block.
-
-    As many blocks are followed together as are fast.
-    """
+def _blocks(model: Model, sequences, cache, answers, block: int, width: int):
+    """The states of all blocks of decoded answers, `[B, M, I, n]`, and the forwards of each."""
     mesh, count = mesh_of(model), max(-(-(len(answer) - 1) // block) for answer in answers)
     if count == 0:
         rows = len(answers)
         return np.zeros((rows, 0, block, block), np.int32), np.zeros((rows, 0), np.int32)
     own_rows = len(sequences.length_B) // mesh.shape['data']
     most = max(1, TOGETHER // (own_rows * block))
-    slots, first, parts = -(-bucket(width + count * block) // 64) * 64, 0, []
+    slots, first, found = -(-bucket(width + count * block) // 64) * 64, 0, []
     while first < count:  # powers of two and few sizes of the cache: few programs to compile
         together = 1 << min(count - first, most).bit_length() - 1
         run = compiled_follower(model.module, mesh, BlockSizes(block, together, slots))
-        parts.append(run(model.params, np.int32(first), sequences, cache))
+        found.append(run(model.params, np.int32(first), sequences, cache))
         first += together
-    columns = zip(*jax.device_get(parts), strict=True)
-    return tuple(np.concatenate(part, axis=1) for part in columns)
+    return tuple(np.concatenate(x, axis=1) for x in zip(*jax.device_get(found), strict=True))
 
 
-def _joined(
-    prompt: np.ndarray, answer: np.ndarray, states_MIn: np.ndarray, forwards_M: np.ndarray
-) -> Trajectory:
+def _joined(prompt, answer, states_MIn, forwards_M) -> Trajectory:
     """One answer's states in order, each block's followed by its fixed point."""
     block = states_MIn.shape[2]
     padded = np.concatenate([answer, np.zeros(block, np.int32)])
@@ -178,6 +153,5 @@ def _joined(
         begin, forwards = m * block, forwards_M[m]
         states += [states_MIn[m, :forwards], padded[None, begin : begin + block]]
         start += [begin] * (forwards + 1)
-    start = np.asarray(start, np.int32)
-    # The prefill is a forward too.
-    return Trajectory(np.concatenate(states), start, prompt, answer, 1 + int(forwards_M.sum()))
+    states, start = np.concatenate(states), np.asarray(start, np.int32)
+    return Trajectory(states, start, prompt, answer, 1 + int(forwards_M.sum()))  # 1: the prefill

@@ -5,9 +5,9 @@
     trajectories-train.array_record-00000-of-00008    records, complete or absent
     dataset_info.json, features.json                  written last, for tfds.builder_from_directory
 
-A shard is written under a temporary name and renamed when it is on disk, then its entry is written;
-whatever moment a process is killed at, the next one sees whole shards only. No two processes write
-the same file: each has its own shards, and the first one writes the rest.
+A shard is written under a temporary name and renamed when it is on disk, then its entry is written:
+whenever a process is killed, the next one sees whole shards only. No two processes write the same
+file: each has its own shards, and the first one writes the rest.
 """
 
 import dataclasses
@@ -65,22 +65,12 @@ def features(block: int) -> Any:
     import tensorflow_datasets as tfds  # slow to import
 
     f = tfds.features
+    shapes = {'prompt': (None,), 'answer': (None,), 'states': (None, block), 'start': (None,)}
     return f.FeaturesDict(
-        {
-            'id': f.Text(),
-            'prompt': f.Tensor(shape=(None,), dtype=np.int32),
-            'answer': f.Tensor(shape=(None,), dtype=np.int32),
-            'states': f.Tensor(shape=(None, block), dtype=np.int32),
-            'start': f.Tensor(shape=(None,), dtype=np.int32),
-            'finished': f.Scalar(np.int32),
-            'right': f.Scalar(np.int32),
-            'forwards': f.Scalar(np.int32),
-        }
+        {'id': f.Text()}
+        | {name: f.Tensor(shape=shape, dtype=np.int32) for name, shape in shapes.items()}
+        | {name: f.Scalar(np.int32) for name in ('finished', 'right', 'forwards')}
     )
-
-
-def shard_name(index: int, count: int) -> str:
-    return f'{NAME}-train.array_record-{index:05}-of-{count:05}'
 
 
 def entry_path(directory: Path, index: int) -> Path:
@@ -93,25 +83,20 @@ def open_manifest(
 ) -> dict[str, Any]:
     """The manifest of a collection, new or begun before; finished shards of `mine` are verified.
 
-    A shard whose bytes are not those of the manifest is set aside (`.damaged`) and forgotten, so
-    that it alone is collected again.
-
-    Raises:
-      ConfigError: the directory holds trajectories of another model, dataset or setting.
+    A shard whose bytes are not those of the manifest is set aside (`.damaged`), and it alone is
+    collected again. Raises ConfigError for trajectories of another model, dataset or setting.
     """
     if is_main() and not (directory / MANIFEST).exists():
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / MANIFEST, {'identity': identity, 'shards': [None] * shards})
     barrier('manifest')
     manifest = read_manifest(directory)
-    begun = manifest['identity']
-    changed = [k for k in identity | begun if identity.get(k) != begun.get(k)]
-    if changed or len(manifest['shards']) != shards:
-        key = changed[0] if changed else 'shards'
-        raise ConfigError(
-            f'{directory}: collected with {key} = {begun.get(key, len(manifest["shards"]))!r}, now '
-            f'{identity.get(key, shards)!r}; use the old settings or another directory'
-        )
+    begun = manifest['identity'] | {'shards': len(manifest['shards'])}
+    wanted = identity | {'shards': shards}
+    if changed := [k for k in wanted | begun if wanted.get(k) != begun.get(k)]:
+        old, new = (settings.get(changed[0]) for settings in (begun, wanted))
+        what = f'{directory}: collected with {changed[0]} = {old!r}, now {new!r}'
+        raise ConfigError(f'{what}; use the old settings or another directory')
     for i in mine:
         entry = manifest['shards'][i]
         if entry and not _intact(directory, entry):
@@ -159,26 +144,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def write_shard(
-    directory: Path,
-    manifest: dict[str, Any],
-    index: int,
-    records: Sequence[Trajectory],
-    counts: dict,
+    directory: Path, manifest: dict, index: int, records: Sequence[Trajectory], counts: dict
 ) -> None:
     """Add one shard and its entry. The same records give the same bytes."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
     schema = features(manifest['identity']['block'])
-    name = shard_name(index, len(manifest['shards']))
+    name = f'{NAME}-train.array_record-{index:05}-of-{len(manifest["shards"]):05}'
     temp = directory / f'.{name}.tmp'
     writer = ArrayRecordWriter(str(temp), 'group_size:1')
     for record in records:
         row = dataclasses.asdict(record) | {'finished': int(record.finished)}
         data = schema.serialize_example(schema.encode_example(row))
         row = tf_example_pb2.Example.FromString(data)
-        # Protocol buffers order a map as the process pleases; the same record must be the same
-        # bytes in all of them.
+        # Else every process orders the map of a protocol buffer as it pleases.
         writer.write(row.SerializeToString(deterministic=True))
     writer.close()
     with open(temp, 'rb') as f:
@@ -194,7 +174,7 @@ def finish(directory: Path) -> None:
     import tensorflow_datasets as tfds
 
     manifest = read_manifest(directory)
-    shards = manifest['shards']
+    shards, schema = manifest['shards'], features(manifest['identity']['block'])
     _write(directory / MANIFEST, manifest)
     for i in range(len(shards)):
         entry_path(directory, i).unlink(missing_ok=True)
@@ -209,7 +189,7 @@ def finish(directory: Path) -> None:
     )
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
-        features=features(manifest['identity']['block']),
+        features=schema,
         split_infos=[split],
         filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
         check_data=False,  # the check needs TensorFlow
@@ -219,28 +199,23 @@ def finish(directory: Path) -> None:
 def read_records(directory: Path) -> list[Trajectory]:
     """Every record of a finished collection, in order; each shard is verified before use.
 
-    Raises:
-      DataError: no manifest, an unfinished collection, or a damaged shard.
+    Raises DataError for no manifest, an unfinished collection, or a damaged shard.
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
     manifest, records = read_manifest(directory), []
-    schema = features(manifest['identity']['block'])
-    missing = sum(entry is None for entry in manifest['shards'])
-    if missing:
-        raise DataError(
-            f'{directory}: {missing} of {len(manifest["shards"])} shards are not collected yet; '
-            'run collect again to finish'
-        )
-    for entry in manifest['shards']:
+    schema, shards = features(manifest['identity']['block']), manifest['shards']
+    if missing := shards.count(None):
+        state = f'{missing} of {len(shards)} shards are not collected yet'
+        raise DataError(f'{directory}: {state}; run collect again to finish')
+    for entry in shards:
         path = directory / entry['file']
         if not path.exists() or sha256(path) != entry['sha256']:
             raise DataError(f'{path}: missing or damaged; run collect again, it redoes this shard')
         reader = ArrayRecordReader(str(path))
         for data in reader.read_all():
             row = schema.deserialize_example_np(data)
-            row['id'] = row['id'].decode()
-            row |= {k: int(row[k]) for k in ('right', 'forwards')}
+            row |= {k: int(row[k]) for k in ('right', 'forwards')} | {'id': row['id'].decode()}
             records.append(Trajectory(**row | {'finished': bool(row['finished'])}))
         reader.close()
     return records

@@ -10,15 +10,8 @@ from cllm_jax.errors import ConfigError
 from tests.tiny_settings import Optimizer, Training, write_recipe
 
 
-def read(argv, stages=('target', 'cllm')):
-    return parse(
-        Training,
-        program='python -m cllm_jax.train',
-        description='Trains a model.',
-        stage='target',
-        stages=stages,
-        argv=argv,
-    )
+def read(argv):
+    return parse(Training, stage='target', description='Trains a model.', argv=argv)
 
 
 @pytest.fixture
@@ -50,7 +43,7 @@ def test_a_recipe_names_the_directory_of_its_runs(recipe):
         root: str = 'runs/other'
 
     def root(*argv):
-        return parse(Rooted, program='x', description='x', stage='target', argv=argv)[0].root
+        return parse(Rooted, description='x', stage='target', argv=argv)[0].root
 
     assert root() == 'runs/other'
     path = recipe('target: {}\n')
@@ -142,7 +135,7 @@ def test_help_shows_docstrings_defaults_and_common_flags(recipe, capsys):
         'Peak learning rate.',
         '--optimizer.betas',
         '--config FILE',
-        '--stage {target,cllm}',
+        '--stage {target,cllm,refine,draft,medusa,medusa2,redrafter,eagle,space}',
         '--plan',
         '--debug',
     ):

@@ -64,8 +64,8 @@ class Bush(Drafter):
 
 AR = AutoRegressive()
 GREEDY, MILD, FREE = Sampling(), Sampling(0.7, top_k=10, top_p=0.9), Sampling(1.0)
-SIZES = (1, 2, 3, 5, 8, 16, 31, 64)
-GREEDY_RUNS = [(Jacobi(n, mode), GREEDY) for mode in ('sliding', 'block') for n in SIZES]
+SIZES = {'sliding': (1, 2, 5, 8, 31, 64), 'block': (1, 2, 3, 5, 16, 64)}
+GREEDY_RUNS = [(Jacobi(n, mode), GREEDY) for mode, sizes in SIZES.items() for n in sizes]
 SAMPLED_RUNS = [
     (AR, MILD),
     (Jacobi(8), MILD),

@@ -8,7 +8,6 @@ import numpy as np
 
 from cllm_jax.decoding.drafter import Sequences
 from cllm_jax.decoding.engine import decode_all
-from cllm_jax.decoding.loop import programs
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.decoding.sampling import Sampling
@@ -53,11 +52,6 @@ def decoded(drafter, sampling: Sampling, batch: int = 8) -> DecodeResult:
 def plain(sampling: Sampling) -> list[list[int]]:
     """What AR answers to the same prompts."""
     return decoded(AutoRegressive(), sampling).tokens
-
-
-def compilations() -> int:
-    """How often the loop has been compiled for `MODEL` and for models like it."""
-    return sum(run._cache_size() for run in programs(MODEL.backend))
 
 
 def sequences_of(prompts, slots: int) -> Sequences:

@@ -15,8 +15,15 @@ from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import DraftModel
-from tests.drafters.examples import GREEDY, compilations
-from tests.tiny import byte_tokenizer, ragged_prompts, random_model, text_config, tiny_config
+from tests.drafters.examples import GREEDY
+from tests.tiny import (
+    byte_tokenizer,
+    compilations,
+    ragged_prompts,
+    random_model,
+    text_config,
+    tiny_config,
+)
 
 PROMPTS = ragged_prompts(0, (1, 2, 9, 5))
 TARGET = random_model(config=tiny_config(layers=1, eos_ids=(3, 7)))

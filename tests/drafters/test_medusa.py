@@ -13,10 +13,19 @@ from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.medusa import Medusa, tree_of
-from cllm_jax.drafters.trained import AnswerBatch, TargetTables
+from cllm_jax.drafters.trained import AnswerBatch, LastHidden, TargetTables
 from cllm_jax.errors import ConfigError
 from cllm_jax.model.llama import forward
-from tests.drafters.examples import DRAFTERS, FREE, MODEL, PROMPTS, decoded, with_random_weights
+from tests.drafters.examples import (
+    DRAFTERS,
+    FREE,
+    GREEDY,
+    MODEL,
+    PROMPTS,
+    decoded,
+    sequences_of,
+    with_random_weights,
+)
 
 
 def test_typical_acceptance_takes_what_is_likely_enough_and_says_that_it_is_lossy():
@@ -80,3 +89,20 @@ def test_heads_learn_the_tokens_after_the_next_and_choose_their_tree():
     assert float(loss) == pytest.approx(-float(0.8 * logp[0] + 0.64 * logp[1]), rel=1e-5)
     # Of head 1 the first guess is right, of head 2 the third and the fourth once each.
     assert drafter.calibrated(answers).choices == ((0,), (0, 2), (0, 3))
+
+
+def test_every_node_holds_the_guess_of_its_path():
+    """Node `(a, b)` is guess b of head 2, after guess a of head 1."""
+    drafter = with_random_weights(DRAFTERS['medusa'])
+    sequences = sequences_of([[1, 2], [3, 4]], 20)
+    hidden_BD = jax.random.normal(jax.random.key(1), (2, MODEL.config.dim))
+    draft, _ = drafter.draft(LastHidden(hidden_BD, jnp.array([True, False])), sequences, GREEDY)
+    ranked_BKR = jnp.argsort(-drafter.logits(hidden_BD[:, None])[:, 0], axis=-1)
+    for row, parents in enumerate(draft.parent_BN.tolist()):
+        paths = {0: ()}
+        for node, path in enumerate(drafter.choices, start=1):
+            assert paths[parents[node]] == path[:-1]
+            paths[node] = path
+            assert draft.tokens_BN[row, node] == ranked_BKR[row, len(path) - 1, path[-1]]
+    assert draft.valid_BN.tolist() == [[True] * drafter.nodes, [False] * drafter.nodes]
+    assert draft.tokens_BN[:, 0].tolist() == [2, 4] and draft.depth == 3

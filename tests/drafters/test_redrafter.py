@@ -64,9 +64,10 @@ class Saying:
     length = 3
 
     def __init__(self, logits):
-        self.said = iter(logits)
+        self.said, self.read = iter(logits), []
 
     def cell(self, tokens_BA, state_BAD):
+        self.read.append(tokens_BA.tolist())
         return state_BAD
 
     def logits(self, hidden_BAD, state_BAD):
@@ -91,5 +92,7 @@ def test_the_loss_of_redrafter_is_apples():
         weight_BA=weight_BA,
         later_A=jnp.array([3.0, 2.0, 1.0]),
     )
-    loss, _ = ReDrafter.loss(Saying(jnp.array([[step] for step in said])), answers)
+    drafter = Saying(jnp.array([[step] for step in said]))
+    loss, _ = ReDrafter.loss(drafter, answers)
+    assert drafter.read == [[[1, 2, 1]], [[2, 1, 0]]]
     assert abs(float(loss) - 1.6388) < 1e-4

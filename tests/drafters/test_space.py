@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
+from cllm_jax.decoding.drafter import Verdict
 from cllm_jax.drafters.space import Masked, Space
 from cllm_jax.drafters.trained import HeadsConfig
 from cllm_jax.errors import ConfigError
@@ -20,6 +21,15 @@ def test_a_group_of_masks_follows_the_pending_token_and_every_guess():
     # No mask is ever accepted, and nothing is before the first forward.
     assert draft.valid_BN.tolist() == [[True] * 3 + [False] * 6, [False] * 9]
     assert draft.depth == 4
+
+
+def test_the_next_guesses_are_those_of_the_masks_after_the_last_accepted_node():
+    drafter, known_B = Space(28, 2), jnp.ones(3, bool)
+    y_BN = jnp.arange(9)[None] + jnp.array([[100], [200], [300]])
+    path_BP = jnp.broadcast_to(jnp.arange(5)[None], (3, 5))
+    verdict = Verdict(y_BN, None, None, path_BP, count_B=jnp.array([1, 2, 3]))
+    state = drafter.update(Masked(None, known_B), None, verdict, None, GREEDY)
+    assert state.guess_BM.tolist() == [[103, 104], [205, 206], [307, 308]]
 
 
 def test_the_mask_is_the_padding_token_else_the_first_one():

@@ -13,10 +13,10 @@ from scipy.stats import chisquare
 from cllm_jax.decoding.engine import decode_all, decoder_of, start
 from cllm_jax.decoding.loop import programs
 from cllm_jax.decoding.request import Request, row_keys
-from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.decoding.sampling import Sampling, choose
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.medusa import Medusa
-from cllm_jax.drafters.trained import AnswerBatch
+from cllm_jax.drafters.trained import AnswerBatch, perturbed
 from cllm_jax.model.llama import forward
 from tests.drafters.examples import (
     DRAFTERS,
@@ -24,12 +24,12 @@ from tests.drafters.examples import (
     GREEDY,
     MODEL,
     PROMPTS,
-    compilations,
     decoded,
     plain,
+    sequences_of,
     with_random_weights,
 )
-from tests.tiny import random_model, tiny_config
+from tests.tiny import compilations, random_model, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,17 @@ def test_the_sampled_law_is_the_softmax_of_the_target(name):
     assert often.sum() > 8
     ratio = found[often].sum() / expected[often].sum()
     assert chisquare(found[often], expected[often] * ratio).pvalue > 1e-3
+
+
+def test_a_drafter_with_the_targets_scores_guesses_what_the_target_chooses():
+    """With the noise of its position, at any temperature."""
+    sequences, ahead_T = sequences_of([[1, 2, 3], [4, 5, 6]], 20), jnp.array([1, 2, 5])
+    logits_BTV = 3 * jax.random.normal(jax.random.key(4), (2, 3, 29))
+    for sampling in (GREEDY, Sampling(0.7), FREE):
+        guess_BT = jnp.argmax(perturbed(logits_BTV, sequences, ahead_T, sampling), axis=-1)
+        at_BT = sequences.length_B[:, None] + ahead_T[None]
+        chosen_BT = choose(logits_BTV, sequences.keys_B, at_BT, sampling)
+        assert guess_BT.tolist() == chosen_BT.tolist()
 
 
 def test_what_a_drafter_learns_from_counts_only_labels_that_are_there():
