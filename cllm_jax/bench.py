@@ -50,11 +50,10 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
         total = len(nodes) * (settings.repeats + 1)
         with console.progress(f'forwards, batch {batch}', total) as bar:
             measured = costs(model, nodes, batch, settings.prompt, settings.repeats, bar)
-        base = measured[1].forward
         found['per_batch'][str(batch)] = {
             str(n): {
                 'forward_ms': cost.forward * 1e3,
-                'c': cost.forward / base,
+                'c': cost.forward / measured[1].forward,
                 'prefill_ms': cost.prefill * 1e3,
                 'compile_s': cost.compilation,
             }

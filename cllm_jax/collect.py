@@ -103,11 +103,9 @@ def run() -> None:
             bar(prompts, f'{done / (time.perf_counter() - begin):.0f} tokens/s')
 
         counts = collect(directory, model, source, settings, identity, advance)
-    console.note(
-        f'{directory}: '
-        + ', '.join(f'{v} {k}' for k, v in counts.items())
-        + f'; {counts["tokens"] / max(counts["forwards"], 1):.2f} tokens/forward'
-    )
+    collected = ', '.join(f'{v} {k}' for k, v in counts.items())
+    mean = counts['tokens'] / max(counts['forwards'], 1)
+    console.note(f'{directory}: {collected}; {mean:.2f} tokens/forward')
 
 
 if __name__ == '__main__':

@@ -102,13 +102,12 @@ def run() -> None:
         print_plan(console, settings, {'writes to': out, 'bytes': size(total * width)})
         return
     for name, run_dir in runs.items():
-        heads = (run_dir / 'drafter').is_dir()
+        heads = {'drafter'} if (run_dir / 'drafter').is_dir() else set()
         if has_model(run_dir):
             model = load(str(run_dir), 'float32')
             text = card(name, run_dir, settings.dtype, model.config.parameters)
-            again = {'drafter'} if heads else set()
             write_model(
-                out / name, model, dtype=settings.dtype, card=text, sums=True, rewritten=again
+                out / name, model, dtype=settings.dtype, card=text, sums=True, rewritten=heads
             )
         if heads:
             place = out / name / 'drafter' if has_model(run_dir) else out / name

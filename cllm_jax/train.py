@@ -73,7 +73,7 @@ def facts_of(settings: TrainConfig, mesh: Mesh) -> dict[str, object]:
 
 def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Console) -> None:
     """What the run would need; with `compiled`, also as the compiler counts it."""
-    mesh = make_mesh(settings.mesh)
+    mesh, objective = make_mesh(settings.mesh), objective_of(settings)
     check_batch(settings.batch // settings.optimizer.accumulate, mesh)
     whole = objective_of(settings).trains_model(settings)
     writes = directory if whole else directory / 'drafter'

@@ -190,7 +190,7 @@ def test_the_table_of_stages_says_what_each_writes():
 @pytest.mark.parametrize('page', ['README.md', 'docs/adding_a_drafter.md'])
 def test_python_examples_run(page, capsys):
     code = '\n'.join(blocks(page, 'python'))
-    assert code.count('\n') <= (10 if page == 'README.md' else 90)
+    assert sum(map(bool, code.splitlines())) <= (10 if page == 'README.md' else 90)
     with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
         exec(compile(code, page, 'exec'), {})
     assert capsys.readouterr().out

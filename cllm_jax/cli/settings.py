@@ -78,13 +78,13 @@ def parse(
     chosen = first.stage or stage
     if chosen not in stages:
         raise ConfigError(f'--stage: {program} has {no_such("stage", chosen, stages)}')
-    kinds = Annotated[config_class, Unnamed], Annotated[flags[Literal[stages]], Unnamed]
-    settings, given = tyro.cli(
+    kinds = Annotated[flags[Literal[stages]], Unnamed], Annotated[config_class, Unnamed]
+    given, settings = tyro.cli(
         tuple[kinds],
         prog=program,
         description=description,
         args=argv,
-        default=(_defaults(config_class, first.config, chosen), flags(None, chosen)),
+        default=(flags(None, chosen), _defaults(config_class, first.config, chosen)),
     )
     to_json(settings)  # refuses what JSON cannot hold, such as --learning-rate nan
     return settings, given

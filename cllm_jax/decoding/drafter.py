@@ -3,9 +3,8 @@
 A draft is a chain or a tree of N nodes. Node 0 is the pending token: already committed, not yet in
 the KV cache. In a chain node i+1 follows node i; in a tree each node says which one it follows. The
 target's own choice after node i is `y[i]`; a node is accepted when all it follows are and its token
-equals the `y` of the one before it. Whatever is drafted, the committed tokens are the target's
-choices along the longest accepted path, so a drafter can change how many forwards an answer takes
-and never the answer.
+equals the `y` of the one before it. The committed tokens are the target's choices along the longest
+accepted path: a drafter changes how many forwards an answer takes, never the answer.
 """
 
 import dataclasses
@@ -136,8 +135,6 @@ def put(
     buffer_BS: jax.Array, start_B: jax.Array, values_BN: jax.Array, keep_BN: jax.Array
 ) -> jax.Array:
     """Write `values` from `start[b]` on where `keep`; other slots stay. start + N must fit."""
-    old_BN = windows(buffer_BS, start_B, values_BN.shape[1])
-    new_BN = jnp.where(keep_BN, values_BN, old_BN)
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
-        buffer_BS, new_BN, start_B
-    )
+    new_BN = jnp.where(keep_BN, values_BN, windows(buffer_BS, start_B, values_BN.shape[1]))
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    return write(buffer_BS, new_BN, start_B)

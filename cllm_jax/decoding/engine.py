@@ -32,8 +32,7 @@ from cllm_jax.runtime.processes import fetch, keys_beside
 from cllm_jax.runtime.threads import side_by_side
 
 LEAST_ROWS = 2
-"""Fewest rows of a batch that a thread of its own decodes: a single one would read all weights for
-itself."""
+"""Fewest rows that a thread of its own decodes: a single one would read all weights for itself."""
 
 STREAM_ITERATIONS = 4
 """Iterations between two looks at the text when streaming or searching for stop strings."""

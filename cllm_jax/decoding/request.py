@@ -37,10 +37,8 @@ class Request:
         at_least(self, max_tokens=1, batch=1)
         check_seed(self)
         if self.sampling.typical and not self.drafter.typical:
-            raise ConfigError(
-                f'typical {self.sampling.typical}: a lossy rule of Medusa, not of '
-                f'{type(self.drafter).__name__}; leave it out'
-            )
+            rule = f'a lossy rule of Medusa, not of {type(self.drafter).__name__}'
+            raise ConfigError(f'typical {self.sampling.typical}: {rule}; leave it out')
         if isinstance(self.stop, str):
             raise ConfigError(f'stop {self.stop!r}: must be a tuple; write ({self.stop!r},)')
         if '' in self.stop:
@@ -48,10 +46,7 @@ class Request:
 
 
 def bucket(size: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, ...: few shapes to compile.
-
-    At most a third is wasted, from 64 on a fifth.
-    """
+    """The next of 16, 24, 32, 48, 64, 80, 96, 112, ...: few shapes, and at most a third wasted."""
     power = 16
     while 2 * power < size:
         power *= 2

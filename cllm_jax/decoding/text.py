@@ -75,8 +75,7 @@ def find_stop(model: Model, tokens: Sequence[int], stop: Sequence[str]) -> tuple
 def settled(text: str, stop: Sequence[str]) -> str:
     """The part of `text` that can be shown although more will follow.
 
-    Held back are an incomplete character at the end (decoded as U+FFFD) and what could be the
-    beginning of a stop string.
+    Not an incomplete character at the end (U+FFFD), nor a possible beginning of a stop string.
     """
     text = text.rstrip('\ufffd')
     held = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))

@@ -9,11 +9,7 @@ from cllm_jax.decoding.drafter import Draft, Drafter
 class AutoRegressive(Drafter):
     """One token per forward. The baseline of every speed-up, in the same compiled loop."""
 
-    title = 'AR'
-
-    @property
-    def nodes(self) -> int:
-        return 1
+    title, nodes = 'AR', 1
 
     def draft(self, state, sequences, sampling):
         return Draft.chain(sequences.window(1)), state

@@ -99,10 +99,8 @@ class Eagle(TrainedDrafter):
             # The rows of the nodes follow the committed ones.
             positions_BW = jnp.broadcast_to((length_B + level - 1)[:, None], token_BW.shape)
             mask_BWS = after_cache(sees_BWX, length_B, cache.slots)
-            start_B = length_B + (level - 1) * width
-            feature_BWD, cache = self.layer(
-                feature_BWD, token_BW, positions_BW, mask_BWS, cache, start_B
-            )
+            rows = (token_BW, positions_BW, mask_BWS, cache, length_B + (level - 1) * width)
+            feature_BWD, cache = self.layer(feature_BWD, *rows)
             child_BWW, step_BWW = self._best(feature_BWD, sequences, sampling, level + 1)
             total_BX = (front_BW[:, :, None] + step_BWW).reshape(batch, -1)
             child_BX = child_BWW.reshape(batch, -1)
@@ -114,7 +112,7 @@ class Eagle(TrainedDrafter):
             entry_BW, from_BW = earlier + best_BW, best_BW // width
             token_BW = take_rows(child_BX, best_BW)
             feature_BWD, sees_BWX = (take_rows(x, from_BW) for x in (feature_BWD, sees_BWX))
-        draft = self._rerank(sequences, tokens, scores, parents, state.known_B)
+        draft = self._rerank(sequences, (tokens, scores, parents), state.known_B)
         return draft, state.replace(cache=cache)
 
     def update(self, state: Features, draft: Draft, verdict: Verdict, sequences, sampling):
@@ -130,9 +128,8 @@ class Eagle(TrainedDrafter):
             tokens_BX = put(tokens_BX, length_B, first_B1, jnp.ones_like(first_B1, bool))
         positions_BX = start_B[:, None] + jnp.arange(tokens_BX.shape[1], dtype=jnp.int32)[None]
         mask_BXS = causal_mask(positions_BX, state.cache.slots)
-        feature_BXD, cache = self.layer(
-            hidden_BXD, tokens_BX, positions_BX, mask_BXS, state.cache, start_B
-        )
+        rows = (tokens_BX, positions_BX, mask_BXS, state.cache, start_B)
+        feature_BXD, cache = self.layer(hidden_BXD, *rows)
         feature_BD = take_rows(feature_BXD, last_B[:, None])[:, 0]
         return Features(cache, feature_BD, jnp.ones_like(state.known_B))
 
@@ -146,15 +143,13 @@ class Eagle(TrainedDrafter):
         start_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The next features, from features and the tokens after them; and the layer's cache."""
-        own, config = self.own, self.config
+        own, c = self.own, self.config
         e_BXD = self.tables.embed_VD[tokens_BX].astype(jnp.float32)
         both_BXE = jnp.concatenate([feature_BXD.astype(jnp.float32), e_BXD], axis=-1)
-        sin, cos = rope_tables(
-            positions_BX, config.head_dim, config.rope_theta, config.rope_scaling
-        )
+        angles = rope_tables(positions_BX, c.head_dim, c.rope_theta, c.rope_scaling)
         kv = None if cache is None else (cache.k_RSH[0], cache.v_RSH[0])
-        x_BXD, kv = Block(config, backend=self.backend).apply(
-            {'params': own['layer']}, linear(both_BXE, own['join']), sin, cos, mask_BXS, kv, start_B
+        x_BXD, kv = Block(c, backend=self.backend).apply(
+            {'params': own['layer']}, linear(both_BXE, own['join']), *angles, mask_BXS, kv, start_B
         )
         return x_BXD, None if cache is None else Cache((kv[0],), (kv[1],))
 
@@ -165,9 +160,8 @@ class Eagle(TrainedDrafter):
     def new_weights(self, key, tables):
         """Random weights; `join` begins by passing the feature on."""
         width, keys = self.config.dim, jax.random.split(key)
-        x_11D = jnp.zeros((1, 1, width))
+        x_11D, mask_111 = jnp.zeros((1, 1, width)), jnp.ones((1, 1, 1), bool)
         angles = jnp.zeros((1, 1, 1, self.config.head_dim // 2))
-        mask_111 = jnp.ones((1, 1, 1), bool)
         boxed = Block(self.config).init(keys[0], x_11D, angles, angles, mask_111)
         join = normal(keys[1], (width, width), width)
         return {'layer': nn.unbox(boxed)['params'], 'join': jnp.concatenate([jnp.eye(width), join])}
@@ -179,10 +173,9 @@ class Eagle(TrainedDrafter):
         score_BXW, token_BXW = jax.lax.top_k(jax.nn.log_softmax(logits_BXV, axis=-1), self.width)
         return token_BXW, score_BXW
 
-    def _rerank(self, sequences, tokens, scores, parents, known_B) -> Draft:
+    def _rerank(self, sequences, columns, known_B) -> Draft:
         """The likeliest of all nodes; one never ranks before the one it follows."""
-        columns = (jnp.concatenate(c, axis=1) for c in (tokens, scores, parents))
-        token_BX, score_BX, parent_BX = columns
+        token_BX, score_BX, parent_BX = (jnp.concatenate(x, axis=1) for x in columns)
         best_BN = jnp.sort(jax.lax.top_k(score_BX, self.nodes - 1)[1], axis=1)
         token_BN, parent_BN = take_rows(token_BX, best_BN), take_rows(parent_BX, best_BN)
         earlier_BNN = best_BN[:, None] < parent_BN[:, :, None]
@@ -196,12 +189,8 @@ class Eagle(TrainedDrafter):
         """`SmoothL1(feature) + 0.1 CE(what the model says after either)`, means over tokens."""
         total = jnp.maximum(answers.later_A[1], 1e-9)
         hidden_BTD, weight_BA = answers.hidden_BTD, answers.later(1)[1]
-        feature_BTD, _ = self.layer(
-            hidden_BTD[:, :-1],
-            answers.tokens_BT[:, 1:],
-            answers.positions_BT[:, :-1],
-            answers.mask_BTT[:, :-1, :-1],
-        )
+        rest = answers.tokens_BT[:, 1:], answers.positions_BT[:, :-1], answers.mask_BTT[:, :-1, :-1]
+        feature_BTD, _ = self.layer(hidden_BTD[:, :-1], *rest)
         rows_BA = jnp.minimum(answers.rows_BA, hidden_BTD.shape[1] - 2)
         guess_BAD = take_rows(feature_BTD, rows_BA)
         true_BAD = jax.lax.stop_gradient(take_rows(hidden_BTD, rows_BA + 1))

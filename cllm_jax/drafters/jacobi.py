@@ -21,7 +21,6 @@ from cllm_jax.model.llama import take_rows
 MAX_BLOCK = 1024
 GUESSES = 2**32 - 1
 """Folded into a row's key for its guesses; sampling noise folds in positions, which are smaller."""
-
 CHAIN = 8
 """Most tokens of a chain that is verified together with the window."""
 
@@ -118,10 +117,7 @@ class Jacobi(Drafter):
         return Guesses(guess_BS, said)
 
     def _branch(self, verdict: Verdict) -> jax.Array:
-        """The node whose choice is the new guess at each of the n places, int32 `[B, n]`.
-
-        Those of the accepted chain, and of the window where that chain ends.
-        """
+        """The nodes whose choices are the new guesses: the accepted chain's, then the window's."""
         steps_1n = jnp.arange(self.block, dtype=jnp.int32)[None]
         first_B1 = verdict.path_BP[:, 1:2]
         taken_B1 = (verdict.count_B[:, None] > 1) & (first_B1 >= self.block)

@@ -100,10 +100,8 @@ class JacobiTree(Drafter):
         return jax.tree.map(lambda old, new: put(old, at_B, new, everywhere), state, found)
 
     def _carriers(self, draft: Draft, verdict: Verdict) -> jax.Array:
-        """For each place of the window the node that saw most of what was right before it.
-
-        That of the chain, or of the branch that was accepted where it has one.
-        """
+        """For each place of the window its node in the branch that was accepted, else in the chain:
+        the one that saw most of what was right before it."""
         steps_1n = jnp.arange(self.block, dtype=jnp.int32)[None]
         last_B1 = last_of(verdict)
         branch_B1 = jnp.maximum(last_B1 - self.block, 0) // self.reach

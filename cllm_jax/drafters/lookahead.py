@@ -36,8 +36,7 @@ class Ngrams:
 class Lookahead(Drafter):
     """Verify up to `guesses` n-grams per forward and extend a window of `window` columns.
 
-    With `block` above 1 a Jacobi window of that size is verified too, as a CLLM wants it:
-    the draft then has all that `Jacobi(block)` has, and the n-grams.
+    With `block` above 1 a Jacobi window of that size is verified too, as a CLLM wants it.
     """
 
     window: int = setting(7)

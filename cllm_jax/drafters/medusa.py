@@ -71,10 +71,8 @@ class Medusa(TrainedDrafter):
         for path in self.choices:
             good = path[:-1] in known and 1 <= len(path) <= self.heads
             if not good or not all(0 <= r < RANKS for r in path):
-                tree = f'a tree with {self.heads} heads and {RANKS} ranks'
-                raise ConfigError(
-                    f'choices: {path} is not a node of {tree}; every path begins with another one'
-                )
+                tree = f'a tree with {self.heads} heads and {RANKS} ranks, or without its parent'
+                raise ConfigError(f'choices: {path} is not a node of {tree}; correct it')
         if len(known) != len(self.choices) + 1:
             raise ConfigError('choices: a path appears twice; leave one of them out')
 

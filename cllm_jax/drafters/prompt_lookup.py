@@ -2,8 +2,7 @@
 
 The last few committed tokens are searched for in the prompt and the answer so far, and what came
 after them there is proposed again. Nothing is trained. Reference documents are searched too (LLMA,
-arXiv 2304.04487): an answer that quotes them, such as an edited text, is copied many tokens at a
-time.
+arXiv 2304.04487): what an answer quotes of them is copied many tokens at a time.
 """
 
 from collections.abc import Sequence

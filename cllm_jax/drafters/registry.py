@@ -86,10 +86,8 @@ class DrafterConfig:
         options = {'lookup': self.lookup, 'recycle': self.recycle, 'mode': self.mode != 'sliding'}
         used = [option for option, is_on in options.items() if is_on]
         if self.branches and (name != 'jacobi' or used):
-            rule = (
-                'only Jacobi with a sliding window has branches, and neither recycling nor lookup'
-            )
-            raise ConfigError(f'branches {self.branches}: {rule} with them; leave one of them out')
+            rule = 'only Jacobi with a sliding window and neither recycling nor lookup has branches'
+            raise ConfigError(f'branches {self.branches}: {rule}; leave one of them out')
         if name != 'jacobi' and used:
             raise ConfigError(f'{used[0]} {given}: it is an option of jacobi')
         Jacobi(self.block)  # checks it

@@ -93,8 +93,7 @@ def _once(model: Model, request: Request, prompts: list[list[int]]) -> tuple[flo
     begin = time.perf_counter()
     state = jax.block_until_ready(start(model, request, prompts, keys))
     middle = time.perf_counter()
-    state = run_until(model, request, state, ITERATIONS + 1)
-    jax.block_until_ready(state)
+    state = jax.block_until_ready(run_until(model, request, state, ITERATIONS + 1))
     end = time.perf_counter()
     assert int(state.iteration) == ITERATIONS + 1
     return middle - begin, end - middle

@@ -32,23 +32,21 @@ def generate_speed(
     end = list(model.config.eos_ids)
     shared = {'max_new_tokens': max_tokens, 'do_sample': False, 'eos_token_id': end or None}
     shared['pad_token_id'] = model.config.pad_id or 0
-    configs = {'greedy': GenerationConfig(**shared)}
-    if batch == 1:
-        lookup = GenerationConfig(**shared, prompt_lookup_num_tokens=LOOKUP_TOKENS)
-        configs['prompt lookup'] = lookup
+    drafts = {'greedy': None} | ({'prompt lookup': LOOKUP_TOKENS} if batch == 1 else {})
 
-    def generate(config: GenerationConfig, rows: range) -> tuple[int, float]:
+    def generate(drafted: int | None, rows: range) -> tuple[int, float]:
         encoded = [encode(model, prompts[i]) for i in rows]
         width = max(map(len, encoded))
         ids = torch.tensor([[shared['pad_token_id']] * (width - len(r)) + r for r in encoded])
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in encoded])
+        config = GenerationConfig(**shared, prompt_lookup_num_tokens=drafted)
         begin = time.perf_counter()
         with torch.no_grad():
             out = network.generate(ids, attention_mask=mask, generation_config=config)
         seconds = time.perf_counter() - begin
         return sum(_length(answer, end) for answer in out[:, width:].tolist()), seconds
 
-    calls = {name: partial(generate, config) for name, config in configs.items()}
+    calls = {name: partial(generate, drafted) for name, drafted in drafts.items()}
     return time_in_turn(calls, len(prompts), repeats, batch=batch)
 
 

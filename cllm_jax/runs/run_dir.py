@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,12 @@ def _check(path: Path, settings: Mapping[str, Any], remedy: str) -> None:
             f'{path}: not a JSON object; remove this file to go on with what is given now'
         ) from None
     begun.pop('root', None)  # runs noted where they were once; they may be moved
-    changed = [k for k in [*settings, *begun] if settings.get(k) != begun.get(k)]
-    if changed:
-        key = changed[0]
-        raise ConfigError(
-            f'{path.parent}: begun with {key} = {begun.get(key)!r}, now {settings.get(key)!r}; '
-            f'{remedy} to continue, or use another directory'
-        )
+    for key in [*settings, *begun]:
+        if (now := settings.get(key)) != (then := begun.get(key)):
+            raise ConfigError(
+                f'{path.parent}: begun with {key} = {then!r}, now {now!r}; {remedy} to continue, '
+                'or use another directory'
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -108,12 +107,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     records = []
     for line in path.read_text('utf-8', errors='replace').split('\n')[:-1]:
-        try:
+        with suppress(ValueError):
             record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get('step'), int):
-            records.append(record)
+            if isinstance(record, dict) and isinstance(record.get('step'), int):
+                records.append(record)
     return records
 
 

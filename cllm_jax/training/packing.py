@@ -88,7 +88,7 @@ class Batch:
 def _window(count: int, size: int, seed: int, window: int) -> tuple[int, ...]:
     """The sample indices of one window of an endless, every epoch reshuffled, order (Grain)."""
     indices = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-    return tuple(int(indices[i]) for i in range(window * size, (window + 1) * size))
+    return tuple(int(indices[window * size + i]) for i in range(size))
 
 
 def samples_of_step(
@@ -154,11 +154,11 @@ def _clean_row(sample: Trajectory, length: int, answer: int, noisy: int) -> dict
         'rows_BR': np.concatenate([answers, place[length:]]).astype(np.int32),
         'labels_BR': labels,
         'ar_weight_BA': (np.arange(answer) < len(sample.answer)).astype(np.float32),
-        'teacher_BW': zeros,
-        'global_weight_BW': zeros.astype(np.float32),
-        'successor_BW': zeros.copy(),
-        'local_weight_BW': zeros.astype(np.float32),
-        'offset_BW': zeros - 1,
+        'teacher_BW': np.zeros(noisy, np.int32),
+        'global_weight_BW': np.zeros(noisy, np.float32),
+        'successor_BW': np.zeros(noisy, np.int32),
+        'local_weight_BW': np.zeros(noisy, np.float32),
+        'offset_BW': np.full(noisy, -1, np.int32),
     }
 
 

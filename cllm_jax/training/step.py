@@ -122,12 +122,11 @@ def batch_totals(batch: Batch) -> dict[str, jax.Array]:
         'ar': batch.ar_weight_BA.sum(),
         'global': batch.global_weight_BW.sum(),
         'local': batch.local_weight_BW.sum(),
-        'live': (batch.offset_BW >= 0).sum().astype(jnp.float32),
+        # Of all answer tokens from each place on, for drafters that guess ahead.
+        'later_A': jnp.cumsum(batch.ar_weight_BA.sum(0)[::-1])[::-1],
     }
-    sums |= {f'at_{k}': (batch.offset_BW == k).sum().astype(jnp.float32) for k in (0, 3, 7)}
-    sums['later_A'] = jnp.cumsum(batch.ar_weight_BA.sum(0)[::-1])[::-1]
-    """Weight of all answer tokens from each place on, for drafters that guess ahead."""
-    return {k: jnp.maximum(v, 1e-9) for k, v in sums.items()}
+    sums |= {name: at_BW.sum() for name, at_BW in _after_first_wrong(batch).items()}
+    return {name: jnp.maximum(total, 1e-9) for name, total in sums.items()}
 
 
 def new_state(

@@ -27,17 +27,13 @@ from cllm_jax.trajectories import store
 from cllm_jax.trajectories.sharded import mesh_of, prompt_keys, trajectories
 
 
-def silent(prompts: int, tokens: int) -> None:
-    """Report nothing."""
-
-
 def collect(
     directory: Path,
     model: Model,
     source: Source,
     settings: store.Collection,
     identity: dict[str, Any],
-    advance_by: Callable[[int, int], None] = silent,
+    advance_by: Callable[[int, int], None] = lambda prompts, tokens: None,
 ) -> Counter:
     """Collect the trajectories of every row of `source` into `directory`; returns counts.
 
@@ -79,7 +75,7 @@ def collect_rows(
     source: Source,
     settings: store.Collection,
     rows: Sequence[int],
-    advance_by: Callable[[int, int], None] = silent,
+    advance_by: Callable[[int, int], None] = lambda prompts, tokens: None,
 ) -> tuple[list[Trajectory], dict[str, int]]:
     """The trajectories of some rows of `source`, in order, and how many are left out, by reason.
 

@@ -12,14 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cllm_jax.decoding.drafter import Sequences
 from cllm_jax.decoding.loop import Buffers, Decoder, prefill
 from cllm_jax.decoding.request import bucket, cache_slots, pad_prompts, row_keys, stop_ids
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.prompt_lookup import PromptLookup, reference_rows
 from cllm_jax.hf.load import Model
-from cllm_jax.model.cache import Cache
 from cllm_jax.model.llama import Llama
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories.blocks import BlockSizes, follow
@@ -129,15 +127,8 @@ def _on_rows(function: Callable, mesh: Mesh) -> Callable:
     return jax.jit(own_rows)
 
 
-def _blocks(
-    model: Model,
-    sequences: Sequences,
-    cache: Cache,
-    answers: Sequence[np.ndarray],
-    block: int,
-    width: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The states of all blocks of decoded answers and the forwards of each block."""
+def _blocks(model: Model, sequences, cache, answers, block: int, width: int):
+    """The states of all blocks of decoded answers, `[B, M, I, n]`, and the forwards of each."""
     mesh, count = mesh_of(model), max(-(-(len(answer) - 1) // block) for answer in answers)
     if count == 0:
         rows = len(answers)
@@ -153,9 +144,7 @@ def _blocks(
     return tuple(np.concatenate(x, axis=1) for x in zip(*jax.device_get(found), strict=True))
 
 
-def _joined(
-    prompt: np.ndarray, answer: np.ndarray, states_MIn: np.ndarray, forwards_M: np.ndarray
-) -> Trajectory:
+def _joined(prompt, answer, states_MIn, forwards_M) -> Trajectory:
     """One answer's states in order, each block's followed by its fixed point."""
     block = states_MIn.shape[2]
     padded = np.concatenate([answer, np.zeros(block, np.int32)])
@@ -164,6 +153,5 @@ def _joined(
         begin, forwards = m * block, forwards_M[m]
         states += [states_MIn[m, :forwards], padded[None, begin : begin + block]]
         start += [begin] * (forwards + 1)
-    start = np.asarray(start, np.int32)
-    # The prefill is a forward too.
-    return Trajectory(np.concatenate(states), start, prompt, answer, 1 + int(forwards_M.sum()))
+    states, start = np.concatenate(states), np.asarray(start, np.int32)
+    return Trajectory(states, start, prompt, answer, 1 + int(forwards_M.sum()))  # 1: the prefill

@@ -95,10 +95,8 @@ def open_manifest(
     wanted = identity | {'shards': shards}
     if changed := [k for k in wanted | begun if wanted.get(k) != begun.get(k)]:
         old, new = (settings.get(changed[0]) for settings in (begun, wanted))
-        raise ConfigError(
-            f'{directory}: collected with {changed[0]} = {old!r}, now {new!r}; use the old settings '
-            'or another directory'
-        )
+        what = f'{directory}: collected with {changed[0]} = {old!r}, now {new!r}'
+        raise ConfigError(f'{what}; use the old settings or another directory')
     for i in mine:
         entry = manifest['shards'][i]
         if entry and not _intact(directory, entry):

@@ -148,7 +148,8 @@ def test_dtypes(single):
 
 def test_mixed_lowers_matrices_and_nothing_else(single):
     full, model = load(str(single), 'float32'), load(str(single), 'mixed')
-    assert model.module == Llama(TINY, jnp.dtype('float32'), jnp.dtype('bfloat16'))
+    types = jnp.dtype('float32'), jnp.dtype('bfloat16')
+    assert model.module == Llama(TINY, *types, backend=model.backend)
     lowered = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (leaf.dtype == jnp.bfloat16, path[-1].key), model.params
     )
