@@ -73,7 +73,7 @@ def facts_of(settings: TrainConfig, mesh: Mesh) -> dict[str, object]:
 
 def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Console) -> None:
     """What the run would need; with `compiled`, also as the compiler counts it."""
-    mesh, objective = make_mesh(settings.mesh), objective_of(settings)
+    mesh = make_mesh(settings.mesh)
     check_batch(settings.batch // settings.optimizer.accumulate, mesh)
     whole = objective_of(settings).trains_model(settings)
     writes = directory if whole else directory / 'drafter'
@@ -81,11 +81,9 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
     if compiled and whole:
         with console.status('compiling the step'):
             counted = compiled_step(settings, architecture(settings), mesh)
-        rows = [[f'{name} per device', size(count)] for name, count in counted.sizes.items()]
-        rows += [
-            [f'{kind}: {count}, per device', size(got)]
-            for kind, (count, got) in counted.collectives.items()
-        ]
+        told = counted.collectives.items()
+        sizes = counted.sizes | {f'{kind}: {count},': got for kind, (count, got) in told}
+        rows = [[f'{name} per device', size(count)] for name, count in sizes.items()]
         title = f'the compiled step, {counted.seconds:.0f} s of compilation'
         console.out.print(table(title, ['', ''], rows))
 

@@ -120,8 +120,8 @@ OPENINGS, HAPPENINGS, CLOSINGS = (
 def generate(index: int, *, seed: int, split: Split) -> Example:
     """The problem number `index` of a split: a pure function of its arguments.
 
-    `meta` holds `answer` (the right number), `template`, `cast` and `place`.
-    Raises ConfigError for any other split.
+    `meta` holds `answer` (the right number), `template`, `cast` and `place`. Raises ConfigError for
+    a split that does not exist.
     """
     held_out = holds_out(split)
     rng = Random(f'arithmetic {seed} {split} {index}')
@@ -156,9 +156,8 @@ def _draw_words(rng: Random, held_out: bool) -> dict[str, str]:
         if not is_man:
             name, friend = friend, name
         things, others = rng.sample(OBJECTS, 2)
-        pairs = (f'{name} {things}', f'{name} {others}', f'{friend} {things}')
-        fits = is_held_out(pairs[0]) if held_out else not any(map(is_held_out, pairs))
-        if fits:
+        casts = (f'{name} {things}', f'{name} {others}', f'{friend} {things}')
+        if is_held_out(casts[0]) if held_out else not any(map(is_held_out, casts)):
             break
     plurals = WORDS['containers']
     container, second = rng.sample(sorted(plurals), 2)

@@ -20,23 +20,19 @@ KINDS = {tuple(kind.split()): weight for kind, weight in SQL['kinds'].items()}
 
 
 def generate(index: int, *, seed: int, split: Split) -> Example:
-    """Make example number `index` of a split; equal arguments give equal examples.
-
-    Raises ConfigError if `split` is neither 'train' nor 'heldout'.
-    """
+    """Example `index` of a split: a pure function of its arguments; see `arithmetic.generate`."""
     held_out = holds_out(split)
     rng = Random(f'sql {seed} {split} {index}')
     kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
     tables = ()
     while not tables or is_held_out(schema_key(tables)) != held_out:
         tables = draw_schema(rng, 3 if kind[0] == 'link' else 2)
-    while True:
+    template = ''
+    while not template or is_held_out(template) != held_out:
         draft = Draft(rng)
         question, query = compose(draft, tables, *kind)
         structure = ' '.join((*kind, *draft.parts))
         template = ' '.join((structure, *draft.choices))
-        if is_held_out(template) == held_out:
-            break
     return Example(
         id=f'sql-{split}-{seed}-{index}',
         prompt=f'{describe(tables)}\n{question}\n{CUE}',

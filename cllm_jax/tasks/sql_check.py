@@ -24,8 +24,8 @@ _MAX_BYTES = 100_000  # longest string or blob
 _STEP = 1000  # virtual machine instructions between two calls of the progress handler
 _MAX_STEPS = 500
 _TAIL = re.compile(r'(?: ORDER BY (\S+) (?:ASC|DESC))?(?: LIMIT (\d+))?$')
-_AGGREGATES = {'avg', 'count', 'max', 'min', 'sum', 'total'}
-_SCALARS = {'abs', 'coalesce', 'ifnull', 'length', 'like', 'lower', 'round', 'upper'}
+_FUNCTIONS = {'avg', 'count', 'max', 'min', 'sum', 'total'}
+_FUNCTIONS |= {'abs', 'coalesce', 'ifnull', 'length', 'like', 'lower', 'round', 'upper'}
 
 
 def check(example: Example, text: str) -> bool:
@@ -88,10 +88,9 @@ def _guard(connection: sqlite3.Connection) -> None:
     steps = count(1)
 
     def authorize(action: int, _first: str | None, second: str | None, *_: str | None) -> int:
-        permitted = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ) or (
-            action == sqlite3.SQLITE_FUNCTION and str(second).lower() in _AGGREGATES | _SCALARS
-        )
-        return sqlite3.SQLITE_OK if permitted else sqlite3.SQLITE_DENY
+        calls = action == sqlite3.SQLITE_FUNCTION and str(second).lower() in _FUNCTIONS
+        reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
+        return sqlite3.SQLITE_OK if reads or calls else sqlite3.SQLITE_DENY
 
     connection.execute('PRAGMA query_only = ON')
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_BYTES)

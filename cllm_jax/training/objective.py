@@ -131,7 +131,6 @@ class Objective:
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class LearnTexts(Objective):
     """A model learns the answers of a dataset."""
 
@@ -142,7 +141,6 @@ class LearnTexts(Objective):
         yield texts, f'texts {texts} with objective ar, which learns data alone; leave texts out'
 
 
-@dataclasses.dataclass(frozen=True)
 class LearnConsistency(Objective):
     """A model learns to jump from any state of a trajectory to its fixed point."""
 
@@ -161,8 +159,8 @@ class LearnConsistency(Objective):
         )
         yield (
             settings.texts and noise.pairs,
-            'texts with noise.pairs: states made by chance have no successor; leave one of them '
-            'out',
+            'texts with noise.pairs: states made by chance have no successor; '
+            'leave one of them out',
         )
         yield (
             noise.pairs and (noise.fresh or noise.corruption or noise.mask >= 0),
@@ -177,7 +175,6 @@ class LearnConsistency(Objective):
         return settings.noise
 
 
-@dataclasses.dataclass(frozen=True)
 class LearnMasks(Objective):
     """A model learns to draft by reading mask tokens (SPACE)."""
 
@@ -195,7 +192,6 @@ class LearnMasks(Objective):
         return dataclasses.replace(settings.noise, fresh=1.0, mask=mask)
 
 
-@dataclasses.dataclass(frozen=True)
 class LearnDrafter(Objective):
     """A drafter of a model learns the model's answers; with `heads.joint` the model learns too."""
 
@@ -301,7 +297,7 @@ def answers_of(module: Llama, params: Any, batch: Batch, later_A: jax.Array) -> 
 
 
 def drafter_loss(drafter: TrainedDrafter, module: Llama, weights, params, frozen, batch, totals):
-    """A `Loss` of a drafter for the model `frozen`; with two weights, of a model and its drafter."""
+    """A `Loss` of a drafter of `frozen`; with two weights, of a model and its drafter."""
     own, now = (params['drafter'], params['model']) if weights else (params, frozen)
     answers = answers_of(module, now, batch, totals['later_A'])
     loss, metrics = drafter.with_weights(own, now).loss(answers)

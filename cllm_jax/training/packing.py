@@ -141,7 +141,7 @@ def batches(
 
 
 def _clean_row(sample: Trajectory, length: int, answer: int, noisy: int) -> dict[str, np.ndarray]:
-    total, place, zeros = length + noisy, np.arange(length + noisy), np.zeros(noisy, np.int32)
+    total, place = length + noisy, np.arange(length + noisy)
     tokens, labels = np.zeros(total, np.int32), np.zeros(answer + noisy, np.int32)
     tokens[: sample.length] = np.concatenate([sample.prompt, sample.answer])
     labels[: len(sample.answer)] = sample.answer

@@ -108,12 +108,16 @@ def text_loss(
         ce = cross_entropy(student_BWV, labels_BW, batch.global_weight_BW, totals['global'])
         metrics['state_loss'], loss = ce, loss + weights.state_weight * ce
     if weights.global_weight or weights.local_weight or weights.state_weight:
-        live_BW = (batch.offset_BW >= 0).astype(jnp.float32)
-        metrics['agreement'] = (right_BR[:, answers:] * live_BW).sum() / totals['live']
-        for k in (0, 3, 7):
-            at_BW = (batch.offset_BW == k).astype(jnp.float32)
-            metrics[f'agreement_{k}'] = (right_BR[:, answers:] * at_BW).sum() / totals[f'at_{k}']
+        for name, at_BW in _after_first_wrong(batch).items():
+            metrics[name] = (right_BR[:, answers:] * at_BW).sum() / totals[name]
     return loss, metrics | {'loss': loss}
+
+
+def _after_first_wrong(batch: Batch) -> dict[str, jax.Array]:
+    """1 for the state tokens from the first wrong one on: for all, and for those at an offset."""
+    chosen = {'agreement': batch.offset_BW >= 0}
+    chosen |= {f'agreement_{k}': batch.offset_BW == k for k in (0, 3, 7)}
+    return {name: at_BW.astype(jnp.float32) for name, at_BW in chosen.items()}
 
 
 def batch_totals(batch: Batch) -> dict[str, jax.Array]:

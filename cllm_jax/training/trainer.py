@@ -41,14 +41,9 @@ def train(
 ) -> None:
     """Train until `settings.steps`, continuing from the newest checkpoint in `directory`.
 
-    The best model by held-out score is kept in `directory/model`, or a drafter in
-    `directory/drafter`. Every number is a function of the step, so an interrupted run ends with the
-    metrics of an uninterrupted one.
-
-    Args:
-      source: held-out prompts.
-      report: gets every line of the metrics.
-      note: gets warnings.
+    The best model by the score of the held-out prompts of `source` is kept in `directory/model`, or
+    a drafter in `directory/drafter`. Every number is a function of the step, so an interrupted run
+    ends with the metrics of an uninterrupted one. `report` gets each line of them, `note` warnings.
 
     Raises:
       DataError: the run was begun, but its checkpoints are damaged or gone; nothing is replaced.
@@ -156,9 +151,8 @@ def _iterate(
             _is_sound(run, step, metrics)
             speed = int(tokens) / (time.perf_counter() - begin)
             run.record(step, numbers | {'tokens_per_second': round(speed)})
-            begin, tokens = time.perf_counter(), 0
-        if tested:
-            _test_and_keep(run, state, progress)
+            if tested:
+                _test_and_keep(run, state, progress)
             begin, tokens = time.perf_counter(), 0
         stop = stop_at(step)
         due = step % settings.save_every == 0 or step == settings.steps or stop
