@@ -8,7 +8,7 @@ import pytest
 
 import cllm_jax as cllm
 from cllm_jax.decoding import engine
-from cllm_jax.decoding.engine import decode_all, decode_batch, run_until, start
+from cllm_jax.decoding.engine import decode_all, decode_batch, decode_refilling, run_until, start
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.state import replace_rows
@@ -68,6 +68,18 @@ def test_refilled_rows_decode_as_if_alone(drafter, sampling):
             assert here.answer.tolist() == refilled.tokens[i]
             assert here.forwards == refilled.forwards[i]
             assert here.finished == (here.answer[-1] in MODEL.config.eos_ids)
+
+
+def test_several_rows_are_refilled_at_a_time():
+    """A quarter of eight; the last prompt is alone in its refill."""
+    request = Request(Jacobi(6), 24, seed=3, trace=True, batch=1)
+    prompts, done = ragged_prompts(2, (LENGTHS * 2)[:11]), []
+    alone = decode_all(MODEL, request, prompts)
+    request, keys = dataclasses.replace(request, batch=8), row_keys(3, range(11))
+    found = decode_refilling(MODEL, request, prompts, keys, 16, done.append)
+    assert [one.tokens for one in found] == alone.tokens
+    assert [one.accepted for one in found] == alone.accepted
+    assert done == sorted(done) and done[-1] == 11
 
 
 def test_refilling_compiles_once_for_any_number_of_prompts():
