@@ -74,17 +74,19 @@ def config_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     kind, *numbers = dataclasses.astuple(rule) if rule else ('default',)
     # The last three numbers belong to `llama3` alone.
     scaling = {'rope_type': kind, **dict(zip(ROPE_KEYS[kind], numbers, strict=False))}
-    eos = list(config.eos_ids)
-    return {
+    eos, sizes = list(config.eos_ids), {name: getattr(config, n) for name, n in SIZES.items()}
+    positions = sizes.pop('max_position_embeddings')
+    return {  # in this order always, for runs note the sum of the file
         'architectures': [f'{config.family.capitalize()}ForCausalLM'],
         'model_type': config.family,
-        **{name: getattr(config, ours) for name, ours in SIZES.items()},
+        **sizes,
         'hidden_act': 'silu',
         'rms_norm_eps': config.norm_eps,
         'rope_parameters': {'rope_theta': config.rope_theta, **scaling},
         'rope_theta': config.rope_theta,  # this and the next are read by transformers before 5
         'rope_scaling': scaling if rule else None,
         'tie_word_embeddings': config.tied,
+        'max_position_embeddings': positions,
         'sliding_window': None,
         'bos_token_id': config.bos_id,
         'eos_token_id': eos[0] if len(eos) == 1 else eos or None,

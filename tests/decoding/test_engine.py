@@ -79,7 +79,7 @@ def test_several_rows_are_refilled_at_a_time():
     found = decode_refilling(MODEL, request, prompts, keys, 16, done.append)
     assert [one.tokens for one in found] == alone.tokens
     assert [one.accepted for one in found] == alone.accepted
-    assert done == sorted(done) and done[-1] == 11
+    assert sum(done) == 11
 
 
 def test_refilling_compiles_once_for_any_number_of_prompts():

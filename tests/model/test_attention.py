@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from cllm_jax.model.attention import NEVER, attend
+from cllm_jax.runtime.backend import CPU
 
 
 def reference_attention(q, k, v, mask):
@@ -30,7 +31,7 @@ def test_the_gradient_of_attention_is_the_derived_one(compute):
     weight = jax.random.normal(keys[4], q.shape)
 
     def value(q, k, v):
-        return (attend(q, k, v, mask, compute and jnp.dtype(compute)) * weight).sum()
+        return (attend(q, k, v, mask, compute and jnp.dtype(compute), CPU) * weight).sum()
 
     def expected(q, k, v):
         return (reference_attention(q, k, v, mask) * weight).sum()
