@@ -34,28 +34,10 @@ from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import forward as _forward
 
 __all__ = [
-    'AutoRegressive',
-    'CllmError',
-    'ConfigError',
-    'DataError',
-    'DecodeResult',
-    'Drafter',
-    'Jacobi',
-    'JacobiTree',
-    'LlamaConfig',
-    'Lookahead',
-    'Model',
-    'PromptLookup',
-    'Sampling',
-    'Trajectory',
-    'decode',
-    'draft_model',
-    'forward',
-    'load',
-    'load_drafter',
-    'stream',
-    'with_references',
-]
+    'AutoRegressive', 'CllmError', 'ConfigError', 'DataError', 'DecodeResult', 'Drafter', 'Jacobi',
+    'JacobiTree', 'LlamaConfig', 'Lookahead', 'Model', 'PromptLookup', 'Sampling', 'Trajectory',
+    'decode', 'draft_model', 'forward', 'load', 'load_drafter', 'stream', 'with_references',
+]  # fmt: skip
 
 
 def forward(model: Model, tokens_BT: jax.Array) -> jax.Array:

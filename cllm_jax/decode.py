@@ -21,7 +21,7 @@ from cllm_jax.data.formats import read_jsonl
 from cllm_jax.data.sources import open_source
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
-from cllm_jax.decoding.result import DecodeResult
+from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.stream import stream
 from cllm_jax.drafters.autoregressive import AutoRegressive
@@ -29,13 +29,7 @@ from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.forward_cost import weight_bytes
-from cllm_jax.evaluation.speed import (
-    Method,
-    plain_methods,
-    share_identical,
-    tokens_per_forward,
-    tokens_per_second,
-)
+from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
 from cllm_jax.hf.load import MIXED, Precision, load, mixed, peek, storage
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache

@@ -19,28 +19,19 @@ from cllm_jax.data.sources import Source, open_source
 from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
-from cllm_jax.decoding.result import DecodeResult
+from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import at_least, check_seed
 from cllm_jax.evaluation.settings import ComparisonConfig
-from cllm_jax.evaluation.speed import (
-    Method,
-    plain_methods,
-    share_identical,
-    tokens_per_forward,
-    tokens_per_second,
-)
+from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
 from cllm_jax.hf.load import chosen, load, with_tokenizer
 from cllm_jax.runs.atomic import write_json
 from cllm_jax.runs.stages import output_of
 from cllm_jax.runtime.mesh import tensor_mesh
 from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
-
-REPEATED = ('drafter', 'block', 'mode', 'recycle', 'branches', 'lookup')
-"""Settings that the results repeat."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +132,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'agreement_with_target': token_agreement(jacobi.tokens, results['target AR'].tokens),
         'repetitive': sum(map(is_repetitive, jacobi.tokens)) / len(source),
         'mean_tokens': sum(map(len, jacobi.tokens)) / len(source),
-        **{k: getattr(settings, k) for k in REPEATED},
+        **{f.name: getattr(settings, f.name) for f in dataclasses.fields(DrafterConfig)},
         'timed': min(settings.timed, len(source)),
         'models': {'cllm': cllm.source, 'target': target.source},
         'tensor': settings.tensor,

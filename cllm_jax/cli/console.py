@@ -25,10 +25,6 @@ class RichConsole(Rich):
         raise
 
 
-WIDE = 10_000
-"""Columns of stdout, whatever the terminal has: it folds a line, where rich would cut a cell."""
-
-
 class Console:
     """Messages for a person on stderr; results stay on stdout, so that they can be piped.
 
@@ -39,7 +35,8 @@ class Console:
         shared = {'highlight': False, 'soft_wrap': True, 'emoji': False, 'markup': False}
         shared['quiet'] = not is_main()
         self.err = RichConsole(stderr=True, **shared)
-        self.out = RichConsole(width=WIDE, height=WIDE, **shared)  # both, or a dumb one has 80
+        # A terminal folds a long line, where rich would cut a cell. Both, or a dumb one has 80.
+        self.out = RichConsole(width=10_000, height=10_000, **shared)
 
     def note(self, text: str) -> None:
         self.err.print(text)

@@ -84,7 +84,8 @@ class Row:
 
 def rows(path: str | Path) -> Iterator[Row]:
     """The rows of a file with one object per line, numbered by line."""
-    path, any_row = _home(path), False
+    # Unlike Path.expanduser this leaves an unknown user to be a missing file.
+    path, any_row = Path(os.path.expanduser(path)), False
     with _opened(path) as file:
         for number in count(1):
             where = f'{path} line {number}'
@@ -101,7 +102,7 @@ def rows(path: str | Path) -> Iterator[Row]:
 
 def items(path: str | Path) -> Iterator[Row]:
     """The objects of a file that is one JSON list, numbered by item."""
-    path = _home(path)
+    path = Path(os.path.expanduser(path))
     with _opened(path) as file:
         found = _json(_read(file.read, MAX_DOCUMENT, str(path)).removeprefix(_BOM), str(path))
     if not isinstance(found, list):
@@ -156,11 +157,6 @@ def _read(method: Callable[[int], bytes], limit: int, where: str) -> bytes:
     if len(data) > limit:
         raise DataError(f'{where}: longer than {limit} bytes; split it or check the file format')
     return data
-
-
-def _home(path: str | Path) -> Path:
-    """`~` resolved; unlike Path.expanduser, an unknown user is left to be a missing file."""
-    return Path(os.path.expanduser(path))
 
 
 def _json(data: bytes, where: str) -> Any:

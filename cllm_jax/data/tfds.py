@@ -98,11 +98,9 @@ def _builder(name: str, data_dir: str | Path | None) -> Any:
         ) from None
     found = getattr(builder.info.file_format, 'value', builder.info.file_format)
     if found != 'array_record':
-        remedy = (
-            "tfds.builder(NAME, file_format='array_record', data_dir=NEW).download_and_prepare()"
-        )
+        again = "tfds.builder(NAME, file_format='array_record', data_dir=NEW)"
         fault = f'prepared as {found}, which needs TensorFlow to read'
-        raise DataError(f'{name}: {fault}; prepare it again with {remedy}')
+        raise DataError(f'{name}: {fault}; prepare it again with {again}.download_and_prepare()')
     return builder
 
 

@@ -1,6 +1,7 @@
 """Text to token ids: making a small tokenizer, and encoding examples with any."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -62,11 +63,8 @@ def drop_prompts_without_room(
             f'{source.name}: no prompt has 1 to {room} tokens, the positions of the model '
             'without max_tokens; use fewer max_tokens'
         )
-    left_out = {
-        f'prompt longer than {room} tokens': sum(length > room for length in lengths),
-        'prompt without a token': lengths.count(0),
-    }
-    dropped = {reason: count for reason, count in left_out.items() if count}
+    long, empty = f'prompt longer than {room} tokens', 'prompt without a token'
+    dropped = Counter(long if length else empty for length in lengths if not 0 < length <= room)
     return dataclasses.replace(source, rows=kept, dropped=dropped)
 
 

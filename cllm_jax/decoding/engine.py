@@ -15,6 +15,7 @@ from cllm_jax.decoding.loop import Buffers, Decoder, programs
 from cllm_jax.decoding.request import (
     FIRST_ROOM,
     Request,
+    Texts,
     bucket,
     cache_slots,
     check,
@@ -168,11 +169,7 @@ def _of_first(tokens: int, accepted: Sequence[int]) -> list[int]:
 
 
 def decode_side_by_side(
-    model: Model,
-    request: Request,
-    prompts: Ids,
-    keys: jax.Array,
-    progress: Progress = lambda finished: None,
+    model: Model, request: Request, prompts: Ids, keys: jax.Array, progress: Progress
 ) -> list[Answer]:
     """Decode prompts, `request.batch` at a time, in as many parts as threads are useful.
 
@@ -261,14 +258,13 @@ def _power_of_two(size: int) -> int:
 
 def decode_batch(model: Model, request: Request, prompts: Ids, keys: jax.Array) -> DecodeResult:
     """Decode token-id prompts, `request.batch` of them at a time, each with its key."""
-    return DecodeResult.of(decode_side_by_side(model, request, prompts, keys))
+    return DecodeResult.of(
+        decode_side_by_side(model, request, prompts, keys, lambda finished: None)
+    )
 
 
 def decode_all(
-    model: Model,
-    request: Request,
-    prompts: Sequence[str | Sequence[int]],
-    progress: Progress = lambda finished: None,
+    model: Model, request: Request, prompts: Texts, progress: Progress = lambda finished: None
 ) -> DecodeResult:
     """Decode any number of prompts, those of about the same length together; in the given order."""
     encoded = encode_each(model, prompts)

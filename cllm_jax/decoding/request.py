@@ -13,6 +13,9 @@ from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.hf.load import Model
 
+Texts = Sequence[str | Sequence[int]]
+"""Prompts as texts or lists of token ids."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -64,9 +67,7 @@ def cache_slots(width: int, steps: int, nodes: int) -> int:
     return -(-(width + steps + nodes) // 32) * 32
 
 
-def encode_each(
-    model: Model, prompts: Sequence[str | Sequence[int]], name: str = 'prompts'
-) -> list[list[int]]:
+def encode_each(model: Model, prompts: Texts, name: str = 'prompts') -> list[list[int]]:
     """Token ids of several texts; raises ConfigError like `encode`, and for a single text."""
     if isinstance(prompts, str):
         raise ConfigError(f'{name} {prompts[:40]!r}: must be a list of texts; write [{name}]')

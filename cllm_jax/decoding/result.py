@@ -80,3 +80,14 @@ class DecodeResult:
     @property
     def tokens_per_forward(self) -> list[float]:
         return [len(t) / len(a) for t, a in zip(self.tokens, self.accepted, strict=True)]
+
+
+def tokens_per_forward(result: DecodeResult) -> float:
+    """Committed tokens over calls of the model, prefill included, over all prompts."""
+    return sum(map(len, result.tokens)) / max(sum(result.forwards), 1)
+
+
+def share_identical(a: DecodeResult, b: DecodeResult) -> float:
+    """Share of prompts whose tokens are the same in both, 0..1."""
+    same = [x == y for x, y in zip(a.tokens, b.tokens, strict=True)]
+    return sum(same) / max(len(same), 1)

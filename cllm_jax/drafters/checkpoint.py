@@ -82,10 +82,8 @@ def read_drafter(directory: Path, model: Model, kind: str = '') -> TrainedDrafte
 def _write(directory: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     kept = sorted(p.name for p in directory.glob('*') if p.name not in (SETTINGS, WEIGHTS, SUMS))
     if kept:
-        raise DataError(
-            f'{directory}: holds {listed(kept)}, which is not part of a drafter and would be lost; '
-            'choose another directory'
-        )
+        fault = f'holds {listed(kept)}, which is not part of a drafter and would be lost'
+        raise DataError(f'{directory}: {fault}; choose another directory')
     temp = temporary(directory)
     save_file(arrays, temp / WEIGHTS)
     write_atomic(temp / SETTINGS, (json.dumps(about, indent=2) + '\n').encode())
@@ -100,9 +98,8 @@ def _read(directory: Path, kind: str = '') -> tuple[Path, dict[str, Any], dict[s
     directory = own if not (directory / SETTINGS).is_file() and own.is_dir() else directory
     path = directory / SETTINGS
     if not path.exists():
-        raise ConfigError(
-            f'{directory}: no {SETTINGS} there; name the directory of a trained drafter'
-        )
+        rule = 'name the directory of a trained drafter'
+        raise ConfigError(f'{directory}: no {SETTINGS} there; {rule}')
     about = read_json(path)
     found = about.get('kind')
     if not (isinstance(about.get('settings'), dict) and isinstance(found, str)):
@@ -125,10 +122,8 @@ def _check_model(directory: Path, about: dict[str, Any], model: Model) -> None:
             )
     made_with = about.get('tokenizer')
     if model.tokenizer and made_with not in (None, tokenizer_fingerprint(model.tokenizer)):
-        raise ConfigError(
-            f'{directory}: made with another tokenizer than that of {model.source}; use the '
-            'drafter of this model'
-        )
+        fault = f'made with another tokenizer than that of {model.source}'
+        raise ConfigError(f'{directory}: {fault}; use the drafter of this model')
 
 
 def _named(own: Any) -> list[tuple[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, Drafter, setting
-from cllm_jax.decoding.request import bucket, encode_each
+from cllm_jax.decoding.request import Texts, bucket, encode_each
 from cllm_jax.errors import at_least
 from cllm_jax.hf.load import Model
 from cllm_jax.model.llama import take_rows
@@ -75,7 +75,7 @@ class PromptLookup(Drafter):
 
 
 def with_references(
-    model: Model, references: Sequence[str | Sequence[int]], block: int = 8, ngram: int = 3
+    model: Model, references: Texts, block: int = 8, ngram: int = 3
 ) -> PromptLookup:
     """Prompt lookup in texts (or token ids) too, the same for every prompt of a call.
 

@@ -11,6 +11,7 @@ from cllm_jax.cli.console import Console
 from cllm_jax.data.sources import Source
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.result import share_identical, tokens_per_forward
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.checkpoint import read_drafter
 from cllm_jax.drafters.draft_model import draft_model
@@ -20,14 +21,7 @@ from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.drafters.trained import TrainedDrafter
 from cllm_jax.errors import at_least, check_seed
 from cllm_jax.evaluation.settings import ComparisonConfig
-from cllm_jax.evaluation.speed import (
-    Method,
-    one_by_one,
-    plain_methods,
-    share_identical,
-    tokens_per_forward,
-    tokens_per_second,
-)
+from cllm_jax.evaluation.speed import Method, one_by_one, plain_methods, tokens_per_second
 from cllm_jax.evaluation.torch_generate import generate_speed
 from cllm_jax.hf.load import Model, load
 from cllm_jax.runs.stages import STAGES, output_of

@@ -8,12 +8,12 @@ before anything is timed.
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import decode_batch
-from cllm_jax.decoding.request import Request, encode, row_keys
+from cllm_jax.decoding.request import Request, Texts, encode, row_keys
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.hf.load import Model, load
 
@@ -47,18 +47,7 @@ def plain_methods(name: str, plain: Method) -> dict[str, Method]:
     return methods
 
 
-def tokens_per_forward(result: DecodeResult) -> float:
-    """Committed tokens over calls of the model, prefill included, over all prompts."""
-    return sum(map(len, result.tokens)) / max(sum(result.forwards), 1)
-
-
-def share_identical(a: DecodeResult, b: DecodeResult) -> float:
-    """Share of prompts whose tokens are the same in both, 0..1."""
-    same = [x == y for x, y in zip(a.tokens, b.tokens, strict=True)]
-    return sum(same) / max(len(same), 1)
-
-
-def one_by_one(method: Method, prompts: Sequence[str | Sequence[int]]) -> DecodeResult:
+def one_by_one(method: Method, prompts: Texts) -> DecodeResult:
     """Every prompt decoded alone, by the very calls that `tokens_per_second` times."""
     results = [_once(method, prompts, range(i, i + 1), 1)[0] for i in range(len(prompts))]
     columns = ('texts', 'tokens', 'accepted', 'seconds')
@@ -67,7 +56,7 @@ def one_by_one(method: Method, prompts: Sequence[str | Sequence[int]]) -> Decode
 
 def tokens_per_second(
     methods: Mapping[str, Method],
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Texts,
     repeats: int = 3,
     progress: Callable[[int], None] = lambda prompts: None,
     batch: int = 1,
@@ -108,9 +97,7 @@ def time_in_turn(
     return {name: tokens[name] / max(seconds[name], 1e-9) for name in calls}
 
 
-def _once(
-    method: Method, prompts: Sequence[str | Sequence[int]], rows: range, batch: int
-) -> tuple[DecodeResult, float]:
+def _once(method: Method, prompts: Texts, rows: range, batch: int) -> tuple[DecodeResult, float]:
     """Some of the prompts decoded, and the seconds that took."""
     request = dataclasses.replace(method.request, batch=batch)
     ids, keys = [encode(method.model, prompts[i]) for i in rows], row_keys(request.seed, rows)

@@ -148,10 +148,8 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
 def with_tokenizer(model: Model) -> Model:
     """The model, if texts can be learned or answered with it; ConfigError without a tokenizer."""
     if model.tokenizer is None:
-        raise ConfigError(
-            f'{model.source} has no tokenizer; copy the tokenizer files of the original model into '
-            'its directory'
-        )
+        remedy = 'copy the tokenizer files of the original model into its directory'
+        raise ConfigError(f'{model.source} has no tokenizer; {remedy}')
     return model
 
 

@@ -182,7 +182,5 @@ def _check_tied(directory: Path, found: dict[str, Stored]) -> None:
         with open_tensors(found[name].file) as f:
             tensors.append(f.get_tensor(name))
     if not np.array_equal(*tensors, equal_nan=True):
-        raise DataError(
-            f'{directory}: {HEAD} differs from the embedding although config.json ties them; '
-            'set tie_word_embeddings to false'
-        )
+        fault = f'{HEAD} differs from the embedding although config.json ties them'
+        raise DataError(f'{directory}: {fault}; set tie_word_embeddings to false')

@@ -92,10 +92,8 @@ def _check_replaceable(directory: Path, rewritten: Set[str]) -> None:
         return path.name in rewritten or (is_model and known)
 
     if foreign := sorted(path.name for path in directory.glob('*') if not replaceable(path)):
-        raise DataError(
-            f'{directory}: holds {listed(foreign)}, which is not part of a model and would be '
-            'lost; choose another directory'
-        )
+        fault = f'holds {listed(foreign)}, which is not part of a model and would be lost'
+        raise DataError(f'{directory}: {fault}; choose another directory')
 
 
 def _write_weights(directory: Path, params: Any, dtype: jnp.dtype, shard_bytes: int) -> None:

@@ -34,10 +34,8 @@ class RopeScaling:
         if not all(0 < x < math.inf for x in (self.factor, low, high, self.original_positions)):
             raise ConfigError(f'{self}: every number must be positive and finite; correct it')
         if low >= high:
-            raise ConfigError(
-                f'low_freq_factor {low} and high_freq_factor {high}: the first must be smaller; '
-                'LLaMA 3.1 has 1 and 4'
-            )
+            rule = 'the first must be smaller; LLaMA 3.1 has 1 and 4'
+            raise ConfigError(f'low_freq_factor {low} and high_freq_factor {high}: {rule}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +75,8 @@ class LlamaConfig:
             if not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(f'{field} = {getattr(self, field)}; choose a positive number')
         if self.heads % self.kv_heads:
-            raise ConfigError(
-                f'{self.heads} query heads over {self.kv_heads} kv heads: the first must be a '
-                'multiple of the second; choose kv_heads that divides heads'
-            )
+            rule = 'the first must be a multiple of the second; choose kv_heads that divides heads'
+            raise ConfigError(f'{self.heads} query heads over {self.kv_heads} kv heads: {rule}')
         if self.head_dim % 2:
             rule = 'choose an even number, rotation needs pairs'
             raise ConfigError(f'head_dim {self.head_dim}; {rule}')

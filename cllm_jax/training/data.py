@@ -16,17 +16,8 @@ from cllm_jax.data.sources import Source, open_source
 from cllm_jax.data.tokenizer import encode_examples, train_tokenizer
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.load import (
-    DTYPES,
-    Model,
-    files_fingerprint,
-    load,
-    peek,
-    read_tokenizer,
-    resolve,
-    tokenizer_fingerprint,
-    with_tokenizer,
-)
+from cllm_jax.hf import load as hf
+from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import replace_directory, temporary
 from cllm_jax.runs.run_dir import has_begun
@@ -77,7 +68,7 @@ def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> 
         train_tokenizer(texts, settings.new.vocab_size).save_pretrained(temp)
         replace_directory(temp, places[0])
     barrier('tokenizer')
-    return read_tokenizer(next(place for place in places if place.is_dir()))
+    return hf.read_tokenizer(next(place for place in places if place.is_dir()))
 
 
 def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
@@ -85,7 +76,7 @@ def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
 
     Raises ConfigError if it has none, or its vocabulary has another size.
     """
-    config, tokenizer = peek(name), read_tokenizer(resolve(name))
+    config, tokenizer = hf.peek(name), hf.read_tokenizer(hf.resolve(name))
     if tokenizer is None:
         raise ConfigError(f'{name} has no tokenizer; name a model that has one')
     if config.vocab_size != vocab_size:
@@ -100,7 +91,7 @@ def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) 
     """The cleaned trajectories of a collection; refused if made with another tokenizer."""
     directory = Path(settings.data)
     made_with = read_manifest(directory)['identity'].get('tokenizer')
-    if made_with != tokenizer_fingerprint(model.tokenizer):
+    if made_with != hf.tokenizer_fingerprint(model.tokenizer):
         raise ConfigError(
             f'{directory}: collected with another tokenizer than that of {model.source}; '
             'collect again with this model'
@@ -164,8 +155,8 @@ def inputs_of(settings: TrainConfig, model: Model, samples: list[Trajectory]) ->
     """Names and fingerprints of what a run learns from; the same for a root that was moved."""
     inputs = {'model': settings.model.replace(f'{settings.root}/', 'ROOT/', 1)}
     if settings.model != 'new':
-        inputs['model_files'] = files_fingerprint(resolve(settings.model))[:16]
-    inputs['tokenizer'] = tokenizer_fingerprint(model.tokenizer)[:16]
+        inputs['model_files'] = hf.files_fingerprint(hf.resolve(settings.model))[:16]
+    inputs['tokenizer'] = hf.tokenizer_fingerprint(model.tokenizer)[:16]
     digest = hashlib.sha256()
     for sample in samples:
         for array in (sample.prompt, sample.answer, sample.states, sample.start):
@@ -180,7 +171,7 @@ def prepare(
     """The model to start from and its training samples, for the run of that directory."""
     objective = objective_of(settings)
     if objective.reads_trajectories:
-        model = with_tokenizer(load(settings.model, settings.dtype, mesh))
+        model = hf.with_tokenizer(hf.load(settings.model, settings.dtype, mesh))
         samples = trajectory_samples(settings, model, listener)
         block = samples[0].states.shape[1] if samples else 0
         if not objective.keeps_states:
@@ -194,7 +185,7 @@ def prepare(
         if settings.model == 'new':
             model = new_model(settings, examples, run)
         else:
-            model = with_tokenizer(load(settings.model, settings.dtype, mesh))
+            model = hf.with_tokenizer(hf.load(settings.model, settings.dtype, mesh))
         samples = text_samples(model, examples, listener)
     begun = [s for s in samples if len(s.prompt)]
     if len(begun) < len(samples):

@@ -61,6 +61,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     matrices and the rest.
     """
     peak, warmup = config.learning_rate, int(config.warmup * steps)
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1), peak * config.final
     )
@@ -70,20 +71,14 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             ns_steps=4,
             preconditioning='aol',
             consistent_rms=0.2,
-            weight_decay=config.weight_decay,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
+            weight_decay=decay,
+            adam_b1=betas[0],
+            adam_b2=betas[1],
             adam_weight_decay=0.0,
             muon_weight_dimension_numbers=matrices,
         )
     else:
-        rule = optax.adamw(
-            schedule,
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        )
+        rule = optax.adamw(schedule, *betas, weight_decay=decay, mask=decayed)
     return optax.apply_if_finite(
         optax.chain(optax.clip_by_global_norm(config.clip), rule), max_consecutive_errors=1 << 30
     )

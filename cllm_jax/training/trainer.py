@@ -103,10 +103,8 @@ class _Run:
 
 
 def _lost(directory: Path) -> DataError:
-    return DataError(
-        f'{directory}: was begun, but its checkpoints are damaged or gone; it is left as it is: '
-        'move or remove it to begin again'
-    )
+    fault = 'was begun, but its checkpoints are damaged or gone; it is left as it is'
+    return DataError(f'{directory}: {fault}: move or remove it to begin again')
 
 
 def _begin_or_restore(

@@ -7,17 +7,10 @@ import jax
 import cllm_jax as cllm
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
-from cllm_jax.decoding.result import DecodeResult
+from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.evaluation.speed import (
-    Method,
-    one_by_one,
-    plain_methods,
-    share_identical,
-    tokens_per_forward,
-    tokens_per_second,
-)
+from cllm_jax.evaluation.speed import Method, one_by_one, plain_methods, tokens_per_second
 from tests.tiny import random_model, tiny_config
 
 PROMPTS = [[1, 2, 3], [4, 5], [6]]
