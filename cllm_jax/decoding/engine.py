@@ -29,7 +29,7 @@ from cllm_jax.decoding.state import DecodeState, grow, replace_rows
 from cllm_jax.decoding.text import cut, find_stop, text_of
 from cllm_jax.hf.load import Model
 from cllm_jax.runtime.backend import backend_of
-from cllm_jax.runtime.processes import fetch, keys_beside
+from cllm_jax.runtime.processes import fetch, keys_for
 from cllm_jax.runtime.threads import side_by_side
 
 LEAST_ROWS = 2
@@ -71,7 +71,7 @@ def start(
     check(model, request, prompts)
     rows, width = rows or _power_of_two(len(prompts)), width or bucket(max(map(len, prompts)))
     batch = pad_prompts(prompts, rows, width, request.max_tokens, keys)
-    batch = batch.replace(keys_B=keys_beside(model.params, batch.keys_B))
+    batch = batch.replace(keys_B=keys_for(model.params, batch.keys_B))
     steps, nodes = bucket(request.max_tokens), request.drafter.nodes
     slots, room = (cache_slots(width, size, nodes) for size in (steps, min(steps, FIRST_ROOM)))
     buffers = Buffers(slots, steps, room, request.trace)

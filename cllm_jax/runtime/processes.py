@@ -67,7 +67,7 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def keys_beside(params: Any, keys_B: jax.Array) -> jax.Array:
+def keys_for(params: Any, keys_B: jax.Array) -> jax.Array:
     """PRNG keys, the same on every process, where a computation with `params` can use them."""
     first = jax.tree.leaves(params)[0]
     if first.is_fully_addressable:
