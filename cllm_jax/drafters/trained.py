@@ -14,7 +14,7 @@ from flax import struct
 
 from cllm_jax.decoding.drafter import Drafter, Sequences, Verdict
 from cllm_jax.decoding.sampling import Sampling, gumbel
-from cllm_jax.errors import at_least
+from cllm_jax.errors import ConfigError, at_least
 from cllm_jax.hf.load import Model
 from cllm_jax.model.llama import take_rows
 
@@ -108,7 +108,7 @@ class TrainedDrafter(Drafter):
     @classmethod
     def of_size(cls, sizes: HeadsConfig, model: Model) -> Self:
         """The drafter to train for a model, without weights; ConfigError for impossible sizes."""
-        raise NotImplementedError
+        raise ConfigError(f'drafter {cls.kind}: train does not know its sizes; define of_size')
 
     def check_model(self, model: Model, where: str) -> None:
         """Raise ConfigError, naming `where` it is from, for a model that it cannot draft for."""
@@ -130,7 +130,7 @@ class TrainedDrafter(Drafter):
 
     def loss(self, answers: AnswerBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of its weights, a float32 scalar, and metrics."""
-        raise NotImplementedError
+        raise ConfigError(f'drafter {self.kind}: has no loss of its own; train its model')
 
     def calibrated(self, answers: AnswerBatch) -> Self:
         """The drafter with whatever settings it chooses by how well it does on some answers."""

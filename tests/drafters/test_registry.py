@@ -12,7 +12,7 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.checkpoint import write_drafter
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DRAFTERS, TRAINED, DrafterConfig, register
-from cllm_jax.drafters.trained import TrainedDrafter
+from cllm_jax.drafters.trained import HeadsConfig, TrainedDrafter
 from cllm_jax.errors import ConfigError
 from tests.drafters.examples import MODEL
 
@@ -48,7 +48,7 @@ class Guess(TrainedDrafter):
         return {'tokens': jnp.zeros(self.count)}
 
     def draft(self, state, sequences, sampling):
-        raise NotImplementedError
+        raise AssertionError('nothing here decodes')
 
 
 class Plain(AutoRegressive):
@@ -89,3 +89,10 @@ def test_a_registered_drafter_is_opened_like_those_of_the_package(tmp_path):
 def test_options_without_a_place_are_refused(config, rule):
     with pytest.raises(ConfigError, match=rule):
         config.check_drafter()
+
+
+def test_a_drafter_without_sizes_or_loss_says_so():
+    with pytest.raises(ConfigError, match='drafter guess: train does not know its sizes'):
+        Guess.of_size(HeadsConfig(), MODEL)
+    with pytest.raises(ConfigError, match='drafter guess: has no loss'):
+        Guess().loss(None)
