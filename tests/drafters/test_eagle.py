@@ -9,45 +9,48 @@ from cllm_jax.drafters.eagle import Eagle
 from cllm_jax.drafters.trained import AnswerBatch
 from cllm_jax.errors import ConfigError
 from tests.drafters.examples import DRAFTERS, GREEDY, MODEL, sequences_of, with_random_weights
+from tests.tiny import ragged_prompts
 
 
 @pytest.mark.parametrize('name', ['eagle', 'eagle, chain'])
 def test_a_tree_holds_what_the_layer_says_of_the_whole_text(name):
     """Every node is among the best guesses of the layer, without a cache, after the path to it."""
-    drafter, prompt = with_random_weights(DRAFTERS[name]), [5, 1, 4, 2]
-    prompted, after = sequences_of([prompt], 40), sequences_of([[*prompt, 7]], 40)
-    hidden_BTD = jax.random.normal(jax.random.key(5), (1, 4, MODEL.config.dim))
-    y_BN = jnp.full((1, drafter.nodes), 7)  # the target's choice after the prompt
-    verdict = Verdict(y_BN, None, None, None, jnp.ones(1, jnp.int32), prompt_BTD=hidden_BTD)
+    drafter, rows = with_random_weights(DRAFTERS[name]), 8
+    layer = {key: 4 * w if key in ('v', 'o') else w for key, w in drafter.own['layer'].items()}
+    drafter = drafter.replace(own=drafter.own | {'layer': layer})  # what is seen must count
+    prompts = ragged_prompts(0, [4] * rows)
+    prompted, after = sequences_of(prompts, 40), sequences_of([[*p, 7] for p in prompts], 40)
+    hidden_BTD = jax.random.normal(jax.random.key(5), (rows, 4, MODEL.config.dim))
+    y_BN = jnp.full((rows, drafter.nodes), 7)  # the target's choice after the prompt
+    verdict = Verdict(y_BN, None, None, None, jnp.ones(rows, jnp.int32), prompt_BTD=hidden_BTD)
     state = jax.jit(drafter.update, static_argnums=(1, 4))(
         drafter.init(prompted), None, verdict, prompted, GREEDY
     )
     draft, _ = jax.jit(drafter.draft, static_argnums=2)(state, after, GREEDY)
+    assert draft.valid_BN.all() and draft.tokens_BN[:, 0].tolist() == [7] * rows
     most = 3 + drafter.depth
     steps_1T = jnp.arange(most, dtype=jnp.int32)[None]
     mask_1TT = steps_1T[:, None] <= steps_1T[:, :, None]
     layer = jax.jit(lambda *args: drafter.layer(*args, steps_1T, mask_1TT)[0])
 
-    def feature_after(path):
-        """The layer's guess at the target's feature after the text and a path."""
-        text = jnp.asarray([*prompt[1:], 7, *path, *[0] * most], jnp.int32)[None, :most]
-        features = jnp.pad(hidden_BTD, ((0, 0), (0, most - 4), (0, 0)))
+    def guesses_after(row, path):
+        """The best tokens after the text and a path."""
+        text = jnp.asarray([*prompts[row][1:], 7, *path, *[0] * most], jnp.int32)[None, :most]
+        features = jnp.pad(hidden_BTD[row : row + 1], ((0, 0), (0, most - 4), (0, 0)))
         for at in range(4, 4 + len(path)):
             features = features.at[:, at].set(layer(features, text)[:, at - 1])
-        return layer(features, text)[0, 3 + len(path)]
+        logits_1TV = drafter.logits(layer(features, text))
+        return jax.lax.top_k(logits_1TV[0, 3 + len(path)], drafter.width)[1].tolist()
 
-    paths = [()]
-    tokens_N, parent_N = draft.tokens_BN[0].tolist(), draft.parent_BN[0].tolist()
-    for token, parent in zip(tokens_N[1:], parent_N[1:], strict=True):
-        feature_D = feature_after(paths[parent])
-        best = jax.lax.top_k(drafter.logits(feature_D[None, None])[0, 0], drafter.width)[1]
-        assert token in best.tolist()
-        paths.append((*paths[parent], token))
-    assert len(set(paths)) == drafter.nodes, 'every path is tried once'
-    assert 2 < max(map(len, paths)) <= draft.depth == drafter.depth
-    assert draft.valid_BN.all() and tokens_N[0] == 7
-    if drafter.width == 1:
-        assert parent_N == list(range(-1, drafter.depth))
+    for row in range(rows):
+        paths, nodes = [()], (x[row, 1:].tolist() for x in (draft.tokens_BN, draft.parent_BN))
+        for token, parent in zip(*nodes, strict=True):
+            assert token in guesses_after(row, paths[parent])
+            paths.append((*paths[parent], token))
+        assert len(set(paths)) == drafter.nodes, 'every path is tried once'
+        assert max(map(len, paths)) <= draft.depth == drafter.depth
+        if drafter.width == 1:
+            assert list(map(len, paths)) == list(range(drafter.depth + 1))
 
 
 def test_the_loss_of_eagle_falls_when_it_is_followed():
