@@ -18,10 +18,9 @@ from cllm_jax.hf.load import load
 from cllm_jax.runs.checksums import SUMS
 from cllm_jax.training.checkpoint import open_checkpoints
 from cllm_jax.training.trainer import train
-from cllm_jax.trajectories.collector import collect
 from cllm_jax.trajectories.store import read_records
 from tests.tiny_training import tiny_run
-from tests.trajectories.test_collector import MODEL, PLAN, identity, source
+from tests.trajectories.examples import collect_into
 
 FLIPS = 100
 CUTS = 40
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.faults
 def whole(tmp_path_factory) -> Path:
     """A collection and a finished training run with its checkpoints and model."""
     root = tmp_path_factory.mktemp('whole')
-    collect(root / 'trajectories', MODEL, source(), PLAN, identity())
+    collect_into(root / 'trajectories')
     with jax.numpy_dtype_promotion('standard'):
         train(root / 'run', *tiny_run())
     return root
