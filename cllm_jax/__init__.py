@@ -5,6 +5,7 @@
 >>> result = cllm.decode(model, ['Question: ...'], drafter=cllm.Jacobi(block=16), max_tokens=64)
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,47 +13,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cllm_jax.decoding.draft import Loaded
-from cllm_jax.decoding.generate import decode_all
-from cllm_jax.decoding.generate import stream as _stream
+from cllm_jax.decoding.drafter import Drafter
+from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.decoding.stream import stream as _stream
 from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.checkpoint import read_drafter
 from cllm_jax.drafters.draft_model import draft_model
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.lookahead import Lookahead
-from cllm_jax.drafters.named import own_drafter
+from cllm_jax.drafters.open import own_drafter
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
-from cllm_jax.drafters.saved import KINDS, read_drafter
+from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.errors import CllmError, ConfigError, DataError
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.llama import forward as _forward
-from cllm_jax.models.load import Model, load
+from cllm_jax.hf.load import Model, load
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.model.llama import forward as _forward
 
 __all__ = [
-    'AutoRegressive',
-    'CllmError',
-    'ConfigError',
-    'DataError',
-    'DecodeResult',
-    'Jacobi',
-    'JacobiTree',
-    'LlamaConfig',
-    'Lookahead',
-    'Model',
-    'PromptLookup',
-    'Sampling',
-    'Trajectory',
-    'decode',
-    'draft_model',
-    'forward',
-    'load',
-    'load_drafter',
-    'stream',
-    'with_references',
-]
+    'AutoRegressive', 'CllmError', 'ConfigError', 'DataError', 'DecodeResult', 'Drafter', 'Jacobi',
+    'JacobiTree', 'LlamaConfig', 'Lookahead', 'Model', 'PromptLookup', 'Sampling', 'Trajectory',
+    'decode', 'draft_model', 'forward', 'load', 'load_drafter', 'stream', 'with_references',
+]  # fmt: skip
 
 
 def forward(model: Model, tokens_BT: jax.Array) -> jax.Array:
@@ -63,7 +48,7 @@ def forward(model: Model, tokens_BT: jax.Array) -> jax.Array:
 def decode(
     model: Model,
     prompts: Sequence[str | Sequence[int]],
-    drafter: Any = None,
+    drafter: Drafter | None = None,
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -93,45 +78,36 @@ def decode(
     Raises:
       ConfigError: a setting or a prompt that cannot be decoded.
     """
-    drafter, weights = _parts(drafter)
     sampling = Sampling(temperature, top_k, top_p, typical)
-    request = Request(drafter, max_tokens, sampling, seed, _stops(stop), batch, trace)
-    return decode_all(model, request, prompts, weights)
+    request = Request(drafter or Jacobi(), max_tokens, sampling, seed, _stops(stop), batch, trace)
+    return decode_all(model, request, prompts)
 
 
-def stream(model: Model, prompt: str | Sequence[int], drafter: Any = None, **options: Any):
+def stream(
+    model: Model, prompt: str | Sequence[int], drafter: Drafter | None = None, **options: Any
+):
     """Yield the answer to one prompt in pieces that are never taken back; see `decode`."""
-    sampling = Sampling(*(options.pop(k, d) for k, d in _SAMPLING))
+    chosen = {f.name for f in dataclasses.fields(Sampling)} & options.keys()
+    sampling = Sampling(**{name: options.pop(name) for name in chosen})
     options['stop'] = _stops(options.get('stop', ()))
-    drafter, weights = _parts(drafter)
-    return _stream(model, Request(drafter, sampling=sampling, **options), prompt, weights)
+    return _stream(model, Request(drafter or Jacobi(), sampling=sampling, **options), prompt)
 
 
-def load_drafter(model: Model, directory: str, temperature: float = 0.0) -> Loaded:
+def load_drafter(model: Model, directory: str) -> Drafter:
     """A drafter that was trained for `model` (Medusa, ReDrafter, EAGLE, SPACE), with its weights.
 
     Args:
       directory: where `train` wrote it: a run directory or the `drafter` directory in it; or the
-        method, such as 'medusa', of one that lies in or beside the model's own directory.
-      temperature: at which it will decode: more is accepted if drafts follow the same noise.
+        method, such as 'medusa', of one that lies in the model's own directory or next to it.
 
     Raises:
       ConfigError, DataError: there is none, it is damaged, or it does not fit the model: another
         tokenizer or size. One of another model that fits is useless and does no harm.
     """
-    path = own_drafter(model, directory) if directory in KINDS else Path(directory)
-    return read_drafter(path, model, Sampling(temperature))
+    path = own_drafter(model, directory) if directory in TRAINED else Path(directory)
+    return read_drafter(path, model)
 
 
 def _stops(stop: Sequence[str]) -> Sequence[str]:
     """As a tuple; a single string, which `Request` refuses, as it is."""
     return stop if isinstance(stop, str) else tuple(stop)
-
-
-def _parts(drafter: Any) -> tuple[Any, Any]:
-    if isinstance(drafter, Loaded):
-        return drafter.drafter, drafter.weights
-    return Jacobi() if drafter is None else drafter, ()
-
-
-_SAMPLING = (('temperature', 0.0), ('top_k', 0), ('top_p', 1.0), ('typical', 0.0))

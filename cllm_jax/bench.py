@@ -10,128 +10,27 @@ things take turns, and medians count.
 """
 
 import dataclasses
-import json
 import platform
 import resource
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from cllm_jax.console import Console, number, print_plan, size, table
-from cllm_jax.datasets.sources import Source, open_source
-from cllm_jax.decoding.request import Request
-from cllm_jax.drafters.autoregressive import AutoRegressive
-from cllm_jax.drafters.draft_model import draft_model
-from cllm_jax.drafters.heads import HeadWeights
-from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.drafters.lookahead import Lookahead
-from cllm_jax.drafters.prompt_lookup import PromptLookup
-from cllm_jax.drafters.saved import read_drafter
-from cllm_jax.errors import at_least, check_seed
-from cllm_jax.evaluation.cost import bandwidth, costs, weight_bytes
-from cllm_jax.evaluation.pair import model_pair
-from cllm_jax.evaluation.parts import parts
-from cllm_jax.evaluation.pipeline import collection_speed, step_cost
-from cllm_jax.evaluation.quality import share_right
-from cllm_jax.evaluation.speed import (
-    Way,
-    ar_ways,
-    one_by_one,
-    share_identical,
-    tokens_per_forward,
-    tokens_per_second,
-)
-from cllm_jax.evaluation.torch_generate import generate_speed
-from cllm_jax.models.config import read_config
-from cllm_jax.models.llama import Llama, init_params
-from cllm_jax.models.load import (
-    EMBEDDED_ROOT,
-    MIXED,
-    Model,
-    Precision,
-    chosen,
-    load,
-    mixed,
-    storage,
-)
-from cllm_jax.rundir import write_atomic
-from cllm_jax.settings import can_write, guard, parse, to_json
-from cllm_jax.training.batches import Noise
-from cllm_jax.training.step import LossWeights
-from cllm_jax.trajectories.collect import CollectPlan
-
-VERSIONED = ('cllm_jax', 'jax', 'jaxlib', 'flax')
-DRAFTED = {
-    'medusa': 'Medusa-1',
-    'medusa2': 'Medusa-2',
-    'redrafter': 'ReDrafter',
-    'eagle': 'EAGLE',
-    'space': 'SPACE',
-}
-"""Stages of a recipe that train a drafter."""
-BATCH = 16
-"""Prompts per call where batches are compared."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchConfig:
-    """Settings of a benchmark."""
-
-    root: str = EMBEDDED_ROOT
-    """Directory of the recipe's runs, runs/NAME of its file."""
-    model: str = ''
-    """The CLLM; default ROOT/export/cllm, or embedded if runs/embedded has no exports."""
-    target: str = ''
-    """The target; default ROOT/export/target, or embedded-target likewise."""
-    random_weights: str = ''
-    """A model directory or config file: measure forwards of that size, with random weights."""
-    tasks: tuple[str, ...] = ('sql', 'arithmetic')
-    """Datasets whose held-out prompts are decoded."""
-    limit: int = 40
-    """Prompts per task."""
-    seed: int = 0
-    """Which held-out prompts are drawn."""
-    nodes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    """Tokens per forward whose cost is measured; one token is measured always."""
-    batches: tuple[int, ...] = (1, 4, 16)
-    """Batch sizes at which it is measured."""
-    prompt: int = 64
-    """Length of the random prompts of the cost measurement."""
-    parts: tuple[int, ...] = (1, 16)
-    """Tokens per forward whose time is divided among the parts of the model."""
-    blocks: tuple[int, ...] = (8, 16, 32)
-    """Jacobi windows (n)."""
-    others: bool = True
-    """Also prompt lookup, lookahead, recycling, and the drafters trained in ROOT."""
-    draft_model: str = ''
-    """A smaller model that drafts for the target; default ROOT/draft if that was trained."""
-    max_tokens: int = 128
-    """Longest answer."""
-    repeats: int = 5
-    """Times everything is measured after the first; the median counts."""
-    dtype: Precision = 'auto'
-    """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
-    collected: int = 128
-    """Prompts per task whose trajectories are collected, and trained on; 0 leaves this out."""
-    torch: bool = True
-    """Time `transformers` generate beside it, if torch is installed."""
-    json: str = ''
-    """Write all results to this file, again after every part."""
-    quick: bool = False
-    """A tiny version, to see that it works."""
-
-    def __post_init__(self):
-        at_least(self, limit=1, prompt=1, max_tokens=1, repeats=1, collected=0)
-        check_seed(self)
-        at_least(self, nodes=1, batches=1, blocks=1)
-        if self.parts:
-            at_least(self, parts=1)
-        for block in self.blocks:
-            Jacobi(block)  # checks it
+from cllm_jax.cli.console import Console, number, print_plan, size, table
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import can_write, parse
+from cllm_jax.data.sources import Source, open_source
+from cllm_jax.evaluation.comparison import BATCH, BenchConfig, compare_methods
+from cllm_jax.evaluation.forward_cost import bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.profile import milliseconds_by_part
+from cllm_jax.evaluation.throughput import collection_speed
+from cllm_jax.hf.config import read_config
+from cllm_jax.hf.load import MIXED, Model, chosen, load, mixed, storage
+from cllm_jax.model.llama import Llama, init_params
+from cllm_jax.runs.atomic import write_json
+from cllm_jax.training.step_cost import step_cost
+from cllm_jax.trajectories.store import Collection
 
 
 def random_model(path: Path, dtype: str) -> Model:
@@ -151,11 +50,10 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
         total = len(nodes) * (settings.repeats + 1)
         with console.progress(f'forwards, batch {batch}', total) as bar:
             measured = costs(model, nodes, batch, settings.prompt, settings.repeats, bar)
-        base = measured[1].forward
         found['per_batch'][str(batch)] = {
             str(n): {
                 'forward_ms': cost.forward * 1e3,
-                'c': cost.forward / base,
+                'c': cost.forward / measured[1].forward,
                 'prefill_ms': cost.prefill * 1e3,
                 'compile_s': cost.compilation,
             }
@@ -170,131 +68,21 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
         'bandwidth_bytes_per_s': speed,
         'weight_limit_ms': weights / speed * 1e3,
         'share_of_limit': weights / speed * 1e3 / first['forward_ms'],
-        'parts': {str(n): parts(model, n, settings.prompt) for n in settings.parts},
+        'parts': {str(n): milliseconds_by_part(model, n, settings.prompt) for n in settings.parts},
     }
-
-
-def ways_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, Way]:
-    """Every way of decoding that is compared; a name begins with its model's."""
-    ar = Request(AutoRegressive(), settings.max_tokens)
-
-    def drafted(model: Model, drafter: Any, weights: Any = ()) -> Way:
-        return Way(model, dataclasses.replace(ar, drafter=drafter), weights)
-
-    ways = ar_ways('target, AR', target, ar) | {'CLLM, AR': Way(cllm, ar)}
-    for block in settings.blocks:
-        ways[f'target, Jacobi {block}'] = drafted(target, Jacobi(block))
-        ways[f'CLLM, Jacobi {block}'] = drafted(cllm, Jacobi(block))
-    if not settings.others:
-        return ways
-    block = max(settings.blocks)
-    ways |= {
-        'target, prompt lookup': drafted(target, PromptLookup()),
-        'target, lookahead': drafted(target, Lookahead()),
-        f'CLLM, Jacobi {block}, recycling': drafted(cllm, Jacobi(block, recycle=2)),
-        f'CLLM, Jacobi {block}, prompt lookup': drafted(cllm, Jacobi(block, lookup=True)),
-        f'CLLM, Jacobi {block}, lookahead': drafted(cllm, Lookahead(5, 4, 5, block)),
-    }
-    small = settings.draft_model
-    if not small and (Path(settings.root) / 'draft/model').is_dir():
-        small = f'{settings.root}/draft'
-    if small:
-        loaded = draft_model(target, load(small, settings.dtype))
-        ways['target, draft model'] = drafted(target, loaded.drafter, loaded.weights)
-    for stage, title in DRAFTED.items():
-        directory = Path(settings.root) / stage
-        if not (directory / 'drafter').is_dir():
-            continue
-        own = (directory / 'model').is_dir()  # trained with its drafter
-        model = load(str(directory), settings.dtype) if own else target
-        loaded = read_drafter(directory, model)
-        name = title if own else 'target'
-        ways[f'{name}, {title}'] = drafted(model, loaded.drafter, loaded.weights)
-        if own:
-            ways[f'{name}, AR'] = Way(model, ar)
-    return ways
-
-
-def decoding(
-    settings: BenchConfig,
-    source: Source,
-    target: Model,
-    cllm: Model,
-    console: Console,
-) -> dict[str, Any]:
-    """Every way of decoding on the held-out prompts of one task."""
-    prompts = [source[i].prompt for i in range(len(source))]
-    ways = ways_of(settings, target, cllm)
-    results = {}
-    for name, way in ways.items():
-        with console.status(f'{source.name}: {name}'):
-            results[name] = one_by_one(way, prompts)
-    with console.progress(f'{source.name}: timing', len(prompts)) as bar:
-        speed = tokens_per_second(ways, prompts, settings.repeats, bar)
-    plain = [name for name in ways if name.startswith('target, AR')]
-    base = max(speed[name] for name in plain)
-    with console.status(f'{source.name}: {BATCH} at a time'):
-        names = plain + [f'CLLM, Jacobi {block}' for block in settings.blocks]
-        together = {name: ways[name] for name in names}
-        batched = tokens_per_second(together, prompts, settings.repeats, batch=BATCH)
-    rows = {}
-    for name, result in results.items():
-        same = results[f'{name.split(",")[0]}, AR']
-        forward = tokens_per_forward(result)
-        rows[name] = {
-            'extra_parameters': extra_parameters(ways[name]),
-            'tokens_per_forward': forward,
-            'cost_of_forward': forward * base / speed[name],
-            'tokens_per_second': speed[name],
-            'speedup': speed[name] / base,
-            'conversion': speed[name] / base / forward,
-            'identical': share_identical(result, same),
-            'quality': share_right(source, result.texts) if source.checkable else None,
-        }
-    found = {'task': source.name, 'n': len(prompts), 'ways': rows, 'batched': batched}
-    if settings.torch and find_spec('torch'):
-        with console.status(f'{source.name}: transformers generate'):
-            found['transformers'] = generate_speed(target, prompts, settings.max_tokens)
-            batched |= {
-                f'transformers, {name}': value
-                for name, value in generate_speed(
-                    target, prompts, settings.max_tokens, BATCH
-                ).items()
-            }
-    return found
-
-
-def extra_parameters(way: Way) -> int:
-    """Parameters of the drafter alone."""
-    own = way.weights.own if isinstance(way.weights, HeadWeights) else way.weights
-    return sum(leaf.size for leaf in jax.tree.leaves(own))
 
 
 def pipeline(
     settings: BenchConfig, source: Source, target: Model, console: Console
 ) -> dict[str, Any]:
-    """Collection and training on one task, with the losses of `configs/embedded.yaml`."""
-    plans = {
-        mode: CollectPlan(
-            block=16,
-            mode=mode,
-            max_tokens=settings.max_tokens,
-            seed=settings.seed,
-            batch=min(16, len(source)),
-            shard=len(source),
-        )
-        for mode in ('sliding', 'block')
-    }
-    with console.status(f'{source.name}: collecting {len(source)} prompts'):
-        collection, records = collection_speed(
-            target, source, plans, min(8, len(source)), settings.repeats
-        )
-    weights, noise = LossWeights(ar_weight=6.0, global_weight=1.0), Noise(decay=8.0, fresh=0.15)
-    compute = target.module.compute or target.module.dtype
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), target.params)
-    model, batch = dataclasses.replace(target, params=params), min(16, len(records))
+    """Collection and training on one task."""
+    count, repeats = len(source), settings.repeats
+    rows = (settings.max_tokens, settings.seed, min(16, count), count)
+    plans = {mode: Collection(16, mode, *rows) for mode in ('sliding', 'block')}
+    with console.status(f'{source.name}: collecting {count} prompts'):
+        collection, records = collection_speed(target, source, plans, min(8, count), repeats)
     with console.status(f'{source.name}: training steps'):
-        step = step_cost(model, records, batch, weights, noise, compute, settings.repeats)
+        step = step_cost(target, records, repeats=repeats)
     return {'task': source.name, 'collect': collection, 'train': step}
 
 
@@ -359,26 +147,14 @@ def peak_memory() -> int:
 
 def tiny(settings: BenchConfig) -> BenchConfig:
     """The same benchmark, tiny."""
-    return dataclasses.replace(
-        settings,
-        tasks=settings.tasks[:1],
-        limit=2,
-        nodes=(1, 4),
-        batches=(1,),
-        prompt=16,
-        parts=(4,),
-        blocks=(4,),
-        others=False,
-        max_tokens=24,
-        repeats=1,
-        collected=min(settings.collected, 4),
-    )
+    forwards = {'nodes': (1, 4), 'batches': (1,), 'prompt': 16, 'parts': (4,), 'repeats': 1}
+    answers = {'tasks': settings.tasks[:1], 'limit': 2, 'max_tokens': 24}
+    answers |= {'blocks': (4,), 'others': False, 'collected': min(settings.collected, 4)}
+    return dataclasses.replace(settings, **forwards, **answers)
 
 
 def run() -> None:
-    settings, flags = parse(
-        BenchConfig, program='python -m cllm_jax.bench', description=__doc__, stage='bench'
-    )
+    settings, flags = parse(BenchConfig, stage='bench', description=__doc__)
     if settings.quick:
         settings = tiny(settings)
     console = Console()
@@ -386,8 +162,7 @@ def run() -> None:
     can_write('json', settings.json)
     sources: dict[str, list[Source]] = {}
     if not settings.random_weights:
-        cllm, target = model_pair(settings.root, settings.model, settings.target)
-        settings = dataclasses.replace(settings, model=cllm, target=target)
+        settings = settings.with_models()
         sources = {
             split: [
                 open_source(task, split=split, seed=settings.seed, limit=limit)
@@ -396,13 +171,9 @@ def run() -> None:
             for split, limit in (('heldout', settings.limit), ('train', settings.collected))
         }
     if flags.plan:
-        print_plan(console, to_json(settings), {'dtype': dtype})
+        print_plan(console, settings, {'dtype': dtype})
         return
-    found: dict[str, Any] = {
-        'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind} ({platform.machine()})',
-        'dtype': dtype,
-        'versions': {name: version(name) for name in VERSIONED},
-    }
+    found = settings.environment()
     if settings.random_weights:
         model = random_model(Path(settings.random_weights), dtype)
         found |= {'model': model.source, 'cost': forward_costs(settings, model, console)}
@@ -413,7 +184,8 @@ def run() -> None:
         found['cost'] = forward_costs(settings, target, console)
         keep(settings, found)
         for source in sources['heldout']:
-            found.setdefault('tasks', []).append(decoding(settings, source, target, cllm, console))
+            task = compare_methods(settings, source, target, cllm, console)
+            found.setdefault('tasks', []).append(task)
             keep(settings, found)
         for source in sources['train']:
             found.setdefault('pipeline', []).append(pipeline(settings, source, target, console))
@@ -425,14 +197,8 @@ def keep(settings: BenchConfig, found: dict[str, Any]) -> None:
     """Write what has been measured so far: a long run that is cut short keeps its parts."""
     found['peak_memory_bytes'] = peak_memory()
     if settings.json:
-        path = Path(settings.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(found, indent=2) + '\n').encode())
-
-
-def main() -> None:
-    guard(run)
+        write_json(Path(settings.json), found)
 
 
 if __name__ == '__main__':
-    main()
+    guard(run)

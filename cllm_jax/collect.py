@@ -9,34 +9,26 @@ Can be stopped at any moment; the same command continues and ends with the same 
 import dataclasses
 import time
 from pathlib import Path
-from typing import Literal
 
 import jax
 
-from cllm_jax.console import Console, print_plan, size
-from cllm_jax.datasets.sources import open_source, rows_fingerprint
-from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.errors import ConfigError, at_least, check_seed
-from cllm_jax.models.load import (
-    EMBEDDED_ROOT,
-    MIXED,
-    Precision,
-    fingerprint,
-    load,
-    named_or,
-    peek,
-    storage,
-    with_tokenizer,
-)
-from cllm_jax.models.load import tokenizer_fingerprint as vocabulary
-from cllm_jax.parallel.mesh import MeshConfig, make_mesh
-from cllm_jax.rundir import claim, open_run
-from cllm_jax.settings import guard, parse, to_json
-from cllm_jax.trajectories.collect import CollectPlan, collect
+from cllm_jax.cli.console import Console, print_plan, size
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import parse
+from cllm_jax.data.sources import Source, open_source, rows_fingerprint
+from cllm_jax.errors import ConfigError
+from cllm_jax.hf.load import MIXED, Precision, fingerprint, load, peek, storage, with_tokenizer
+from cllm_jax.hf.load import tokenizer_fingerprint as vocabulary
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runs.run_dir import claim, open_run
+from cllm_jax.runs.stages import EMBEDDED_ROOT, model_of, output_of
+from cllm_jax.runtime.mesh import MeshConfig, make_mesh
+from cllm_jax.trajectories.collector import collect
+from cllm_jax.trajectories.store import Collection
 
 
 @dataclasses.dataclass(frozen=True)
-class CollectConfig:
+class CollectConfig(Collection):
     """Settings of a collection."""
 
     root: str = EMBEDDED_ROOT
@@ -47,49 +39,40 @@ class CollectConfig:
     """The model whose trajectories these are; default ROOT/target, of stage recollect ROOT/cllm.
     For the embedded recipe, until it has begun, embedded-target and embedded."""
     data: str = 'sql+arithmetic'
-    """Dataset whose prompts are answered (see the README)."""
+    """Dataset whose prompts are answered (see docs/data.md)."""
     prompts: int | None = None
     """Number of prompts; all of a file if not given."""
-    seed: int = 1
-    """Of generated prompts and of the random initial guesses."""
-    block: int = 16
-    """Tokens per state (n)."""
-    mode: Literal['block', 'sliding'] = 'block'
-    """States of the paper's block schedule, or of the sliding window that decodes fastest."""
-    max_tokens: int = 128
-    """Longest answer; one that does not end by then is counted as truncated."""
-    batch: int = 16
-    """Prompts decoded together; a small model on a CPU has one such batch per core."""
     tensor: int = 1
     """Devices that share every layer of the model; each such group has its own prompts."""
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
-    shard: int = 512
-    """Prompts per file; what an interruption can cost."""
     quick: bool = False
     """A tiny version, to see that it works."""
 
-    def __post_init__(self):
-        at_least(self, max_tokens=1, batch=1, shard=1)
-        check_seed(self)
-        Jacobi(self.block)  # checks it
+
+def plan(
+    settings: CollectConfig, directory: Path, source: Source, config: LlamaConfig, console: Console
+) -> None:
+    """What the collection would need."""
+    width = 2 if settings.dtype == MIXED else storage(settings.dtype).itemsize
+    facts = {
+        'writes to': directory,
+        'prompts': len(source),
+        'shards': -(-len(source) // settings.shard),
+        'weights': size(config.parameters * width),
+        'KV cache per prompt (at most)': size(config.cache_values * width * config.max_positions),
+        'trajectories (at most)': size(len(source) * settings.max_tokens * settings.block * 2),
+    }
+    print_plan(console, settings, facts)
 
 
 def run() -> None:
-    settings, flags = parse(
-        CollectConfig,
-        program='python -m cllm_jax.collect',
-        description=__doc__,
-        stage='collect',
-        stages=('collect', 'recollect'),
-    )
+    settings, flags = parse(CollectConfig, stage='collect', description=__doc__)
     if settings.quick:
         settings = dataclasses.replace(settings, prompts=32, max_tokens=48, batch=8, shard=16)
     console = Console()
-    again = flags.stage == 'recollect'
-    directory = Path(settings.out or f'{settings.root}/{"re" if again else ""}trajectories')
-    made_by = ('cllm', 'embedded') if again else ('target', 'embedded-target')
-    name = named_or(settings.model, f'{settings.root}/{made_by[0]}', made_by[1])
+    directory = Path(settings.out or output_of(flags.stage, settings.root))
+    name = model_of(flags.stage, settings.root, settings.model)
     source = open_source(settings.data, split='train', seed=settings.seed, limit=settings.prompts)
     config = peek(name)
     if settings.max_tokens + 1 > config.max_positions:
@@ -98,32 +81,12 @@ def run() -> None:
             f'{config.max_positions} positions of {name}; use fewer'
         )
     if flags.plan:
-        width = 2 if settings.dtype == MIXED else storage(settings.dtype).itemsize
-        states = len(source) * settings.max_tokens
-        facts = {
-            'writes to': directory,
-            'prompts': len(source),
-            'shards': -(-len(source) // settings.shard),
-            'weights': size(config.parameters * width),
-            'KV cache per prompt (at most)': size(
-                config.cache_values * width * (config.max_positions)
-            ),
-            'trajectories (at most)': size(states * settings.block * 2),
-        }
-        print_plan(console, to_json(settings), facts)
+        plan(settings, directory, source, config, console)
         return
     groups = MeshConfig(tensor=settings.tensor)
     mesh = None if settings.tensor == 1 else make_mesh(groups, jax.local_devices())
     model = with_tokenizer(load(name, settings.dtype, mesh))
-    plan = CollectPlan(
-        block=settings.block,
-        mode=settings.mode,
-        max_tokens=settings.max_tokens,
-        seed=settings.seed,
-        batch=settings.batch,
-        shard=settings.shard,
-    )
-    identity = dataclasses.asdict(plan) | {
+    identity = settings.identity | {
         'data': source.name,
         'prompts': len(source),
         'model': fingerprint(model),
@@ -139,17 +102,11 @@ def run() -> None:
             done += tokens
             bar(prompts, f'{done / (time.perf_counter() - begin):.0f} tokens/s')
 
-        counts = collect(directory, model, source, plan, identity, advance)
-    console.note(
-        f'{directory}: '
-        + ', '.join(f'{v} {k}' for k, v in counts.items())
-        + f'; {counts["tokens"] / max(counts["forwards"], 1):.2f} tokens/forward'
-    )
-
-
-def main() -> None:
-    guard(run)
+        counts = collect(directory, model, source, settings, identity, advance)
+    collected = ', '.join(f'{v} {k}' for k, v in counts.items())
+    mean = counts['tokens'] / max(counts['forwards'], 1)
+    console.note(f'{directory}: {collected}; {mean:.2f} tokens/forward')
 
 
 if __name__ == '__main__':
-    main()
+    guard(run)

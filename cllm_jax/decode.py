@@ -1,51 +1,47 @@
-"""Decode prompts, with Jacobi iteration and autoregressively side by side.
+"""Decode prompts, with a drafter and autoregressively in turn.
 
     python -m cllm_jax.decode                                    a demonstration, no network needed
     python -m cllm_jax.decode --model DIR --prompts 'Once upon'  your model, your prompt
     python -m cllm_jax.decode --input prompts.jsonl --output answers.jsonl --no-compare
 
-With --compare both decoders run, and the verdict tells whether their tokens are the same.
+With --compare both decode, and the verdict tells whether their tokens are the same.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from cllm_jax.console import Console, print_plan, size, table
-from cllm_jax.datasets.readers import read_jsonl
-from cllm_jax.datasets.sources import open_source
-from cllm_jax.decoding.generate import decode_all, stream
+from cllm_jax.cli.console import Console, print_plan, size, table
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import can_write, parse
+from cllm_jax.data.formats import read_jsonl
+from cllm_jax.data.sources import open_source
+from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
-from cllm_jax.decoding.result import DecodeResult
+from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
 from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.decoding.stream import stream
 from cllm_jax.drafters.autoregressive import AutoRegressive
-from cllm_jax.drafters.named import TITLES, Named, open_drafter
+from cllm_jax.drafters.open import open_drafter
+from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import ConfigError
-from cllm_jax.evaluation.speed import (
-    Way,
-    ar_ways,
-    share_identical,
-    tokens_per_forward,
-    tokens_per_second,
-)
-from cllm_jax.models.cache import init_cache
-from cllm_jax.models.hf import abstract_params
-from cllm_jax.models.load import MIXED, Model, Precision, load, mixed, peek, storage
-from cllm_jax.parallel.mesh import tensor_mesh
-from cllm_jax.rundir import write_atomic
-from cllm_jax.settings import can_write, guard, parse, to_json
+from cllm_jax.evaluation.forward_cost import weight_bytes
+from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
+from cllm_jax.hf.load import MIXED, Precision, load, mixed, peek, storage
+from cllm_jax.hf.weights import abstract_params
+from cllm_jax.model.cache import init_cache
+from cllm_jax.runs.atomic import write_atomic
+from cllm_jax.runtime.backend import backend_for
+from cllm_jax.runtime.mesh import tensor_mesh
 
 DEMO_PROMPTS = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(DrafterConfig):
     """Settings of decoding."""
 
     model: str = 'embedded'
@@ -58,26 +54,11 @@ class DecodeConfig:
     """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds
     (from the beginning of its batch to its end, compilation included). It has all of them or is
     not written."""
-    drafter: str = 'jacobi'
-    """jacobi; ar: one token per forward; lookup: prompt lookup; lookahead, beside Jacobi;
-    model:DIR: a smaller model drafts; or a trained one, medusa, redrafter, eagle, space: NAME:DIR,
-    or NAME where it was trained with the model or lies beside it."""
-    reference: tuple[str, ...] = ()
-    """With drafter lookup: text files that answers may quote (LLMA)."""
-    block: int = 16
-    """Tokens of the window or guess (n)."""
-    mode: Literal['sliding', 'block'] = 'sliding'
-    """Keep the window full, or let each block converge before the next (the paper's schedule)."""
-    recycle: int = 0
-    """Chains of dropped guesses that are tried again in the same forward."""
-    branches: int = 0
-    """Branches with second choices that are tried in the same forward."""
-    lookup: bool = False
-    """Also try what followed the last time in the prompt or answer, in the same forward."""
     max_tokens: int = 128
     """Longest answer."""
     temperature: float = 0.0
-    """0 is greedy; above 0 samples, and Jacobi still returns AR's tokens for the same seed."""
+    """0 is greedy; above 0 samples, and every drafter still returns AR's tokens for the same
+    seed."""
     top_k: int = 0
     """Sample among the k most likely tokens; 0 is off."""
     top_p: float = 1.0
@@ -99,21 +80,11 @@ class DecodeConfig:
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
 
-
-def sampling_of(settings: DecodeConfig) -> Sampling:
-    return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.typical)
-
-
-def drafter_named(settings: DecodeConfig) -> Named:
-    return Named(
-        settings.drafter,
-        settings.block,
-        settings.mode,
-        settings.recycle,
-        settings.branches,
-        settings.lookup,
-        settings.reference,
-    )
+    def request(self) -> Request:
+        """What is asked of AR: the drafter, and a lossy rule that it may have, come later."""
+        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        drafter = AutoRegressive()
+        return Request(drafter, self.max_tokens, sampling, self.seed, self.stop, self.batch)
 
 
 def read_prompts(settings: DecodeConfig) -> list[str]:
@@ -125,85 +96,57 @@ def read_prompts(settings: DecodeConfig) -> list[str]:
     if settings.input:
         return [e.prompt for e in read_jsonl(settings.input)]
     source = open_source('sql+arithmetic', split='heldout', seed=settings.seed, limit=DEMO_PROMPTS)
-    return [source[i].prompt for i in range(len(source))]
+    return [row.prompt for row in source.rows]
 
 
-def rows_of(prompts: list[str], result: DecodeResult) -> Iterator[dict]:
-    """What --output holds, per prompt."""
-    columns = zip(
-        prompts,
-        result.texts,
-        result.tokens,
-        result.forwards,
-        result.accepted,
-        result.seconds,
-        strict=True,
-    )
-    names = ('prompt', 'text', 'tokens', 'forwards', 'accepted', 'seconds')
-    return (dict(zip(names, row, strict=True)) for row in columns)
+def write_answers(path: Path, prompts: list[str], result: DecodeResult) -> None:
+    """Write what --output holds, a line per prompt."""
+    columns = {'prompt': prompts, 'text': result.texts}
+    columns |= {k: getattr(result, k) for k in ('tokens', 'forwards', 'accepted', 'seconds')}
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.encode())
 
 
-def decode_many(
-    console: Console,
-    name: str,
-    model: Model,
-    request: Request,
-    prompts: list[str],
-    weights: Any = (),
-) -> DecodeResult:
+def decode_many(console: Console, name: str, method: Method, prompts: list[str]) -> DecodeResult:
     """Decode all prompts, and show how far that is if they are more than a demonstration has."""
     if len(prompts) <= DEMO_PROMPTS:
-        return decode_all(model, request, prompts, weights)
-    before = 0
+        return decode_all(method.model, method.request, prompts)
     with console.progress(name, len(prompts)) as bar:
-
-        def advance(done: int) -> None:
-            nonlocal before
-            if done > before:
-                bar(done - before)
-            before = done
-
-        return decode_all(model, request, prompts, weights, advance)
+        return decode_all(method.model, method.request, prompts, bar)
 
 
 def compare(
     console: Console,
     name: str,
-    model: Model,
-    request: Request,
-    weights: Any,
+    drafted: Method,
+    ar: Method,
     prompts: list[str],
     result: DecodeResult,
-    mesh: Mesh | None,
 ) -> None:
-    """Autoregressive decoding beside the result: identity, tokens/forward, speed-up."""
-    exact = dataclasses.replace(request.sampling, typical=0.0)
-    ar = dataclasses.replace(request, drafter=AutoRegressive(), sampling=exact)
-    plain, timed = decode_many(console, 'AR', model, ar, prompts), prompts[:DEMO_PROMPTS]
+    """Autoregressive decoding next to the result: identity, tokens/forward, speed-up."""
+    plain, timed = decode_many(console, 'AR', ar, prompts), prompts[:DEMO_PROMPTS]
     with console.status(f'AR and {name}, timed in turn'):
-        ways = ar_ways('AR', model, ar, mesh)
-        speed = tokens_per_second(ways | {name: Way(model, request, weights)}, timed)
-    base = max(speed[way] for way in ways)
-    forward = tokens_per_forward(result)
-    rows = [[way, 1.0, speed[way], speed[way] / base] for way in ways]
-    rows.append([name, forward, speed[name], speed[name] / base])
+        baselines = plain_methods('AR', ar)
+        speed = tokens_per_second(baselines | {name: drafted}, timed)
+    base = max(speed[baseline] for baseline in baselines)
+    rows = [[baseline, 1.0, speed[baseline], speed[baseline] / base] for baseline in baselines]
+    rows.append([name, tokens_per_forward(result), speed[name], speed[name] / base])
     columns = ['', 'tokens/forward', 'tokens/s', 'speed-up']
     which = f'the first {len(timed)} prompts' if len(timed) < len(prompts) else 'these prompts'
     console.out.print(table(f'tokens/s: {which}, one at a time', columns, rows))
-    same = share_identical(result, plain)
-    verdict = 'IDENTICAL' if same == 1 else 'DIFFERENT'
-    if request.sampling.typical:
-        verdict = 'LOSSY'
+    same, lossy = share_identical(result, plain), drafted.request.sampling.typical
+    verdict = 'LOSSY' if lossy else 'IDENTICAL' if same == 1 else 'DIFFERENT'
     console.result(f'{verdict}: {name} and AR agree token for token on {same:.0%} of the prompts')
 
 
 def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
     """Prompts and answers, and what each answer took."""
-    for prompt, text, tokens, forwards in zip(
-        prompts, result.texts, result.tokens, result.forwards, strict=True
-    ):
-        console.literal(prompt, text or '')
-        console.literal(f'-- {len(tokens)} tokens in {forwards} forwards\n', '')
+    for i, prompt in enumerate(prompts):
+        console.literal(prompt, result.texts[i] or '')
+        took = f'{len(result.tokens[i])} tokens in {result.forwards[i]} forwards'
+        console.literal(f'-- {took}\n', '')
 
 
 def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
@@ -212,21 +155,16 @@ def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
     weights = abstract_params(config, dtype)
     if settings.dtype == MIXED:
         weights, dtype = jax.eval_shape(mixed, weights), jnp.bfloat16
-    cache = _bytes(
-        jax.eval_shape(lambda: init_cache(config, 1, 1, dtype, settings.drafter == 'ar'))
-    )
+    kept = backend_for(jax.devices()).cache_dtype(dtype, one_query=settings.drafter == 'ar')
+    cache = weight_bytes(jax.eval_shape(lambda: init_cache(config, 1, 1, kept)))
     facts = {
         'prompts': len(prompts),
         'parameters': f'{config.parameters:,}',
-        'weights': size(_bytes(weights)),
+        'weights': size(weight_bytes(weights)),
         'KV cache per token': size(cache),
         'KV cache of the answers of a batch': size(cache * settings.max_tokens * settings.batch),
     }
-    print_plan(console, to_json(settings), facts)
-
-
-def _bytes(shapes: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    print_plan(console, settings, facts)
 
 
 def check_files(settings: DecodeConfig) -> None:
@@ -240,22 +178,12 @@ def check_files(settings: DecodeConfig) -> None:
 
 
 def run() -> None:
-    settings, flags = parse(
-        DecodeConfig, program='python -m cllm_jax.decode', description=__doc__, stage='decode'
-    )
+    settings, flags = parse(DecodeConfig, stage='decode', description=__doc__)
     console = Console()
-    named, sampling = drafter_named(settings), sampling_of(settings)
-    named.check()
+    settings.check_drafter()
     check_files(settings)
-    exact = dataclasses.replace(sampling, typical=0.0)
-    request = Request(
-        AutoRegressive(),
-        settings.max_tokens,
-        exact,
-        settings.seed,
-        settings.stop,
-        settings.batch,
-    )
+    request = settings.request()
+    sampling = dataclasses.replace(request.sampling, typical=settings.typical)
     prompts = read_prompts(settings)
     if settings.stream and len(prompts) != 1:
         raise ConfigError(f'stream with {len(prompts)} prompts: give exactly one prompt')
@@ -264,35 +192,26 @@ def run() -> None:
         return
     mesh = tensor_mesh(settings.tensor)
     model = load(settings.model, settings.dtype, mesh)
-    loaded = open_drafter(named, model, sampling, settings.dtype, mesh)
-    request = dataclasses.replace(request, drafter=loaded.drafter, sampling=sampling)
+    drafter = open_drafter(settings, model, settings.dtype, mesh)
+    drafted = Method(model, dataclasses.replace(request, drafter=drafter, sampling=sampling))
     if sampling.typical:
         console.note('LOSSY: with typical acceptance answers are not those of AR')
     if settings.stream:
-        for piece in stream(model, request, prompts[0], loaded.weights):
+        for piece in stream(model, drafted.request, prompts[0]):
             print(piece, end='', flush=True)
         print()
         return
-    result = decode_many(console, TITLES[named.name], model, request, prompts, loaded.weights)
+    name = settings.drafter_title
+    result = decode_many(console, name, drafted, prompts)
     if settings.output:
-        _write(Path(settings.output), rows_of(prompts, result))
+        write_answers(Path(settings.output), prompts, result)
         console.note(f'{settings.output}: {len(prompts)} answers')
     else:
         show(console, prompts, result)
     if settings.compare and settings.drafter != 'ar':
-        name = TITLES[named.name] + (' (LOSSY)' if settings.typical else '')
-        compare(console, name, model, request, loaded.weights, prompts, result, mesh)
-
-
-def _write(path: Path, rows: Iterator[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-    write_atomic(path, text.encode())
-
-
-def main() -> None:
-    guard(run)
+        name += ' (LOSSY)' if settings.typical else ''
+        compare(console, name, drafted, Method(model, request), prompts, result)
 
 
 if __name__ == '__main__':
-    main()
+    guard(run)

@@ -1,5 +1,7 @@
 """What can go wrong, by exit code. A message is one line: the value, the rule, the remedy."""
 
+import difflib
+from collections.abc import Collection
 from typing import Any
 
 
@@ -59,3 +61,21 @@ def shares(config: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f'{name} {getattr(config, name)}: a share must be 0 to 1')
+
+
+def did_you_mean(name: Any, known: Collection[Any]) -> str:
+    """A question with the known name that is nearest to an unknown one; '' if none is near."""
+    near = difflib.get_close_matches(str(name), [str(option) for option in known], 1)
+    return f'did you mean {near[0]!r}?' if near else ''
+
+
+def no_such(kind: str, name: Any, known: Collection[Any]) -> str:
+    """What to say of an unknown name: the nearest that is known, else all of them."""
+    hint = did_you_mean(name, known) or f'there are {", ".join(map(str, known))}'
+    return f'no {kind} {name!r}; {hint}'
+
+
+def one_line(text: object, limit: int | None = 200) -> str:
+    """A text as one printable line of bounded length, fit for an error message."""
+    line = ' '.join(filter(None, map(str.strip, str(text).splitlines())))
+    return ''.join(c if c.isprintable() else '?' for c in line[:limit])

@@ -14,14 +14,16 @@ from typing import Any, Literal
 
 import yaml
 
-from cllm_jax.console import Console, print_plan, size
-from cllm_jax.drafters.saved import copy_drafter, drafter_arrays
-from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.models.config import read_config
-from cllm_jax.models.hf import write_model
-from cllm_jax.models.load import DTYPES, EMBEDDED_ROOT, load, resolve
-from cllm_jax.rundir import read_metrics
-from cllm_jax.settings import guard, parse, to_json
+from cllm_jax.cli.console import Console, print_plan, size
+from cllm_jax.cli.guard import guard
+from cllm_jax.cli.settings import parse
+from cllm_jax.drafters.checkpoint import copy_drafter, drafter_arrays
+from cllm_jax.errors import DataError
+from cllm_jax.hf.config import read_config
+from cllm_jax.hf.load import DTYPES, load, resolve
+from cllm_jax.hf.write import write_model
+from cllm_jax.runs.run_dir import read_metrics
+from cllm_jax.runs.stages import EMBEDDED_ROOT, exported_run, output_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +38,6 @@ class ExportConfig:
     """Where the model directories go; default ROOT/export."""
     dtype: Literal['bfloat16', 'float32', 'float16'] = 'bfloat16'
     """Of the exported weights."""
-    quick: bool = False
-    """Accepted for launch/local.sh; an export is quick anyway."""
-
-
-def exported(settings: ExportConfig) -> dict[str, Path]:
-    """The run directory behind each name.
-
-    Raises:
-      ConfigError: there is none.
-    """
-    root = Path(settings.root)
-    refined = (root / 'refine' / 'model').is_dir()
-    runs = {n: root / ('refine' if n == 'cllm' and refined else n) for n in settings.runs}
-    for run in runs.values():
-        if not run.is_dir():
-            raise ConfigError(f'{run}: no such directory; run that stage first, or name other runs')
-    return runs
 
 
 def best_numbers(run: Path) -> dict[str, Any]:
@@ -107,31 +92,22 @@ The settings, seed included:
 
 
 def run() -> None:
-    settings, flags = parse(
-        ExportConfig, program='python -m cllm_jax.export', description=__doc__, stage='export'
-    )
+    settings, flags = parse(ExportConfig, stage='export', description=__doc__)
     console = Console()
-    out = Path(settings.out or f'{settings.root}/export')
+    out = Path(settings.out or output_of('export', settings.root))
+    runs = {name: exported_run(name, settings.root) for name in settings.runs}
     if flags.plan:
         width = DTYPES[settings.dtype].itemsize
-        runs = exported(settings).values()
-        total = sum(parameter_count(run) for run in runs)
-        print_plan(console, to_json(settings), {'writes to': out, 'bytes': size(total * width)})
+        total = sum(parameter_count(run) for run in runs.values())
+        print_plan(console, settings, {'writes to': out, 'bytes': size(total * width)})
         return
-    for name, run_dir in exported(settings).items():
-        heads = (run_dir / 'drafter').is_dir()
+    for name, run_dir in runs.items():
+        heads = {'drafter'} if (run_dir / 'drafter').is_dir() else set()
         if has_model(run_dir):
             model = load(str(run_dir), 'float32')
             text = card(name, run_dir, settings.dtype, model.config.parameters)
             write_model(
-                out / name,
-                model.config,
-                model.params,
-                model.tokenizer,
-                dtype=settings.dtype,
-                card=text,
-                sums=True,
-                rewritten={'drafter'} if heads else set(),
+                out / name, model, dtype=settings.dtype, card=text, sums=True, rewritten=heads
             )
         if heads:
             place = out / name / 'drafter' if has_model(run_dir) else out / name
@@ -139,9 +115,5 @@ def run() -> None:
         console.note(f'{out / name}: {parameter_count(run_dir) / 1e6:.2f}M parameters')
 
 
-def main() -> None:
-    guard(run)
-
-
 if __name__ == '__main__':
-    main()
+    guard(run)

@@ -58,7 +58,7 @@ name=$(basename "$config")
 name=${name%.*}
 common=(--config "$config")
 if $quick; then
-    common+=(--root "${out:-runs/quick-$name}" --quick)
+    common+=(--root "${out:-runs/quick-$name}")
 else
     common+=(--root "${out:-runs/$name}")
 fi
@@ -66,7 +66,11 @@ fi
 step() {
     local module=$1
     shift
-    local command=("${PYTHON:-python}" -m "cllm_jax.$module" "${common[@]}" "$@")
+    local command=("${PYTHON:-python}" -m "cllm_jax.$module" "${common[@]}")
+    if $quick && [[ $module != export ]]; then # nothing of an export takes long
+        command+=(--quick)
+    fi
+    command+=("$@")
     printf '+'
     printf ' %q' "${command[@]}"
     printf '\n'
@@ -87,12 +91,7 @@ step() {
     fi
 }
 
-step train --stage target
-step collect
-step train --stage cllm
-if grep -q '^refine:' "$config"; then
-    step collect --stage recollect
-    step train --stage refine
-fi
-step export
-step evaluate
+steps=$("${PYTHON:-python}" -m cllm_jax.runs "$config") || exit
+while read -ra words <&3; do
+    step "${words[@]}"
+done 3<<<"$steps"

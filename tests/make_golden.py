@@ -5,6 +5,8 @@
 Weights are multiples of 1/128, which float16 holds exactly and zip compresses well.
 """
 
+import functools
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,35 @@ def torch_logits(model, tokens_BT: np.ndarray) -> np.ndarray:
 def random_tokens(seed: int, length: int = 24) -> np.ndarray:
     """int32 `[2, length]` below the vocabulary size of every case."""
     return np.random.default_rng(seed).integers(0, _SHARED['vocab_size'], (2, length), np.int32)
+
+
+def golden_tensors(name: str) -> dict[str, np.ndarray]:
+    """The weights of a golden model, by their name in a checkpoint."""
+    stored = np.load(GOLDEN / f'{name}.npz')
+    return {k.removeprefix('tensor/'): stored[k] for k in stored if k.startswith('tensor/')}
+
+
+@functools.cache
+def golden(name: str) -> tuple:
+    """A golden model: config, parameters, tokens `[B, T]` and the logits of `transformers`."""
+    from safetensors.numpy import save_file
+
+    from cllm_jax.hf.weights import read_model
+
+    data = np.load(GOLDEN / f'{name}.npz')
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / 'config.json').write_text(str(data['config']))
+        save_file(golden_tensors(name), Path(directory) / 'model.safetensors')
+        return (*read_model(Path(directory)), data['tokens'], data['logits'])
+
+
+@functools.cache
+def saved_by_torch(name: str) -> tuple:
+    """A `transformers` model, and the directory to which it saved itself in small shards."""
+    directory = tempfile.TemporaryDirectory(prefix=f'torch-{name}-')  # removed at exit
+    model = torch_model(name, seed=100 + list(CASES).index(name))
+    model.save_pretrained(directory.name, max_shard_size='30KB')
+    return model, directory
 
 
 def main() -> None:

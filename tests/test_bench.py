@@ -9,14 +9,13 @@ import jax
 import pytest
 
 from cllm_jax import bench
-from cllm_jax.console import Console
-from cllm_jax.decoding.generate import decode_all
-from cllm_jax.decoding.request import Request
-from cllm_jax.drafters.autoregressive import AutoRegressive
-from cllm_jax.evaluation.cost import Cost, Stall, bandwidth, costs, weight_bytes
-from cllm_jax.evaluation.speed import Way
-from cllm_jax.models.config import config_json, read_config
-from tests.tiny import model_directory, ragged_prompts, random_model, tiny_config
+from cllm_jax.cli.console import Console
+from cllm_jax.evaluation import comparison
+from cllm_jax.evaluation.comparison import BenchConfig
+from cllm_jax.evaluation.forward_cost import Cost
+from cllm_jax.evaluation.speed import Method
+from cllm_jax.hf.config import config_json, read_config
+from tests.tiny import model_directory, random_model, tiny_config
 
 
 def call(monkeypatch, *arguments: str) -> None:
@@ -24,38 +23,17 @@ def call(monkeypatch, *arguments: str) -> None:
     bench.run()
 
 
-def test_stall_takes_a_forward_per_token_and_returns_what_ar_returns():
-    model, prompts = random_model(), ragged_prompts(0, (3, 9, 5))
-    stalled, plain = (
-        decode_all(model, Request(drafter, 12), prompts) for drafter in (Stall(4), AutoRegressive())
-    )
-    assert stalled.tokens == plain.tokens
-    assert stalled.accepted == plain.accepted == [[1] * 12] * 3
-
-
-@pytest.mark.parametrize('batch', [1, 3])
-def test_costs_run_to_the_end_whatever_the_model_says(batch):
-    """End tokens would cut a measurement short: here every token is one."""
-    model = random_model(config=tiny_config(eos_ids=tuple(range(29))))
-    seen = []
-    found = costs(model, (1, 4), batch=batch, prompt=5, repeats=1, progress=seen.append)
-    assert found.keys() == {1, 4} and sum(seen) == 4
-    for cost in found.values():
-        assert min(cost.forward, cost.prefill) > 0
-    assert weight_bytes(model.params) == 4 * model.config.parameters
-    assert bandwidth(1 << 16, repeats=1) > 0
-
-
-def and_negated(name, model, request):
+def and_negated(name: str, plain: Method) -> dict[str, Method]:
     """AR of a model, and of one that answers otherwise."""
-    negated = dataclasses.replace(model, params=jax.tree.map(lambda leaf: -leaf, model.params))
-    return {name: Way(model, request), f'{name}, float32': Way(negated, request)}
+    params = jax.tree.map(lambda leaf: -leaf, plain.model.params)
+    negated = dataclasses.replace(plain.model, params=params)
+    return {name: plain, f'{name}, float32': dataclasses.replace(plain, model=negated)}
 
 
 @pytest.mark.slow
 def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, 'ar_ways', and_negated)
+    monkeypatch.setattr(comparison, 'plain_methods', and_negated)
     with jax.numpy_dtype_promotion('standard'):  # optax relies on it
         model = model_directory(tmp_path / 'tiny')
         models = ('--model', model, '--target', model)
@@ -87,7 +65,7 @@ def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
 
 def test_costs_count_from_a_forward_with_one_token(monkeypatch):
     """Also where it was not asked for; and what no limit is, is not given as a share."""
-    settings = bench.BenchConfig(nodes=(4, 2), batches=(1,), parts=(), prompt=5, repeats=1)
+    settings = BenchConfig(nodes=(4, 2), batches=(1,), parts=(), prompt=5, repeats=1)
     monkeypatch.setattr(bench, 'costs', lambda model, nodes, *_: {n: Cost(n, 1, 1) for n in nodes})
     for speed, words in ((1e9, '0% of the time of'), (1e-9, 'this is no limit here')):
         monkeypatch.setattr(bench, 'bandwidth', lambda size, speed=speed: speed)
@@ -108,7 +86,7 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch)
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, 'decoding', interrupted)
+    monkeypatch.setattr(bench, 'compare_methods', interrupted)
     with jax.numpy_dtype_promotion('standard'):
         model = model_directory(tmp_path / 'tiny')
         models = ('--model', model, '--target', model)

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,26 +14,19 @@ import pytest
 
 import cllm_jax
 from cllm_jax import bench, collect, evaluate, export, train
-from cllm_jax.console import size
-from cllm_jax.drafters.saved import drafter_arrays
+from cllm_jax.cli.console import size
+from cllm_jax.cli.guard import guard
+from cllm_jax.drafters.checkpoint import drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.evaluation.cost import weight_bytes
-from cllm_jax.models.hf import write_model
-from cllm_jax.models.load import SHIPPED
-from cllm_jax.recipe import read_recipe
-from cllm_jax.rundir import append_metrics, claim, write_atomic
-from cllm_jax.settings import guard
-from cllm_jax.training.config import (
-    OBJECTIVES,
-    TrainConfig,
-    architecture,
-    check_ignored,
-    check_losses,
-    quick,
-    with_names,
-)
-from cllm_jax.training.samples import held_out_rows, inputs_of
-from cllm_jax.training.step import check_accumulation
+from cllm_jax.evaluation.forward_cost import weight_bytes
+from cllm_jax.hf.load import SHIPPED
+from cllm_jax.hf.write import write_model
+from cllm_jax.runs.recipe import read_recipe
+from cllm_jax.runs.run_dir import append_metrics, claim
+from cllm_jax.runs.stages import STAGES, exported_run
+from cllm_jax.training.config import TrainConfig, architecture, quick, with_names
+from cllm_jax.training.data import held_out_rows, inputs_of
+from cllm_jax.training.objective import checked
 from cllm_jax.trajectories.clean import Cleaning
 from cllm_jax.trajectories.store import open_manifest
 from tests.tiny import byte_tokenizer, model_directory, random_model, text_config
@@ -67,7 +59,7 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
     call(monkeypatch, train, *common, *fast, '--stage', 'target')
     call(monkeypatch, collect, *common)
     call(monkeypatch, train, *common, *fast)
-    call(monkeypatch, export, *common)
+    call(monkeypatch, export, *common[:-1])
     call(monkeypatch, evaluate, *common, '--task', 'sql', '--json', tmp_path / 'result.json')
     assert not (tmp_path / 'evaluate.json').exists()  # --quick is no result of the run
     few = ('--limit', '1', '--timed', '1', '--repeats', '1', '--max-tokens', '4')
@@ -108,12 +100,12 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize('config', sorted(p.name for p in CONFIGS.glob('*.yaml')))
 def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
+    from cllm_jax.cli.settings import parse
     from cllm_jax.collect import CollectConfig
     from cllm_jax.evaluate import EvaluateConfig
     from cllm_jax.export import ExportConfig
-    from cllm_jax.settings import parse
 
-    classes = dict.fromkeys(OBJECTIVES, TrainConfig)
+    classes = {name: TrainConfig for name, stage in STAGES.items() if stage.command == 'train'}
     classes |= dict.fromkeys(('collect', 'recollect'), CollectConfig)
     classes |= {'export': ExportConfig, 'evaluate': EvaluateConfig}
     stages = read_recipe(CONFIGS / config)
@@ -121,18 +113,15 @@ def test_every_recipe_is_valid_and_has_every_stage(config, monkeypatch):
     for stage in stages:
         kind = classes[stage]
         argv = ['--config', str(CONFIGS / config), '--stage', stage]
-        found, _ = parse(
-            kind, program='x', description='x', stage=stage, stages=(stage,), argv=argv
-        )
+        found, _ = parse(kind, description='x', stage=stage, argv=argv)
         if kind is TrainConfig:
             assert found.dtype == 'float32', 'small updates would be lost'
-            check_ignored(found)
-            tiny = check_losses(quick(found))
+            checked(found)
+            tiny = checked(dataclasses.replace(found, quick=True))
             assert tiny.cleaning == Cleaning(repetitive=False, truncated=False)
             taken = quick(dataclasses.replace(found, steps=0))  # the model as it is
             assert taken.steps == 0 and tiny.steps == min(found.steps, 6)
-            assert found.objective == OBJECTIVES[stage]
-            check_accumulation(tiny.batch, tiny.optimizer.accumulate)
+            assert found.objective == STAGES[stage].objective
             assert found.model != 'new' or architecture(tiny).dim < architecture(found).dim
 
 
@@ -180,10 +169,10 @@ def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
     ):
         found = with_names(settings, stage)
         assert (found.model, found.data) == (f'{tmp_path}/{model}', f'{tmp_path}/{data}')
-    runs = export.ExportConfig(root=str(tmp_path))
-    assert export.exported(runs) == {n: tmp_path / n for n in ('target', 'cllm')}
+    for run in ('target', 'cllm'):
+        assert exported_run(run, str(tmp_path)) == tmp_path / run
     (tmp_path / 'refine' / 'model').mkdir(parents=True)
-    assert export.exported(runs)['cllm'] == tmp_path / 'refine'
+    assert exported_run('cllm', str(tmp_path)) == tmp_path / 'refine'
 
 
 def test_heads_are_exported_without_a_model(tmp_path, monkeypatch, capsys):
@@ -204,7 +193,7 @@ def test_an_export_replaces_the_last_one_and_nothing_else(tmp_path, monkeypatch)
     """Of a run that gives a model with heads, and of heads alone over the run they came from."""
     joint = tmp_path / 'joint'
     model = random_model(config=text_config(layers=1), tokenizer=byte_tokenizer())
-    write_model(joint / 'model', model.config, model.params, model.tokenizer)
+    write_model(joint / 'model', model)
     shutil.copytree(SHIPPED / 'medusa', joint / 'drafter')
     (joint / 'settings.json').write_text(json.dumps({'held_out': {'prompts': 1, 'seed': 0}}))
     (joint / 'metrics.jsonl').write_text('{"step": 1, "held_out_score": 1.0}\n')
@@ -282,7 +271,7 @@ def test_a_resumed_run_has_the_model_that_it_began_with(tmp_path, sums):
 
     def begin(seed: int, layers: int) -> None:
         model = random_model(seed, dataclasses.replace(config, layers=layers), tokenizer)
-        write_model(place, model.config, model.params, tokenizer, sums=sums)
+        write_model(place, model, sums=sums)
         claim(tmp_path, {}, inputs_of(settings, model, []))
 
     begin(0, 1)
@@ -414,7 +403,7 @@ def test_bad_requests_end_with_one_line_and_a_code(
 )
 def test_a_model_without_a_tokenizer_is_refused(module, line, monkeypatch, tmp_path):
     model = random_model(config=text_config(layers=1, max_positions=1024))
-    write_model(tmp_path / 'model', model.config, model.params)
+    write_model(tmp_path / 'model', model)
     common = ('--model', tmp_path / 'model', '--data', 'sql', *line.split())
     with pytest.raises(ConfigError, match='model has no tokenizer; copy'):
         call(monkeypatch, module, *(tmp_path / 'run' if a == 'ROOT' else a for a in common))
@@ -535,37 +524,14 @@ def test_answers_are_written_whole_or_not_at_all(monkeypatch, tmp_path):
     path = tmp_path / 'answers.jsonl'
     path.write_text('before')
 
-    def torn(*arguments):
-        yield {'text': 'first'}
+    def torn():
+        yield 'first'
         raise KeyboardInterrupt
 
+    columns = {k: [1, 2] for k in ('tokens', 'forwards', 'accepted', 'seconds')}
     with pytest.raises(KeyboardInterrupt):
-        decode._write(path, torn())
+        decode.write_answers(path, ['a', 'b'], SimpleNamespace(texts=torn(), **columns))
     assert path.read_text() == 'before'
-
-
-def test_a_pipe_and_a_link_are_written_to_and_not_replaced(tmp_path):
-    pipe, link, file = (tmp_path / name for name in ('pipe', 'link', 'file'))
-    os.mkfifo(pipe)
-    link.symlink_to(file)
-    write_atomic(link, b'text')
-    assert link.is_symlink() and file.read_bytes() == b'text'
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_atomic(pipe, b'text')
-    assert pipe.is_fifo() and os.read(reader, 9) == b'text'
-    os.close(reader)
-
-
-def test_a_file_to_which_is_printed_is_written_to_and_not_replaced(tmp_path):
-    file = tmp_path / 'file'
-    program = (
-        'from pathlib import Path; from cllm_jax.rundir import write_atomic\n'
-        "print('printed'); write_atomic(Path('/dev/stdout'), b'written'); print(' after')"
-    )
-    file.write_text('before ')
-    with open(file, 'a') as out:
-        subprocess.run([sys.executable, '-c', program], stdout=out, check=True)
-    assert file.read_text() == 'before printed\nwritten after\n'
 
 
 def test_decode_shows_a_prompt_as_it_is(monkeypatch, capsys):

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cllm_jax.cli.settings import parse
 from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted, NumericalError
-from cllm_jax.parallel.mesh import shape
-from cllm_jax.recipe import read_recipe
-from cllm_jax.settings import parse
+from cllm_jax.runs.recipe import read_recipe
+from cllm_jax.runtime.mesh import shape
 from cllm_jax.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -40,8 +40,8 @@ SETTINGS = {
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:
-    command = ['bash', 'launch/local.sh', *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command, env = ['bash', 'launch/local.sh', *arguments], os.environ | {'PYTHON': sys.executable}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def bash(
@@ -94,7 +94,7 @@ def test_a_recipe_with_a_refinement_gets_its_two_steps(tmp_path):
         f'launch/local.sh {recipe} --dry-run',
         f'launch/host.sh {recipe} --root r --dry-run -- --mesh.fsdp 8',
     ):
-        done = bash(*line.split(), tools=tmp_path)
+        done = bash(*line.split(), tools=tmp_path, PYTHON=sys.executable)
         assert done.returncode == 0, done.stderr
         steps = [line.split(' --stage ')[1].split() for line in done.stdout.splitlines()[2:5]]
         assert [step[0] for step in steps] == ['cllm', 'recollect', 'refine']
@@ -637,14 +637,7 @@ def test_every_line_of_the_readme_does_what_it_can_without_an_account(tmp_path):
 def overridden(words: list[str]) -> TrainConfig:
     overrides = words[words.index('--') + 1 :] if '--' in words else words
     argv = ['--config', str(ROOT / RECIPE), *overrides]
-    settings, _ = parse(
-        TrainConfig,
-        program='train',
-        description='',
-        stage='cllm',
-        stages=('target', 'cllm'),
-        argv=argv,
-    )
+    settings, _ = parse(TrainConfig, description='', stage='cllm', argv=argv)
     return settings
 
 

@@ -1,5 +1,6 @@
 """Tiny models and a tokenizer for tests; all weights are made here, nothing is read."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cllm_jax.decoding import loop
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.hf import write_model
-from cllm_jax.models.llama import Llama, init_params
-from cllm_jax.models.load import Model
+from cllm_jax.decoding.loop import programs
+from cllm_jax.decoding.state import grow, replace_rows
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.write import write_model
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.model.llama import Llama, init_params
+from cllm_jax.runtime.backend import CPU, EIGEN
 
 
 def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:
@@ -123,10 +126,23 @@ def text_config(**changes) -> LlamaConfig:
     return tiny_config(len(byte_tokenizer()), 64, **(ids | changes))
 
 
+def echo_config(tokenizer) -> LlamaConfig:
+    """Answers end at `</s>` or an exclamation mark."""
+    bang = tokenizer('!')['input_ids'][0]
+    return dataclasses.replace(text_config(), vocab_size=len(tokenizer), eos_ids=(1, bang))
+
+
+def echo_model(phrase: str, tokenizer=None) -> Model:
+    """A model that answers the phrase with the phrase, again and again."""
+    tokenizer = tokenizer or byte_tokenizer()
+    period = len(tokenizer(phrase)['input_ids'])
+    return copy_model(period, echo_config(tokenizer), tokenizer)
+
+
 def model_directory(directory) -> str:
     """A model of one layer for commands, which compile it quickly."""
-    model = random_model(config=text_config(layers=1, max_positions=1024))
-    write_model(directory, model.config, model.params, byte_tokenizer())
+    config = text_config(layers=1, max_positions=1024)
+    write_model(directory, random_model(config=config, tokenizer=byte_tokenizer()))
     return str(directory)
 
 
@@ -137,6 +153,7 @@ def ragged_prompts(seed: int, lengths: Sequence[int], vocab: int = 29) -> list[l
 
 
 def compilations() -> int:
-    """How often the functions that decode have been compiled, whoever multiplies."""
-    ways = loop.prefill, loop.prefill_by_eigen, loop.advance, loop.advance_by_eigen
-    return sum(way._cache_size() for way in (*ways, loop.replace_rows))
+    """How often the functions that decode have been compiled, with whichever compiler options."""
+    backends = CPU, dataclasses.replace(CPU, compiler_options=EIGEN)
+    compiled = {run for backend in backends for run in programs(backend)}
+    return sum(run._cache_size() for run in (*compiled, grow, replace_rows))

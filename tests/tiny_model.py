@@ -1,6 +1,7 @@
 """A model directory of a few kilobytes to break, and the form every refusal has."""
 
 import functools
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,25 +10,45 @@ import numpy as np
 import pytest
 
 from cllm_jax.errors import CllmError
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.hf import abstract_params, write_model
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.weights import abstract_params
+from cllm_jax.hf.write import write_model
+from cllm_jax.model.config import LlamaConfig
 
 TINY = LlamaConfig(
     vocab_size=16, dim=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_dim=8, eos_ids=(1,)
 )
 
 
-def params_of(config, seed=0):
+def model_of(config=TINY, seed=0, tokenizer=None) -> Model:
     """Random float32 NumPy parameters, vectors included."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype('f4'), abstract_params(config))
+    shapes = abstract_params(config)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype('f4'), shapes)
+    return Model(config, params, tokenizer, 'tiny')
+
+
+def same_bits(a, b) -> bool:
+    """Whether two trees have the same arrays: their shapes, dtypes and every bit."""
+
+    def one(x, y):
+        alike = x.dtype == y.dtype and x.shape == y.shape
+        return alike and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+    return jax.tree.all(jax.tree.map(one, a, b))
+
+
+def edit_config(directory: Path, **changes) -> None:
+    """Change keys of a directory's config.json."""
+    path = directory / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @functools.cache
 def _files(shard_bytes: int) -> dict[str, bytes]:
     with TemporaryDirectory() as parent:
         directory = Path(parent) / 'model'
-        write_model(directory, TINY, params_of(TINY), dtype='float32', shard_bytes=shard_bytes)
+        write_model(directory, model_of(), dtype='float32', shard_bytes=shard_bytes)
         return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 

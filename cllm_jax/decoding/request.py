@@ -3,21 +3,25 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
+from cllm_jax.decoding.drafter import Drafter
+from cllm_jax.decoding.loop import Prompts
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.errors import ConfigError, at_least, check_seed
-from cllm_jax.models.load import Model
+from cllm_jax.hf.load import Model
+
+Texts = Sequence[str | Sequence[int]]
+"""Prompts as texts or lists of token ids."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """How to decode; the same for every prompt of a call."""
 
-    drafter: Any
+    drafter: Drafter
     max_tokens: int = 128
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
@@ -28,31 +32,24 @@ class Request:
     """Report the drafts of every iteration."""
 
     def __post_init__(self):
-        if isinstance(self.drafter, type) or not hasattr(self.drafter, 'draft'):
+        if not isinstance(self.drafter, Drafter):
             raise ConfigError(f'drafter {self.drafter!r}: must be one, such as Jacobi(block=16)')
         for name in ('max_tokens', 'batch', 'seed'):
             if not isinstance(value := getattr(self, name), int | np.integer):
                 raise ConfigError(f'{name} {value}: must be a whole number')
         at_least(self, max_tokens=1, batch=1)
         check_seed(self)
-        if self.sampling.typical and not getattr(self.drafter, 'typical_acceptance', False):
-            raise ConfigError(
-                f'typical {self.sampling.typical}: a lossy rule of Medusa, not of '
-                f'{type(self.drafter).__name__}; leave it out'
-            )
+        if self.sampling.typical and not self.drafter.typical:
+            rule = f'a lossy rule of Medusa, not of {type(self.drafter).__name__}'
+            raise ConfigError(f'typical {self.sampling.typical}: {rule}; leave it out')
         if isinstance(self.stop, str):
-            raise ConfigError(
-                f'stop {self.stop!r}: must be a tuple of strings; write ({self.stop!r},)'
-            )
+            raise ConfigError(f'stop {self.stop!r}: must be a tuple; write ({self.stop!r},)')
         if '' in self.stop:
             raise ConfigError("stop string '': must not be empty; leave it out")
 
 
 def bucket(size: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, ...: few shapes to compile.
-
-    At most a third is wasted, from 64 on a fifth.
-    """
+    """The next of 16, 24, 32, 48, 64, 80, 96, 112, ...: few shapes, and at most a third wasted."""
     power = 16
     while 2 * power < size:
         power *= 2
@@ -61,8 +58,8 @@ def bucket(size: int) -> int:
 
 
 FIRST_ROOM = 128
-"""Tokens of an answer for which a cache has room at first. Attention reads all slots in every
-forward, also those that are empty yet, so an answer that ends early should not find many."""
+"""Tokens of an answer for which a cache has room at first: attention reads all slots in every
+forward, the empty ones too, so an answer that ends early should not find many."""
 
 
 def cache_slots(width: int, steps: int, nodes: int) -> int:
@@ -70,14 +67,8 @@ def cache_slots(width: int, steps: int, nodes: int) -> int:
     return -(-(width + steps + nodes) // 32) * 32
 
 
-def encode_each(
-    model: Model, prompts: Sequence[str | Sequence[int]], name: str = 'prompts'
-) -> list[list[int]]:
-    """Token ids of several texts; a single one is refused, which is a sequence of characters.
-
-    Raises:
-      ConfigError: see `encode`.
-    """
+def encode_each(model: Model, prompts: Texts, name: str = 'prompts') -> list[list[int]]:
+    """Token ids of several texts; raises ConfigError like `encode`, and for a single text."""
     if isinstance(prompts, str):
         raise ConfigError(f'{name} {prompts[:40]!r}: must be a list of texts; write [{name}]')
     encoded = []
@@ -92,9 +83,8 @@ def encode_each(
 def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt; a list of ids is only checked.
 
-    Raises:
-      ConfigError: text without a tokenizer or that is no Unicode, no token at all, or an id that is
-        no whole number of the vocabulary.
+    Raises ConfigError for text without a tokenizer or that is not Unicode, no token at all, or an
+    id that is not a whole number of the vocabulary.
     """
     if not isinstance(prompt, str):
         try:
@@ -110,30 +100,35 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     else:
         try:
             prompt.encode()
-        except UnicodeEncodeError as e:  # half of a character, or a byte that is no UTF-8
-            lone = prompt[e.start]
-            raise ConfigError(
-                f'prompt {prompt[:40]!r}: {lone!r} is no character; pass UTF-8'
-            ) from None
+        except UnicodeEncodeError as e:
+            rule = f'{prompt[e.start]!r} is not a character; pass UTF-8'
+            raise ConfigError(f'prompt {prompt[:40]!r}: {rule}') from None
         ids = model.tokenizer(prompt)['input_ids']
         if not ids and model.config.bos_id is not None:
             ids = [model.config.bos_id]
     if not ids:
         raise ConfigError('empty prompt: decoding starts from at least one token; pass a BOS token')
     if bad := [i for i in ids if not 0 <= i < model.config.vocab_size]:
-        raise ConfigError(
-            f'token id {bad[0]}: outside the vocabulary 0..{model.config.vocab_size - 1}; '
-            'was the prompt made with another tokenizer?'
-        )
+        rule = f'outside the vocabulary 0..{model.config.vocab_size - 1}'
+        raise ConfigError(f'token id {bad[0]}: {rule}; was it made with another tokenizer?')
     return ids
 
 
-def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse what cannot be decoded, before any time is spent.
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], rows: int, width: int, max_tokens: int, keys: jax.Array
+) -> Prompts:
+    """A batch of `rows` prompts of `width` tokens; rows after the last prompt never run."""
+    tokens_BP, length_B = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+    for i, ids in enumerate(prompts):
+        tokens_BP[i, : len(ids)], length_B[i] = ids, len(ids)
+    max_tokens_B = np.where(np.arange(rows) < len(prompts), max_tokens, 0).astype(np.int32)
+    if rows > len(prompts):
+        keys = keys[np.minimum(np.arange(rows), len(prompts) - 1)]
+    return Prompts(tokens_BP, length_B, max_tokens_B, keys)
 
-    Raises:
-      ConfigError: stop strings without a tokenizer, or prompt and answer exceed the positions.
-    """
+
+def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ConfigError for stop strings without a tokenizer, or too long a prompt and answer."""
     if request.stop and model.tokenizer is None:
         raise ConfigError(f'{model.source} has no tokenizer; stop strings need one')
     limit = model.config.max_positions
@@ -143,6 +138,11 @@ def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> N
                 f'prompt {i}: {len(ids)} tokens + max_tokens {request.max_tokens} exceed the '
                 f"model's {limit} positions; shorten one of them"
             )
+
+
+def stop_ids(model: Model) -> np.ndarray:
+    """The ids that end an answer; -1, which is not a token, if there are none."""
+    return np.asarray(model.config.eos_ids or (-1,), np.int32)
 
 
 def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:

@@ -1,19 +1,51 @@
 """What a decode reports, per prompt."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+
+UNKNOWN = -1
+"""`Trajectory.right` where nobody can tell."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """The drafts one row verified: `states[i]` starts at answer offset `start[i]`.
+    """How a model answered one prompt: from the collector to the batch of a training step.
 
-    Slot 0 of a state is the pending token, the rest are guesses. `states` is int32 `[I, N]`.
+    Row s of `states` (int32 `[S, n]`) is a state of the Jacobi iteration and holds guesses for the
+    answer offsets `start[s] .. start[s] + n`; its first slots are already right. In block mode the
+    states of a block begin with its random start and end with its fixed point; those of a decode
+    are the drafts that its forwards verified. With S = 0 training makes states by chance.
     """
 
     states: np.ndarray
     start: np.ndarray
+    prompt: np.ndarray
+    answer: np.ndarray
+    """The fixed point, the stop token included if it was reached (`finished`)."""
+    forwards: int = 0
+    """Calls of the model, prefill included."""
+    id: str = ''
+    finished: bool = True
+    right: int = UNKNOWN
+    """Whether the answer is correct: 1, 0, or -1 where the task cannot tell."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One prompt's share of a `DecodeResult`."""
+
+    text: str | None
+    tokens: list[int]
+    accepted: list[int]
+    seconds: float
+    trajectory: Trajectory | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +66,28 @@ class DecodeResult:
     """Wall-clock from the prompt's prefill to its end, and of a compilation in between."""
     trajectories: list[Trajectory] | None = None
 
+    @classmethod
+    def of(cls, answers: Sequence[Answer]) -> 'DecodeResult':
+        """The answers to several prompts, with trajectories if all have one."""
+        names = [field.name for field in dataclasses.fields(Answer)]
+        *columns, traced = ([getattr(one, name) for one in answers] for name in names)
+        return cls(*columns, None if None in traced else traced)
+
     @property
     def forwards(self) -> list[int]:
         return [len(a) for a in self.accepted]
 
     @property
     def tokens_per_forward(self) -> list[float]:
-        pairs = zip(self.tokens, self.forwards, strict=True)
-        return [len(tokens) / forwards for tokens, forwards in pairs]
+        return [len(t) / len(a) for t, a in zip(self.tokens, self.accepted, strict=True)]
+
+
+def tokens_per_forward(result: DecodeResult) -> float:
+    """Committed tokens over calls of the model, prefill included, over all prompts."""
+    return sum(map(len, result.tokens)) / max(sum(result.forwards), 1)
+
+
+def share_identical(a: DecodeResult, b: DecodeResult) -> float:
+    """Share of prompts whose tokens are the same in both, 0..1."""
+    same = [x == y for x, y in zip(a.tokens, b.tokens, strict=True)]
+    return sum(same) / max(len(same), 1)

@@ -1,10 +1,9 @@
 """The target's choice of a token, greedy or sampled, as a function of position.
 
 Noise belongs to a position, not to a forward: `y = argmax(logits / T + gumbel(key, position))`.
-By the Gumbel-max trick each choice follows the softmax exactly, and because the noise of a
-position is always the same, sampling has a fixed point like greedy decoding has: every drafter
-returns the tokens that autoregressive decoding returns with the same key (compare
-drafter-invariant speculative decoding, arXiv 2408.07978).
+By the Gumbel-max trick each choice follows the softmax exactly, and since the noise of a position
+is always the same, sampling has a fixed point as greedy decoding has: every drafter returns the
+tokens of autoregressive decoding with the same key (compare arXiv 2408.07978).
 """
 
 import dataclasses
@@ -35,10 +34,9 @@ class Sampling:
         for name in ('temperature', 'top_p', 'typical'):
             if not isinstance(value := getattr(self, name), int | float | np.number):
                 raise ConfigError(f'{name} {value!r}: must be a number')
-        if self.temperature != 0 and not COLDEST <= self.temperature < float('inf'):
-            raise ConfigError(
-                f'temperature {self.temperature}: must be 0 (greedy) or at least {COLDEST}'
-            )
+        if self.temperature and not COLDEST <= self.temperature < float('inf'):
+            rule = f'must be 0 (greedy) or at least {COLDEST}'
+            raise ConfigError(f'temperature {self.temperature}: {rule}')
         if not isinstance(self.top_k, int | np.integer) or self.top_k < 0:
             raise ConfigError(f'top_k {self.top_k}: must be 0 (off) or the number of tokens kept')
         if not 0 < self.top_p <= 1:
@@ -78,13 +76,11 @@ def truncate(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
 def choose(
     logits_BTV: jax.Array, keys_B: jax.Array, positions_BT: jax.Array, sampling: Sampling
 ) -> jax.Array:
-    """The token for each absolute position, int32 `[B, T]`.
+    """The token for each absolute position (prompt included), int32 `[B, T]`.
 
     Args:
       logits_BTV: float32 scores for the tokens at `positions_BT`.
       keys_B: one PRNG key per row.
-      positions_BT: index in the sequence of the token being chosen, prompt included.
-      sampling: static rule.
     """
     if sampling.temperature > 0:
         logits_BTV = truncate(logits_BTV / sampling.temperature, sampling)
@@ -96,8 +92,8 @@ def likely_enough(logits_BTV: jax.Array, tokens_BT: jax.Array, sampling: Samplin
     """Typical acceptance of Medusa (arXiv 2401.10774, section 2.3.1), bool `[B, T]`.
 
     A token is taken, whatever would have been chosen, if its probability is above
-    `min(eps, sqrt(eps) exp(-H))`, H being the entropy of the choice. Answers then follow another
-    distribution than the model's.
+    `min(eps, sqrt(eps) exp(-H))`, H being the entropy of the choice. Answers then do not follow the
+    model's distribution.
     """
     logp_BTV = jax.nn.log_softmax(truncate(logits_BTV / sampling.temperature, sampling))
     p_BTV = jnp.exp(logp_BTV)

@@ -7,37 +7,36 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from cllm_jax.models.load import Model
+from cllm_jax.hf.load import Model
 
 BYTE = re.compile('<0x([0-9A-F]{2})>')
 """A token that is one byte, in vocabularies that fall back to bytes (LLaMA 1 and 2, Mistral)."""
 
 
 def text_of(model: Model, tokens: Sequence[int]) -> str:
-    """The text of answer tokens as it stands behind the prompt, without a stop token at the end.
+    """The text of answer tokens as it stands after the prompt, without a stop token at the end.
 
     Other special tokens stay visible, so that one the config forgot can be a stop string. Bytes
-    that are no UTF-8, such as a character cut off by `max_tokens`, become U+FFFD; what comes before
-    them does not depend on how the answer goes on.
+    that are not UTF-8, such as a character cut off by `max_tokens`, become U+FFFD; what comes
+    before them does not depend on how the answer goes on.
     """
     if tokens and tokens[-1] in model.config.eos_ids:
         tokens = tokens[:-1]
     names = model.tokenizer.convert_ids_to_tokens(tokens)
-    parts = []
+    each = zip(tokens, (BYTE.fullmatch(name or '') for name in names), strict=True)
+    text = ''
     # A tokenizer gives up all bytes in a row where one of them is wrong or the last one is missing.
-    for are_bytes, run in itertools.groupby(
-        zip(tokens, names, strict=True), key=lambda pair: BYTE.fullmatch(pair[1] or '') is not None
-    ):
-        ids, run_names = zip(*run, strict=True)
+    for are_bytes, run in itertools.groupby(each, key=lambda one: one[1] is not None):
+        ids, found = zip(*run, strict=True)
         if are_bytes:
-            data = bytes(int(name[3:5], 16) for name in run_names)
-            parts.append(data.decode('utf-8', errors='replace'))
+            data = bytes(int(byte[1], 16) for byte in found)
+            text += data.decode('utf-8', errors='replace')
         else:
-            parts.append(_behind_a_word(model.tokenizer, ids))
-    return ''.join(parts)
+            text += _after_a_word(model.tokenizer, ids)
+    return text
 
 
-def _behind_a_word(tokenizer: Any, tokens: Sequence[int]) -> str:
+def _after_a_word(tokenizer: Any, tokens: Sequence[int]) -> str:
     """The text of tokens that are not the first: some tokenizers drop the first one's space."""
     word, text = _word(tokenizer)
     whole = tokenizer.decode([*word, *tokens], clean_up_tokenization_spaces=False)
@@ -76,8 +75,7 @@ def find_stop(model: Model, tokens: Sequence[int], stop: Sequence[str]) -> tuple
 def settled(text: str, stop: Sequence[str]) -> str:
     """The part of `text` that can be shown although more will follow.
 
-    Held back are an incomplete character at the end (decoded as U+FFFD) and what could be the
-    beginning of a stop string.
+    Not an incomplete character at the end (U+FFFD), nor a possible beginning of a stop string.
     """
     text = text.rstrip('\ufffd')
     held = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))

@@ -1,26 +1,15 @@
 """Autoregressive decoding: the loop with nothing but the pending token to verify."""
 
-import dataclasses
+from flax import struct
 
-import jax.numpy as jnp
-
-from cllm_jax.decoding.draft import Draft
+from cllm_jax.decoding.drafter import Draft, Drafter
 
 
-@dataclasses.dataclass(frozen=True)
-class AutoRegressive:
+@struct.dataclass
+class AutoRegressive(Drafter):
     """One token per forward. The baseline of every speed-up, in the same compiled loop."""
 
-    @property
-    def nodes(self) -> int:
-        return 1
+    title, nodes = 'AR', 1
 
-    def init(self, weights, sequences):
-        return ()
-
-    def draft(self, weights, state, sequences):
-        tokens_B1 = sequences.window(1)
-        return Draft(tokens_B1, jnp.ones_like(tokens_B1, bool)), state
-
-    def update(self, weights, state, draft, verdict, sequences):
-        return state
+    def draft(self, state, sequences, sampling):
+        return Draft.chain(sequences.window(1)), state

@@ -2,31 +2,34 @@
 
 The draft model writes a few tokens one by one, and the target verifies them in one forward. It
 chooses with the target's own noise (`decoding/sampling.py`), so at any temperature a draft is
-accepted as far as both models choose alike, and the answer stays the target's.
+accepted as far as both models choose alike.
 """
 
-import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from cllm_jax.decoding.draft import Draft, Loaded, Sequences, windows
-from cllm_jax.decoding.sampling import Sampling, choose
+from cllm_jax.decoding.drafter import Draft, Drafter, Sequences, setting, windows
+from cllm_jax.decoding.sampling import choose
+from cllm_jax.decoding.tree import causal_mask
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.models.cache import Cache, init_cache
-from cllm_jax.models.llama import Llama
-from cllm_jax.models.load import Model, tokenizer_fingerprint
+from cllm_jax.hf.load import Model, tokenizer_fingerprint
+from cllm_jax.model.cache import Cache
+from cllm_jax.model.llama import Llama, take_rows
 
 
-@dataclasses.dataclass(frozen=True)
-class DraftModel:
-    """Propose what another model would write next; its parameters are the drafter's weights."""
+@struct.dataclass
+class DraftModel(Drafter):
+    """Propose what another model would write next."""
 
-    module: Llama
-    block: int = 5
+    model: Llama = struct.field(pytree_node=False)
+    params: Any
+    block: int = setting(5)
     """Tokens verified per forward: the pending one, and `block - 1` of the draft model."""
-    sampling: Sampling = Sampling()
-    """How it chooses: most is accepted if that is how the target chooses."""
+    title = 'draft model'
 
     def __post_init__(self):
         at_least(self, block=1)
@@ -35,75 +38,52 @@ class DraftModel:
     def nodes(self) -> int:
         return self.block
 
-    def init(self, weights, sequences: Sequences) -> Cache:
-        batch, slots = sequences.tokens_BS.shape
-        dtype = self.module.compute or self.module.dtype
-        cache = init_cache(self.module.config, batch, slots, dtype)
-        prompt_BP = sequences.tokens_BS[:, : sequences.prompt_width]
-        slots_P = jnp.arange(sequences.prompt_width, dtype=jnp.int32)
-        positions_BP = jnp.broadcast_to(slots_P[None], prompt_BP.shape)
-        mask_BPP = slots_P[None, None] <= positions_BP[:, :, None]
-        start_B = jnp.zeros(batch, jnp.int32)
-        arguments = (prompt_BP, positions_BP, mask_BPP, cache, start_B)
-        return self.module.apply({'params': weights}, *arguments)[1]
+    def init(self, sequences: Sequences) -> Cache:
+        (batch, slots), width = sequences.tokens_BS.shape, sequences.prompt_width
+        prompt_BP, start_B = sequences.tokens_BS[:, :width], jnp.zeros(batch, jnp.int32)
+        return self._forward(prompt_BP, start_B, self.model.new_cache(batch, slots), width)[1]
 
-    def draft(self, weights, cache: Cache, sequences: Sequences) -> tuple[Draft, Cache]:
+    def draft(self, cache: Cache, sequences: Sequences, sampling) -> tuple[Draft, Cache]:
         length_B = sequences.length_B
         pending_BN = sequences.window(1)
         if self.block == 1:
-            return Draft(pending_BN, jnp.ones_like(pending_BN, bool)), cache
+            return Draft.chain(pending_BN), cache
         # Of a draft that was accepted as a whole the last token has not been seen yet: begin there.
         start_B = jnp.maximum(length_B - 1, 0)
         last_B2 = windows(sequences.tokens_BS, start_B, 2)
-        hidden_BND, cache = self._forward(weights, last_B2, start_B, cache)
-        at_B11 = (length_B - start_B)[:, None, None]
-        token_B1 = self._choose(
-            weights, jnp.take_along_axis(hidden_BND, at_B11, axis=1), sequences, length_B
-        )
+        hidden_BND, cache = self._forward(last_B2, start_B, cache, cache.slots)
+        choose_next = partial(self._choose, sequences, sampling)
+        token_B1 = choose_next(take_rows(hidden_BND, (length_B - start_B)[:, None]), length_B)
 
         def step(carry, ahead):
             token_B1, cache = carry
-            hidden_B1D, cache = self._forward(weights, token_B1, length_B + ahead, cache)
-            return (self._choose(weights, hidden_B1D, sequences, length_B + ahead), cache), token_B1
+            hidden_B1D, cache = self._forward(token_B1, length_B + ahead, cache, cache.slots)
+            return (choose_next(hidden_B1D, length_B + ahead), cache), token_B1
 
         ahead = jnp.arange(1, self.block - 1, dtype=jnp.int32)
-        (token_B1, cache), before = jax.lax.scan(step, (token_B1, cache), ahead)
-        tokens_BN = jnp.concatenate([pending_BN, before[:, :, 0].T, token_B1], axis=1)
-        return Draft(tokens_BN, jnp.ones_like(tokens_BN, bool)), cache
+        (token_B1, cache), first = jax.lax.scan(step, (token_B1, cache), ahead)
+        tokens_BN = jnp.concatenate([pending_BN, first[:, :, 0].T, token_B1], axis=1)
+        return Draft.chain(tokens_BN), cache
 
-    def update(self, weights, cache, draft, verdict, sequences):
-        return cache  # what was rejected is overwritten before it is seen
+    def _forward(self, tokens_BT, start_B, cache, slots):
+        steps_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        positions_BT = start_B[:, None] + steps_1T
+        rows = (tokens_BT, positions_BT, causal_mask(positions_BT, slots), cache, start_B)
+        return self.model.apply({'params': self.params}, *rows)
 
-    def _forward(self, weights, tokens_BT, start_B, cache):
-        steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-        positions_BT = start_B[:, None] + steps_T[None]
-        slots_S = jnp.arange(cache.slots, dtype=jnp.int32)
-        mask_BTS = slots_S[None, None] <= positions_BT[:, :, None]
-        return self.module.apply(
-            {'params': weights}, tokens_BT, positions_BT, mask_BTS, cache, start_B
-        )
-
-    def _choose(self, weights, hidden_B1D, sequences, length_B):
-        logits_B1V = self.module.apply({'params': weights}, hidden_B1D, method='logits')
-        return choose(logits_B1V, sequences.keys_B, length_B[:, None] + 1, self.sampling)
+    def _choose(self, sequences, sampling, hidden_B1D, length_B):
+        logits_B1V = self.model.apply({'params': self.params}, hidden_B1D, method='logits')
+        return choose(logits_B1V, sequences.keys_B, length_B[:, None] + 1, sampling)
 
 
-def draft_model(
-    target: Model, small: Model, block: int = 5, sampling: Sampling | None = None
-) -> Loaded:
-    """`small` as the draft model of `target`; `sampling`, greedy if absent, as it will decode.
-
-    Raises:
-      ConfigError: they do not share a vocabulary.
-    """
-    if small.config.vocab_size != target.config.vocab_size:
-        raise ConfigError(
-            f'{small.source} has {small.config.vocab_size} tokens, {target.source} '
-            f'{target.config.vocab_size}: a draft model shares the vocabulary of its target'
-        )
+def draft_model(target: Model, small: Model, block: int = 5) -> DraftModel:
+    """`small` as the draft model of `target`; raises ConfigError if they share no vocabulary."""
+    sizes = [model.config.vocab_size for model in (small, target)]
+    if sizes[0] != sizes[1]:
+        both = f'{small.source} has {sizes[0]} tokens, {target.source} {sizes[1]}'
+        raise ConfigError(f'{both}: a draft model shares the vocabulary of its target')
     both = [model.tokenizer for model in (small, target) if model.tokenizer is not None]
     if len(both) == 2 and len(set(map(tokenizer_fingerprint, both))) == 2:
-        raise ConfigError(
-            f'{small.source} has another tokenizer than {target.source}; a draft model shares it'
-        )
-    return Loaded(DraftModel(small.module, block, sampling or Sampling()), small.params)
+        other = f'{small.source} has another tokenizer than {target.source}'
+        raise ConfigError(f'{other}; a draft model shares it')
+    return DraftModel(small.module, small.params, block)

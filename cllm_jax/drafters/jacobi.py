@@ -5,7 +5,6 @@ forward replaces the guesses it computed by the model's choices. A window of gue
 a time, and its fixed point is the autoregressive answer.
 """
 
-import dataclasses
 from typing import Literal
 
 import jax
@@ -13,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from cllm_jax.decoding.draft import Draft, Sequences, Verdict, put, windows
+from cllm_jax.decoding.drafter import Draft, Drafter, Sequences, Verdict, put, setting, windows
+from cllm_jax.decoding.tree import chains
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.errors import ConfigError
+from cllm_jax.model.llama import take_rows
 
 MAX_BLOCK = 1024
 GUESSES = 2**32 - 1
 """Folded into a row's key for its guesses; sampling noise folds in positions, which are smaller."""
-
 CHAIN = 8
-"""Most tokens of a chain that is verified beside the window."""
+"""Most tokens of a chain that is verified together with the window."""
 
 
 @struct.dataclass
@@ -34,8 +34,8 @@ class Guesses:
     """The newest first; -1 where there was no forward yet. None without recycling."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Jacobi:
+@struct.dataclass
+class Jacobi(Drafter):
     """Verify `block` tokens per forward: the pending one and block - 1 guesses.
 
     `sliding` keeps the window full: it always starts at the pending token. `block` is the paper's
@@ -45,18 +45,18 @@ class Jacobi:
 
     `recycle` tries dropped guesses again (rejection recycling, Jacobi Forcing, arXiv 2512.14681):
     guesses are often right and only in the wrong place. Each of the last `recycle` forwards before
-    the newest gives a chain, what the model had said there behind its first mention of the pending
-    token, and all are verified beside the window in the same forward.
+    the newest gives a chain, what the model had said there after its first mention of the pending
+    token, and all are verified in the same forward as the window.
 
-    `lookup` tries another chain there, of what followed the last time in the prompt or the answer
-    (prompt lookup): a model guesses that something will be quoted sooner than which of its tokens
-    comes at which place.
+    `lookup` tries one more chain, what followed the last time in the prompt or the answer: a model
+    guesses that something will be quoted sooner than which of its tokens comes at which place.
     """
 
-    block: int = 16
-    mode: Literal['sliding', 'block'] = 'sliding'
-    recycle: int = 0
-    lookup: bool = False
+    block: int = setting(16)
+    mode: Literal['sliding', 'block'] = setting('sliding')
+    recycle: int = setting(0)
+    lookup: bool = setting(False)
+    title = 'Jacobi'
 
     def __post_init__(self):
         if not isinstance(self.block, int | np.integer) or not 1 <= self.block <= MAX_BLOCK:
@@ -64,12 +64,10 @@ class Jacobi:
         if self.mode not in ('sliding', 'block'):
             raise ConfigError(f"mode {self.mode!r}: must be 'sliding' or 'block'")
         if self.recycle < 0 or (self.recycle and self.block == 1):
-            raise ConfigError(
-                f'recycle {self.recycle} with block {self.block}: must be 0 or more chains, '
-                'and there are guesses to recycle only with a block of at least 2'
-            )
+            rule = 'must be 0 or more chains, and there are guesses to recycle from block 2 on'
+            raise ConfigError(f'recycle {self.recycle} with block {self.block}: {rule}')
         if self.lookup and self.block == 1:
-            raise ConfigError('lookup with block 1: it stands beside a block of at least 2')
+            raise ConfigError('lookup with block 1: it needs a block of at least 2')
 
     @property
     def nodes(self) -> int:
@@ -83,52 +81,43 @@ class Jacobi:
     def _length(self) -> int:
         return min(CHAIN, self.block - 1)
 
-    def init(self, weights, sequences):
+    def init(self, sequences):
         guess_BS, said = initial_guesses(sequences), None
         if self.recycle:
             said = jnp.full((len(guess_BS), self.recycle + 1, self.block), -1, jnp.int32)
         return Guesses(guess_BS, said)
 
-    def draft(self, weights, state, sequences):
+    def draft(self, state, sequences, sampling):
         pending_B1 = sequences.window(1)
         guess_BN = windows(state.guess_BS, sequences.length_B, self.block)
         tokens_BN = jnp.concatenate([pending_B1, guess_BN[:, 1:]], axis=1)
         inside_BN = self._inside(sequences, 0)
         if not self._chains:
             return Draft(tokens_BN, inside_BN), state
-        rows, length, chains = len(tokens_BN), self._length, []
+        rows, length, found = len(tokens_BN), self._length, []
         if self.recycle:
-            chains.append(_behind(state.said_BGn[:, 1:], pending_B1, length))
+            found.append(_after(state.said_BGn[:, 1:], pending_B1, length))
         if self.lookup:
-            quote, _ = PromptLookup(length + 1).draft((), (), sequences)
-            chains.append(jnp.where(quote.valid_BN, quote.tokens_BN, -1)[:, None, 1:])
-        chain_BGL = jnp.concatenate(chains, axis=1)
+            quote, _ = PromptLookup(length + 1).draft((), sequences, sampling)
+            found.append(jnp.where(quote.valid_BN, quote.tokens_BN, -1)[:, None, 1:])
+        chain_BGL = jnp.concatenate(found, axis=1)
         valid_BGL = (chain_BGL >= 0) & inside_BN[:, None, 1 : length + 1]
         tokens_BN = jnp.concatenate([tokens_BN, jnp.maximum(chain_BGL, 0).reshape(rows, -1)], 1)
         valid_BN = jnp.concatenate([inside_BN, valid_BGL.reshape(rows, -1)], axis=1)
-        parent_BN = jnp.broadcast_to(jnp.asarray(self._parents())[None], tokens_BN.shape)
-        return Draft(tokens_BN, valid_BN, parent_BN, self.block - 1), state
+        after = chains(0, [-1], self.block), chains(self.block, [0] * self._chains, length)
+        return Draft.tree(tokens_BN, valid_BN, np.concatenate(after)), state
 
-    def update(self, weights, state, draft, verdict, sequences):
+    def update(self, state, draft, verdict, sequences, sampling):
         said, y_Bn = state.said_BGn, verdict.y_BN
         if self._chains:
-            y_Bn = jnp.take_along_axis(y_Bn, self._branch(verdict), axis=1)
+            y_Bn = take_rows(y_Bn, self._branch(verdict))
         if self.recycle:
             said = jnp.concatenate([y_Bn[:, None], said[:, :-1]], axis=1)
         guess_BS = put(state.guess_BS, sequences.length_B + 1, y_Bn, self._inside(sequences, 1))
         return Guesses(guess_BS, said)
 
-    def _parents(self) -> np.ndarray:
-        """The window is a chain, and each of the others is one from node 0."""
-        chains = np.arange(self.nodes - self.block).reshape(self._chains, -1) + self.block - 1
-        chains[:, 0] = 0
-        return np.concatenate([np.arange(self.block) - 1, chains.ravel()]).astype(np.int32)
-
     def _branch(self, verdict: Verdict) -> jax.Array:
-        """The node whose choice is the new guess at each of the n places, int32 `[B, n]`.
-
-        Those of the accepted chain, and of the window where that chain ends.
-        """
+        """The nodes whose choices are the new guesses: the accepted chain's, then the window's."""
         steps_1n = jnp.arange(self.block, dtype=jnp.int32)[None]
         first_B1 = verdict.path_BP[:, 1:2]
         taken_B1 = (verdict.count_B[:, None] > 1) & (first_B1 >= self.block)
@@ -145,8 +134,8 @@ class Jacobi:
         return steps_N[None] < room_B[:, None]
 
 
-def _behind(said_BGn: jax.Array, token_B1: jax.Array, length: int) -> jax.Array:
-    """The `length` tokens behind the first mention of a token in each text, -1 where none is."""
+def _after(said_BGn: jax.Array, token_B1: jax.Array, length: int) -> jax.Array:
+    """The `length` tokens after the first mention of a token in each text, -1 where none is."""
     width = said_BGn.shape[2]
     found_BGn = said_BGn == token_B1[:, None]
     begin_BG1 = jnp.where(found_BGn.any(-1), jnp.argmax(found_BGn, axis=-1), width)[..., None]
@@ -158,8 +147,8 @@ def _behind(said_BGn: jax.Array, token_B1: jax.Array, length: int) -> jax.Array:
 def initial_guesses(sequences: Sequences) -> jax.Array:
     """A random token of the row's prompt for every slot, int32 `[B, S]`.
 
-    A guess is a function of the row's key, its prompt and the position alone: neither the other
-    rows of the batch nor its padding change how many forwards an answer takes.
+    A guess is a function of the row's key, its prompt and the position alone: neither other rows
+    nor padding change how many forwards an answer takes.
     """
     slots_S = jnp.arange(sequences.tokens_BS.shape[1], dtype=jnp.int32)
 

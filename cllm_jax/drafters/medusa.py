@@ -1,31 +1,27 @@
-"""Medusa (arXiv 2401.10774): heads that guess the tokens behind the next one, all at once.
+"""Medusa (arXiv 2401.10774): heads that guess the tokens after the next one, all at once.
 
-Head k sees the target's last hidden state and guesses the token k places behind the one that the
+Head k sees the target's last hidden state and guesses the token k places after the one that the
 target itself chooses there. The guesses of the heads are tried in a sparse tree that is known when
 the program is compiled: the nodes that most often turn out right.
 """
 
-import dataclasses
 import heapq
-from typing import ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from cllm_jax.decoding.draft import Draft
-from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.drafters.heads import (
-    HeadWeights,
-    LastHidden,
-    follow,
-    perturbed,
-    unknown,
-)
+from cllm_jax.decoding.drafter import Draft, setting
+from cllm_jax.drafters.trained import AnswerBatch, TargetTables, TrainedDrafter, perturbed
 from cllm_jax.errors import ConfigError, at_least
+from cllm_jax.model.precision import product
 
 RANKS = 8
 """Guesses per head among which a tree is chosen."""
+DECAY = 0.8
+"""Weight of a head's loss relative to the head before it (section 2.2.1)."""
 
 
 def tree_of(right_KR: np.ndarray, nodes: int) -> tuple[tuple[int, ...], ...]:
@@ -53,16 +49,19 @@ def usual(heads: int) -> np.ndarray:
     return ranks[None] * 0.85 ** np.arange(heads)[:, None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Medusa:
+@struct.dataclass
+class Medusa(TrainedDrafter):
     """`heads` guesses ahead, verified as the tree of `choices` (see `tree_of`)."""
 
-    heads: int = 4
-    choices: tuple[tuple[int, ...], ...] = tree_of(usual(4), 15)
-    own_tables: bool = True
+    heads: int = setting(4)
+    choices: tuple[tuple[int, ...], ...] = setting(tree_of(usual(4), 15))
+    own_tables: bool = setting(True)
     """Each head has an output table of its own, as in the paper, or all use the target's."""
-    sampling: Sampling = Sampling()
-    typical_acceptance: ClassVar[bool] = True
+    own: Any = None
+    tables: TargetTables | None = None
+    title = 'Medusa'
+    kind = 'medusa'
+    typical = True
 
     def __post_init__(self):
         at_least(self, heads=1)
@@ -72,56 +71,76 @@ class Medusa:
         for path in self.choices:
             good = path[:-1] in known and 1 <= len(path) <= self.heads
             if not good or not all(0 <= r < RANKS for r in path):
-                raise ConfigError(
-                    f'choices: {path} is no node of a tree with {self.heads} heads and {RANKS} '
-                    'ranks; every path begins with another one'
-                )
+                tree = f'a tree with {self.heads} heads and {RANKS} ranks, or without its parent'
+                raise ConfigError(f'choices: {path} is not a node of {tree}; correct it')
         if len(known) != len(self.choices) + 1:
             raise ConfigError('choices: a path appears twice; leave one of them out')
+
+    @classmethod
+    def of_size(cls, sizes, model):
+        return cls(sizes.ahead, tree_of(usual(sizes.ahead), sizes.nodes - 1), sizes.own_table)
 
     @property
     def nodes(self) -> int:
         return 1 + len(self.choices)
 
-    def init(self, weights: HeadWeights, sequences) -> LastHidden:
-        return unknown(weights, sequences)
-
-    def draft(self, weights: HeadWeights, state: LastHidden, sequences):
-        pending_B1 = sequences.window(1)
-        logits_BKV = self.logits(weights, state.hidden_BD[:, None])[:, 0]
+    def draft(self, state, sequences, sampling):
+        logits_BKV = self.logits(state.hidden_BD[:, None])[:, 0]
         ahead_K = jnp.arange(1, self.heads + 1, dtype=jnp.int32)
-        logits_BKV = perturbed(logits_BKV, sequences, ahead_K, self.sampling)
+        logits_BKV = perturbed(logits_BKV, sequences, ahead_K, sampling)
         _, best_BKR = jax.lax.top_k(logits_BKV, 1 + max(path[-1] for path in self.choices))
         order = sorted(self.choices, key=lambda path: (len(path), path))
         number = {path: i for i, path in enumerate(((), *order))}
-        parent_N = np.array([-1, *(number[path[:-1]] for path in order)], np.int32)
-        heads = np.array([len(path) - 1 for path in order], np.int32)
-        ranks = np.array([path[-1] for path in order], np.int32)
-        tokens_BN = jnp.concatenate([pending_B1, best_BKR[:, heads, ranks]], axis=1)
-        valid_BN = jnp.broadcast_to(state.known_B[:, None], tokens_BN.shape)
-        parent_BN = jnp.broadcast_to(jnp.asarray(parent_N)[None], tokens_BN.shape)
-        return Draft(tokens_BN, valid_BN, parent_BN, max(map(len, order))), state
+        nodes = [(number[path[:-1]], len(path) - 1, path[-1]) for path in order]
+        parents, heads, ranks = np.array(nodes, np.int32).T
+        tokens_BN = jnp.concatenate([sequences.window(1), best_BKR[:, heads, ranks]], axis=1)
+        parent_N = np.concatenate([np.int32([-1]), parents])
+        return Draft.tree(tokens_BN, state.known_B[:, None], parent_N), state
 
-    def update(self, weights, state, draft, verdict, sequences):
-        return follow(state, verdict)
-
-    def logits(self, weights: HeadWeights, hidden_BTD: jax.Array) -> jax.Array:
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """What each head says after each hidden state, float32 `[B, T, K, V]`.
 
         Head k: `table(SiLU(mix h + bias) + h)`, section 2.1.1.
         """
-        own = weights.own
-        mixed = jnp.einsum('btd,kde->btke', hidden_BTD, own['mix']) + own['bias'][None, None]
+        own = self.own
+        mixed = product('btd,kde->btke', hidden_BTD, own['mix']) + own['bias'][None, None]
         z_BTKD = jax.nn.silu(mixed) + hidden_BTD[:, :, None]
         if self.own_tables:
-            return jnp.einsum('btkd,kvd->btkv', z_BTKD, own['out'])
-        return jnp.einsum('btkd,vd->btkv', z_BTKD, weights.head_VD.astype(jnp.float32))
+            return product('btkd,kvd->btkv', z_BTKD, own['out'])
+        return product('btkd,vd->btkv', z_BTKD, self.tables.head_VD.astype(jnp.float32))
 
-    def new_weights(self, key: jax.Array, embed_VD: jax.Array, head_VD: jax.Array) -> dict:
+    def new_weights(self, key, tables):
         """Heads that begin by saying what the target says about the next token (`mix` is 0)."""
-        width = embed_VD.shape[1]
+        width = tables.embed_VD.shape[1]
         own = {'mix': jnp.zeros((self.heads, width, width)), 'bias': jnp.zeros((self.heads, width))}
         if self.own_tables:
-            table = head_VD.astype(jnp.float32)
+            table = tables.head_VD.astype(jnp.float32)
             own['out'] = jnp.broadcast_to(table[None], (self.heads, *table.shape))
         return own
+
+    def loss(self, answers):
+        """`sum_k 0.8^k CE(head k, the token k places after the label)`, each CE a token mean."""
+        logits_BAKV = self.logits(answers.hidden_BAD)
+        loss, metrics = jnp.float32(0), {}
+        for k in range(1, self.heads + 1):
+            ce, metrics[f'accuracy_{k}'] = answers.scored(logits_BAKV[:, :, k - 1], k)
+            loss = loss + DECAY**k * ce
+        return loss, metrics
+
+    def calibrated(self, answers):
+        """The same heads with the tree of as many nodes that some answers ask for."""
+        right_KR = jax.device_get(_shares_right(self, answers))
+        return self.replace(choices=tree_of(right_KR, len(self.choices)))
+
+
+@jax.jit
+def _shares_right(drafter: Medusa, answers: AnswerBatch) -> jax.Array:
+    """How often guess r of head k is right, `[K, R]`."""
+    _, best_BAKR = jax.lax.top_k(drafter.logits(answers.hidden_BAD), RANKS)
+    rows = []
+    for k in range(drafter.heads):
+        labels_BA, weight_BA = answers.later(k + 1)
+        is_right_BAR = best_BAKR[:, :, k] == labels_BA[:, :, None]
+        hit_BAR = jnp.where(is_right_BAR, weight_BA[:, :, None], 0)
+        rows.append(hit_BAR.sum((0, 1)) / jnp.maximum(weight_BA.sum(), 1))
+    return jnp.stack(rows)

@@ -1,38 +1,42 @@
 """Prompt lookup (github.com/apoorvumang/prompt-lookup-decoding): what followed the last time.
 
 The last few committed tokens are searched for in the prompt and the answer so far, and what came
-after them there is proposed again. Nothing is trained and no model is asked. With reference
-documents (LLMA, arXiv 2304.04487) they are searched too: an answer that quotes them, such as an
-edited or retrieved text, is copied many tokens at a time.
+after them there is proposed again. Nothing is trained. Reference documents are searched too (LLMA,
+arXiv 2304.04487): what an answer quotes of them is copied many tokens at a time.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from cllm_jax.decoding.draft import Draft, Loaded
-from cllm_jax.decoding.request import bucket, encode_each
+from cllm_jax.decoding.drafter import Draft, Drafter, setting
+from cllm_jax.decoding.request import Texts, bucket, encode_each
 from cllm_jax.errors import at_least
-from cllm_jax.models.load import Model
+from cllm_jax.hf.load import Model
+from cllm_jax.model.llama import take_rows
 
 BETWEEN = -1
-"""What stands between two references; no token is equal to it."""
+"""What stands between two references; no token equals it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptLookup:
-    """Propose the `block - 1` tokens behind the latest place that matches the longest suffix.
+@struct.dataclass
+class PromptLookup(Drafter):
+    """Propose the `block - 1` tokens after the latest place that matches the longest suffix.
 
     A match of `ngram` tokens is preferred to one of fewer, down to a single token, and one in the
     text so far to one in a reference. Where the match is closer than `block` tokens, the text from
-    it on is taken as a pattern that goes on. Its weights are the tokens of the references, if any:
-    `[R]` for all prompts, or `[B, R]`, a row for each of a batch that is not refilled.
+    it on is taken as a pattern that goes on.
     """
 
-    block: int = 8
-    ngram: int = 3
+    block: int = setting(8)
+    ngram: int = setting(3)
+    references: jax.Array | None = None
+    """Tokens of the references, if any: `[R]` for all prompts, or `[B, R]`, a row for each of a
+    batch that is not refilled."""
+    title = 'prompt lookup'
 
     def __post_init__(self):
         at_least(self, block=1, ngram=1)
@@ -41,21 +45,22 @@ class PromptLookup:
     def nodes(self) -> int:
         return self.block
 
-    def init(self, weights, sequences):
-        if not len(weights):
+    def init(self, sequences):
+        if self.references is None:
             return ()
-        return jnp.broadcast_to(weights, (len(sequences.tokens_BS), weights.shape[-1]))
+        shape = (len(sequences.tokens_BS), self.references.shape[-1])
+        return jnp.broadcast_to(self.references, shape)
 
-    def draft(self, weights, state, sequences):
+    def draft(self, state, sequences, sampling):
         tokens_BS, length_B1 = sequences.tokens_BS, sequences.length_B[:, None]
-        if len(weights):
+        if self.references is not None:
             tokens_BS = jnp.concatenate([state, tokens_BS], axis=1)
             length_B1 = length_B1 + state.shape[1]
         slots_1S = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
         same_BS = slots_1S < length_B1
         matched_BS = jnp.zeros_like(tokens_BS)
         for back in range(self.ngram):
-            last_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(length_B1 - back, 0), axis=1)
+            last_B1 = take_rows(tokens_BS, jnp.maximum(length_B1 - back, 0))
             same_BS &= (jnp.roll(tokens_BS, back, axis=1) == last_B1) & (slots_1S >= back)
             matched_BS += same_BS.astype(jnp.int32)
         rank_BS = jnp.where(matched_BS > 0, matched_BS * tokens_BS.shape[1] + slots_1S, -1)
@@ -64,26 +69,22 @@ class PromptLookup:
 
         steps_1N = jnp.arange(self.block - 1, dtype=jnp.int32)[None]
         period_B1 = jnp.maximum(length_B1 - start_B1, 1)
-        guess_BN = jnp.take_along_axis(tokens_BS, start_B1 + 1 + steps_1N % period_B1, axis=1)
+        guess_BN = take_rows(tokens_BS, start_B1 + 1 + steps_1N % period_B1)
         tokens_BN = jnp.concatenate([sequences.window(1), guess_BN], axis=1)
         return Draft(jnp.maximum(tokens_BN, 0), found_B1 & (tokens_BN >= 0)), state
 
-    def update(self, weights, state, draft, verdict, sequences):
-        return state
-
 
 def with_references(
-    model: Model, references: Sequence[str | Sequence[int]], block: int = 8, ngram: int = 3
-) -> Loaded:
+    model: Model, references: Texts, block: int = 8, ngram: int = 3
+) -> PromptLookup:
     """Prompt lookup in texts (or token ids) too, the same for every prompt of a call.
 
-    Raises:
-      ConfigError: a reference that is empty or has no tokens of this model.
+    Raises ConfigError for a reference that is empty or not made of tokens of this model.
     """
     encoded = encode_each(model, references, 'references')
     ids = [i for text in encoded for i in (*text, BETWEEN)][:-1]
     (padded,) = reference_rows([ids], 1, bucket(len(ids) + 1))  # few lengths to compile
-    return Loaded(PromptLookup(block, ngram), jnp.asarray(padded))
+    return PromptLookup(block, ngram, jnp.asarray(padded))
 
 
 def reference_rows(texts: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:

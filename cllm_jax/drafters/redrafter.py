@@ -1,20 +1,22 @@
 """ReDrafter (arXiv 2403.09919): a recurrent head, beam search, and a tree packed on device.
 
-The head is one recurrent cell on the embeddings of the tokens drafted so far, beside the target's
-last hidden state, which stays the same. Its beams share prefixes; packed into a tree each prefix is
-verified once. Acceptance is the loop's, so that greedy and sampled answers are exact; the paper's
-own rule for sampling is biased, since beams are no samples.
+The head is one recurrent cell on the embeddings of the tokens drafted so far, together with the
+target's last hidden state, which stays the same. Its beams share prefixes; packed into a tree each
+prefix is verified once. Acceptance is the loop's; the paper's own rule for sampling is biased,
+since beams are not samples.
 """
 
-import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from cllm_jax.decoding.draft import Draft
-from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.drafters.heads import HeadWeights, LastHidden, follow, normal, perturbed, unknown
+from cllm_jax.decoding.drafter import Draft, setting
+from cllm_jax.drafters.trained import TargetTables, TrainedDrafter, normal, perturbed
 from cllm_jax.errors import ConfigError, at_least
+from cllm_jax.model.llama import take_rows
+from cllm_jax.model.precision import linear, product
 
 NEVER = -5e4
 """Score of a beam that does not exist: below any sum of log-probabilities."""
@@ -52,35 +54,38 @@ def _pack(beams_MC: jax.Array, capacity: int) -> tuple[jax.Array, ...]:
     return place(beams_MC, 0), place(before_MC, -1), live_N, unpack_MC
 
 
-@dataclasses.dataclass(frozen=True)
-class ReDrafter:
+@struct.dataclass
+class ReDrafter(TrainedDrafter):
     """`beams` beams of `length` tokens, the pending one included, in a tree of `capacity` nodes."""
 
-    beams: int = 4
-    length: int = 5
-    capacity: int = 16
-    layers: int = 2
-    """Residual layers behind the cell."""
-    own_table: bool = True
+    beams: int = setting(4)
+    length: int = setting(5)
+    capacity: int = setting(16)
+    layers: int = setting(2)
+    """Residual layers after the cell."""
+    own_table: bool = setting(True)
     """An output table of its own, as in the paper, or a projection to the target's."""
-    sampling: Sampling = Sampling()
+    own: Any = None
+    tables: TargetTables | None = None
+    title = 'ReDrafter'
+    kind = 'redrafter'
 
     def __post_init__(self):
         at_least(self, beams=1, length=2, layers=0)
-        if not self.length <= self.capacity:
-            raise ConfigError(
-                f'capacity {self.capacity}: the tree must hold one beam of {self.length} tokens'
-            )
+        if self.capacity < self.length:
+            rule = f'the tree must hold one beam of {self.length} tokens'
+            raise ConfigError(f'capacity {self.capacity}: {rule}')
+
+    @classmethod
+    def of_size(cls, sizes, model):
+        return cls(sizes.beams, sizes.ahead + 1, sizes.nodes, sizes.layers, sizes.own_table)
 
     @property
     def nodes(self) -> int:
         return min(self.capacity, 1 + self.beams * (self.length - 1))
 
-    def init(self, weights: HeadWeights, sequences) -> LastHidden:
-        return unknown(weights, sequences)
-
-    def draft(self, weights: HeadWeights, state: LastHidden, sequences):
-        beams_BMC = self.search(weights, state.hidden_BD, sequences)
+    def draft(self, state, sequences, sampling):
+        beams_BMC = self.search(state.hidden_BD, sequences, sampling)
         tokens_BN, parent_BN, live_BN, _ = pack(beams_BMC, self.nodes)
         valid_BN = live_BN & state.known_B[:, None]
         # A node that is not used follows the pending token, and is never accepted.
@@ -88,33 +93,26 @@ class ReDrafter:
         parent_BN = jnp.where((parent_BN < 0) & (here_1N > 0), 0, parent_BN)
         return Draft(tokens_BN, valid_BN, parent_BN, self.length - 1), state
 
-    def update(self, weights, state, draft, verdict, sequences):
-        return follow(state, verdict)
-
-    def search(self, weights: HeadWeights, hidden_BD: jax.Array, sequences) -> jax.Array:
+    def search(self, hidden_BD: jax.Array, sequences, sampling) -> jax.Array:
         """Beam search: the pending token and what may follow, int32 `[B, M, C]`, best first."""
         batch, beams = len(hidden_BD), self.beams
-        pending_B1 = sequences.window(1)
-        beams_BMC = jnp.broadcast_to(pending_B1[:, :, None], (batch, beams, self.length))
+        pending_B11 = sequences.window(1)[:, :, None]
+        beams_BMC = jnp.broadcast_to(pending_B11, (batch, beams, self.length))
         context_BMD = jnp.broadcast_to(hidden_BD[:, None], (batch, beams, hidden_BD.shape[1]))
         only_1M = jnp.where(jnp.arange(beams)[None] == 0, 0.0, NEVER)
 
         def step(carry, ahead):
             beams_BMC, state_BMD, score_BM = carry
             last_BM = jax.lax.dynamic_index_in_dim(beams_BMC, ahead - 1, 2, keepdims=False)
-            state_BMD = self.cell(weights, last_BM, state_BMD)
-            logits_BMV = self.logits(weights, context_BMD, state_BMD)
-            logits_BMV = perturbed(
-                logits_BMV, sequences, jnp.broadcast_to(ahead[None], (beams,)), self.sampling
-            )
+            state_BMD = self.cell(last_BM, state_BMD)
+            ahead_M, logits_BMV = jnp.full(beams, ahead), self.logits(context_BMD, state_BMD)
+            logits_BMV = perturbed(logits_BMV, sequences, ahead_M, sampling)
             score_BMV = jax.nn.log_softmax(logits_BMV, axis=-1) + score_BM[:, :, None]
             # The best M over all are among the best M of each beam.
             top_BMM, token_BMM = jax.lax.top_k(score_BMV, beams)
             score_BM, best_BM = jax.lax.top_k(top_BMM.reshape(batch, -1), beams)
-            token_BM = jnp.take_along_axis(token_BMM.reshape(batch, -1), best_BM, axis=1)
-            from_BM1 = (best_BM // beams)[:, :, None]
-            beams_BMC = jnp.take_along_axis(beams_BMC, from_BM1, axis=1)
-            state_BMD = jnp.take_along_axis(state_BMD, from_BM1, axis=1)
+            token_BM = take_rows(token_BMM.reshape(batch, -1), best_BM)
+            beams_BMC, state_BMD = (take_rows(x, best_BM // beams) for x in (beams_BMC, state_BMD))
             beams_BMC = jax.lax.dynamic_update_index_in_dim(beams_BMC, token_BM, ahead, 2)
             return (beams_BMC, state_BMD, score_BM), None
 
@@ -124,29 +122,27 @@ class ReDrafter:
         (beams_BMC, _, _), _ = jax.lax.scan(step, first, ahead)
         return beams_BMC
 
-    def cell(self, weights: HeadWeights, tokens_BX: jax.Array, state_BXD: jax.Array) -> jax.Array:
+    def cell(self, tokens_BX: jax.Array, state_BXD: jax.Array) -> jax.Array:
         """`s = SiLU(W e(token) + U s + b)`, after one more token."""
-        own = weights.own
-        e_BXD = weights.embed_VD[tokens_BX].astype(jnp.float32)
-        return jax.nn.silu(e_BXD @ own['w'] + state_BXD @ own['u'] + own['b'][None, None])
+        own, e_BXD = self.own, self.tables.embed_VD[tokens_BX].astype(jnp.float32)
+        sum_BXD = linear(e_BXD, own['w']) + linear(state_BXD, own['u'])
+        return jax.nn.silu(sum_BXD + own['b'][None, None])
 
-    def logits(
-        self, weights: HeadWeights, context_BXD: jax.Array, state_BXD: jax.Array
-    ) -> jax.Array:
+    def logits(self, context_BXD: jax.Array, state_BXD: jax.Array) -> jax.Array:
         """Scores of the next token from the context `h` and the cell's state, `[B, X, V]`."""
-        own = weights.own
+        own = self.own
         x_BXE = jnp.concatenate([context_BXD, state_BXD], axis=-1)
         for i in range(self.layers):
             layer = own[f'layer_{i}']
-            x_BXE = x_BXE + jax.nn.silu(x_BXE @ layer['w'] + layer['b'][None, None])
+            x_BXE = x_BXE + jax.nn.silu(linear(x_BXE, layer['w']) + layer['b'][None, None])
         if self.own_table:
-            return jnp.einsum('bxe,ve->bxv', x_BXE, own['out'])
-        head_VD = weights.head_VD.astype(jnp.float32)
-        return jnp.einsum('bxd,vd->bxv', x_BXE @ own['project'], head_VD)
+            return product('bxe,ve->bxv', x_BXE, own['out'])
+        head_VD = self.tables.head_VD.astype(jnp.float32)
+        return product('bxd,vd->bxv', linear(x_BXE, own['project']), head_VD)
 
-    def new_weights(self, key: jax.Array, embed_VD: jax.Array, head_VD: jax.Array) -> dict:
+    def new_weights(self, key, tables):
         """Random weights."""
-        (vocab, width), keys = embed_VD.shape, iter(jax.random.split(key, self.layers + 3))
+        (vocab, width), keys = tables.embed_VD.shape, iter(jax.random.split(key, self.layers + 3))
         own = {name: normal(next(keys), (width, width), width) for name in 'wu'}
         own['b'] = jnp.zeros(width)
         for i in range(self.layers):
@@ -155,3 +151,14 @@ class ReDrafter:
         if self.own_table:
             return own | {'out': normal(next(keys), (vocab, 2 * width), 2 * width)}
         return own | {'project': normal(next(keys), (2 * width, width), 2 * width)}
+
+    def loss(self, answers):
+        """The sum of the mean cross-entropies of `length - 1` steps."""
+        hidden_BAD, read_BA = answers.hidden_BAD, answers.labels_BA
+        state_BAD, loss, metrics = jnp.zeros_like(hidden_BAD), jnp.float32(0), {}
+        for k in range(1, self.length):
+            state_BAD = self.cell(read_BA, state_BAD)
+            logits_BAV = self.logits(hidden_BAD, state_BAD)
+            ce, metrics[f'accuracy_{k}'] = answers.scored(logits_BAV, k)
+            loss, read_BA = loss + ce, answers.later(k)[0]
+        return loss, metrics

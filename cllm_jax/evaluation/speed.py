@@ -1,107 +1,106 @@
-"""How fast a way of decoding is: tokens per forward, tokens per second, and identity with AR.
+"""How fast a method decodes: tokens per forward, tokens per second, and identity with AR.
 
 Everything compared is decoded in the same run by the same loop, prompt by prompt in turn, so that
-a change of the machine's mood hits all alike. Compilation is kept out by decoding every prompt
-once before anything is timed.
+what else the machine does hits all alike. Compilation is kept out by decoding every prompt once
+before anything is timed.
 """
 
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
 
-import jax
-from jax.sharding import Mesh
-
-from cllm_jax.decoding.generate import decode_batch
-from cllm_jax.decoding.request import Request, encode, row_keys
+from cllm_jax.decoding.drafter import Drafter
+from cllm_jax.decoding.engine import decode_batch
+from cllm_jax.decoding.request import Request, Texts, encode, row_keys
 from cllm_jax.decoding.result import DecodeResult
-from cllm_jax.models.load import Model, load
+from cllm_jax.hf.load import Model, load
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """A model with a way to decode it."""
+class Method:
+    """A model and how it is asked to decode."""
 
     model: Model
     request: Request
-    weights: Any = ()
+
+    def with_drafter(self, drafter: Drafter) -> 'Method':
+        """The same model and request with another drafter."""
+        return Method(self.model, dataclasses.replace(self.request, drafter=drafter))
 
 
-def ar_ways(name: str, model: Model, request: Request, mesh: Mesh | None = None) -> dict[str, Way]:
+def plain_methods(name: str, plain: Method) -> dict[str, Method]:
     """Autoregressive decoding, in each precision in which it may be the fastest.
 
-    A speed-up counts from the faster. In mixed precision on a CPU that is one or the other: there
-    is half as much to read of bfloat16 matrices, and a single row has to be multiplied with what
-    they were converted to.
+    A speed-up counts from the fastest (`Backend.float32_may_be_faster`).
 
     Args:
-      name: of the way with the model as it is; the other has the precision behind it.
-      model, mesh: what decodes.
-      request: what it is asked for, with `AutoRegressive()` as its drafter.
+      name: of the method as it is; the other has the precision added.
+      plain: a model with `AutoRegressive()` as its drafter.
     """
-    ways = {name: Way(model, request)}
-    if model.module.compute is not None and jax.default_backend() == 'cpu':
-        ways[f'{name}, float32'] = Way(load(model.source, 'float32', mesh), request)
-    return ways
+    methods, model = {name: plain}, plain.model
+    if model.module.compute is not None and model.backend.float32_may_be_faster:
+        mesh = getattr(model.params['norm'].sharding, 'mesh', None)  # None on a single device
+        wide = load(model.source, 'float32', mesh)
+        methods[f'{name}, float32'] = dataclasses.replace(plain, model=wide)
+    return methods
 
 
-def tokens_per_forward(result: DecodeResult) -> float:
-    """Committed tokens over calls of the model, prefill included, over all prompts."""
-    return sum(map(len, result.tokens)) / max(sum(result.forwards), 1)
-
-
-def share_identical(a: DecodeResult, b: DecodeResult) -> float:
-    """Share of prompts whose tokens are the same in both, 0..1."""
-    same = [x == y for x, y in zip(a.tokens, b.tokens, strict=True)]
-    return sum(same) / max(len(same), 1)
-
-
-def one_by_one(way: Way, prompts: Sequence[str | Sequence[int]]) -> DecodeResult:
+def one_by_one(method: Method, prompts: Texts) -> DecodeResult:
     """Every prompt decoded alone, by the very calls that `tokens_per_second` times."""
-    parts = [_once(way, prompts, range(i, i + 1), 1)[0] for i in range(len(prompts))]
-    return DecodeResult(
-        [text for part in parts for text in part.texts],
-        [tokens for part in parts for tokens in part.tokens],
-        [accepted for part in parts for accepted in part.accepted],
-        [seconds for part in parts for seconds in part.seconds],
-    )
+    results = [_once(method, prompts, range(i, i + 1), 1)[0] for i in range(len(prompts))]
+    columns = ('texts', 'tokens', 'accepted', 'seconds')
+    return DecodeResult(*([x for result in results for x in getattr(result, c)] for c in columns))
 
 
 def tokens_per_second(
-    ways: Mapping[str, Way],
-    prompts: Sequence[str | Sequence[int]],
+    methods: Mapping[str, Method],
+    prompts: Texts,
     repeats: int = 3,
     progress: Callable[[int], None] = lambda prompts: None,
     batch: int = 1,
 ) -> dict[str, float]:
-    """End-to-end speed of each way: tokens over wall-clock, prefill included.
+    """The speed of each method, prefill included (`time_in_turn`); a call has `batch` prompts."""
 
-    Prompts are decoded `batch` at a time, in one call, `repeats` times by every way in turn; the
-    median of its times counts.
+    def decode(method: Method, rows: range) -> tuple[int, float]:
+        result, seconds = _once(method, prompts, rows, batch)
+        return sum(map(len, result.tokens)), seconds
+
+    calls = {name: partial(decode, method) for name, method in methods.items()}
+    return time_in_turn(calls, len(prompts), repeats, progress, batch)
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[range], tuple[int, float]]],
+    count: int,
+    repeats: int = 3,
+    progress: Callable[[int], None] = lambda rows: None,
+    batch: int = 1,
+) -> dict[str, float]:
+    """Tokens per second of wall-clock of everything that is compared.
+
+    Args:
+      calls: decode some of the rows; return the tokens and the seconds that it took.
+      count: how many rows there are; a call gets `batch` of them.
+      repeats: times each call is timed, in turn, after a first one that compiles and whose tokens
+        count; the median of its times counts.
     """
-    totals = {name: [0, 0.0] for name in ways}
-    for begin in range(0, len(prompts), batch):
-        rows = range(begin, min(begin + batch, len(prompts)))
-        for name, way in ways.items():
-            totals[name][0] += sum(map(len, _once(way, prompts, rows, batch)[0].tokens))
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(repeats):
-            for name, way in ways.items():
-                seconds[name].append(_once(way, prompts, rows, batch)[1])
-        for name in ways:
-            totals[name][1] += statistics.median(seconds[name])
+    tokens, seconds = dict.fromkeys(calls, 0), dict.fromkeys(calls, 0.0)
+    for begin in range(0, count, batch):
+        rows = range(begin, min(begin + batch, count))
+        first, *timed = [{n: call(rows) for n, call in calls.items()} for _ in range(repeats + 1)]
+        for name in calls:
+            tokens[name] += first[name][0]
+            seconds[name] += statistics.median(found[name][1] for found in timed)
         progress(len(rows))
-    return {name: tokens / max(taken, 1e-9) for name, (tokens, taken) in totals.items()}
+    return {name: tokens[name] / max(seconds[name], 1e-9) for name in calls}
 
 
-def _once(
-    way: Way, prompts: Sequence[str | Sequence[int]], rows: range, batch: int
-) -> tuple[DecodeResult, float]:
+def _once(method: Method, prompts: Texts, rows: range, batch: int) -> tuple[DecodeResult, float]:
     """Some of the prompts decoded, and the seconds that took."""
-    request = dataclasses.replace(way.request, batch=batch)
-    ids, keys = [encode(way.model, prompts[i]) for i in rows], row_keys(request.seed, rows)
+    request = dataclasses.replace(method.request, batch=batch)
+    ids, keys = [encode(method.model, prompts[i]) for i in rows], row_keys(request.seed, rows)
     begin = time.perf_counter()
-    result = decode_batch(way.model, request, ids, keys, way.weights)
+    result = decode_batch(method.model, request, ids, keys)
     return result, time.perf_counter() - begin

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from cllm_jax.errors import DataError
-from cllm_jax.parallel.distributed import barrier, is_main
-from cllm_jax.sums import check_sums, write_sums
+from cllm_jax.runs.checksums import check_sums, write_sums
+from cllm_jax.runtime.processes import barrier, is_main
 
 KEEP = 2
 
@@ -26,12 +26,13 @@ class Checkpoints:
     directory: Path
     orbax: ocp.training.Checkpointer
     thread: ThreadPoolExecutor
-    pending: list[Future] = field(default_factory=list)
+    pending: Future | None = None
 
     def settle(self) -> None:
-        """Wait until every save is complete; raises what went wrong in one."""
-        while self.pending:
-            self.pending.pop(0).result()
+        """Wait until the last save is complete; raises what went wrong in it."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
 
 
 @contextmanager
@@ -49,7 +50,14 @@ def open_checkpoints(
         for stale in directory.glob('*.orbax-checkpoint-tmp*'):
             shutil.rmtree(stale, ignore_errors=True)
         for step in sorted(p for p in directory.iterdir() if p.name.isdigit()):
-            _set_aside_if_damaged(step, note)
+            try:
+                check_sums(step)
+            except DataError as e:
+                aside = directory.with_name(f'damaged-checkpoint-{step.name}')
+                shutil.rmtree(aside, ignore_errors=True)
+                step.rename(aside)
+                fault = e.args[0].split(';')[0]
+                note(f'warning: {fault}; kept as {aside}, going back to the one before')
     barrier('checkpoints')
     policies = ocp.training.preservation_policies
     with (
@@ -59,16 +67,6 @@ def open_checkpoints(
         checkpoints = Checkpoints(directory, orbax, thread)
         yield checkpoints
         checkpoints.settle()
-
-
-def _set_aside_if_damaged(step: Path, note: Callable[[str], None]) -> None:
-    try:
-        check_sums(step)
-    except DataError as e:
-        aside = step.parent.with_name(f'damaged-checkpoint-{step.name}')
-        shutil.rmtree(aside, ignore_errors=True)
-        step.rename(aside)
-        note(f'warning: {e.args[0].split(";")[0]}; kept as {aside}, going back to the one before')
 
 
 def save(checkpoints: Checkpoints, step: int, state: Any, progress: dict) -> None:
@@ -87,7 +85,7 @@ def save(checkpoints: Checkpoints, step: int, state: Any, progress: dict) -> Non
         if is_main():
             write_sums(checkpoints.directory / str(step))
 
-    checkpoints.pending.append(checkpoints.thread.submit(complete))
+    checkpoints.pending = checkpoints.thread.submit(complete)
 
 
 def restore(checkpoints: Checkpoints, state: Any) -> tuple[Any, dict] | None:
@@ -102,13 +100,12 @@ def restore(checkpoints: Checkpoints, state: Any) -> tuple[Any, dict] | None:
     latest = checkpoints.orbax.latest
     if latest is None:
         return None
-    abstract = jax.tree.map(
+    shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
+    wanted = {'state': shapes, 'progress': None}
     try:
-        loaded = checkpoints.orbax.load_checkpointables(
-            latest.step, {'state': abstract, 'progress': None}
-        )
+        loaded = checkpoints.orbax.load_checkpointables(latest.step, wanted)
     except Exception as e:  # orbax and tensorstore raise many types for damaged files
         reason = ' '.join(str(e).split())[:160]
         raise DataError(

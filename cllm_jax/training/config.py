@@ -1,35 +1,22 @@
 """The settings of a training run, and what follows from them before anything is loaded."""
 
 import dataclasses
-from collections.abc import Iterator
-from operator import attrgetter
 from typing import Literal
 
 import jax
 
-from cllm_jax.datasets.tokens import check_vocabulary
+from cllm_jax.data.tokenizer import check_vocabulary
+from cllm_jax.drafters.trained import HeadsConfig
 from cllm_jax.errors import ConfigError, at_least, check_seed
-from cllm_jax.models.config import LlamaConfig
-from cllm_jax.models.load import EMBEDDED_ROOT, named_or, peek
-from cllm_jax.parallel.mesh import MeshConfig
-from cllm_jax.training.batches import Noise
-from cllm_jax.training.heads import HeadsConfig
-from cllm_jax.training.run import HeldOut
-from cllm_jax.training.step import LossWeights, OptimizerConfig
+from cllm_jax.hf.load import peek
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runs.stages import EMBEDDED_ROOT, STAGES, model_of, tokenizer_of, trajectories_of
+from cllm_jax.runtime.mesh import MeshConfig
+from cllm_jax.training.held_out import HeldOut
+from cllm_jax.training.optimizer import OptimizerConfig
+from cllm_jax.training.packing import Noise
+from cllm_jax.training.step import LossWeights
 from cllm_jax.trajectories.clean import Cleaning
-
-OBJECTIVES = {
-    'target': 'ar',
-    'cllm': 'consistency',
-    'refine': 'consistency',
-    'draft': 'ar',
-    'medusa': 'medusa',
-    'medusa2': 'medusa',
-    'redrafter': 'redrafter',
-    'eagle': 'eagle',
-    'space': 'space',
-}
-"""What a stage trains if its recipe does not say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +65,8 @@ class TrainConfig:
     """Dataset (see the README) for ar; else a trajectory directory, default ROOT/trajectories
     (stage refine: ROOT/retrajectories). Drafters learn from its answers."""
     texts: str = ''
-    """A dataset whose answers are trained on beside the trajectories; for consistency with states
-    of right and random tokens. It keeps the quality up, and costs no collection."""
+    """A dataset whose answers are trained on too, for consistency with states of right and random
+    tokens. It keeps the quality up, and costs no collection."""
     examples: int | None = None
     """Rows of the dataset (of ar, or of texts) to use; all of a file if not given."""
     max_length: int = 512
@@ -144,135 +131,32 @@ def quick(settings: TrainConfig) -> TrainConfig:
     )
 
 
-def check_tokenizer(settings: TrainConfig) -> None:
-    """Raises ConfigError if a tokenizer is named for a model that has one."""
-    if settings.tokenizer and settings.model != 'new':
+def check_architecture(settings: TrainConfig) -> None:
+    """Raises ConfigError if noise.mask is not a token of the model, or samples do not fit it."""
+    config, mask = architecture(settings), settings.noise.mask
+    if mask >= config.vocab_size:
         raise ConfigError(
-            f'tokenizer {settings.tokenizer} with model {settings.model or "(default)"}, which has '
-            'its own: only a new model takes that of another; leave it out, or set model: new'
+            f'mask {mask}: outside the vocabulary 0..{config.vocab_size - 1}; name a token of it'
         )
-
-
-OF_STATES = ('loss.global_weight', 'loss.local_weight', 'loss.state_weight')
-OF_HEADS = ('noise', 'held_out.block', *OF_STATES)
-IGNORED = {
-    'ar': ('noise', 'cleaning', 'heads', *OF_STATES),
-    'consistency': ('heads',),
-    'space': (
-        'noise.fresh',
-        'noise.corruption',
-        'noise.mask',
-        'heads.joint',
-        'held_out.block',
-        *OF_STATES[:2],
-    ),
-    'medusa': OF_HEADS,
-    'redrafter': OF_HEADS,
-    'eagle': OF_HEADS,
-}
-"""Settings, and groups of them, that an objective does not read."""
-
-
-def _unread(settings: TrainConfig) -> Iterator[tuple[str, str]]:
-    """Settings that nothing would read, and why."""
-    objective = settings.objective
-    for name in IGNORED[objective]:
-        yield name, f'with objective {objective}, which ignores it'
-    if objective != 'ar' and not settings.texts:
-        yield 'examples', 'without texts, whose rows they would be'
-    if objective in ('medusa', 'redrafter', 'eagle') and not settings.heads.joint:
-        for name in ('loss.ar_weight', 'heads.joint_weight'):
-            yield name, 'without heads.joint: the model is not trained'
-    if settings.model != 'new':
-        yield 'new', f'with model {settings.model or "(default)"}, which is not new'
-
-
-def check_ignored(settings: TrainConfig) -> None:
-    """Raises ConfigError for a setting that says something and would do nothing."""
-    default = TrainConfig()
-    for name, why in _unread(settings):
-        said = attrgetter(name)
-        if said(settings) != said(default):
-            remedy = 'write model: new' if name == 'new' else 'leave it out'
-            raise ConfigError(f'{name} {why}; {remedy}')
-
-
-def check_length(settings: TrainConfig) -> None:
-    """Raises ConfigError if samples may be longer than the model has positions."""
-    positions = architecture(settings).max_positions
-    if settings.max_length > positions:
+    if settings.max_length > config.max_positions:
         raise ConfigError(
-            f'max_length {settings.max_length}: the model has {positions} positions; use at most '
-            'as many'
+            f'max_length {settings.max_length}: the model has {config.max_positions} positions; '
+            'use at most as many'
         )
-
-
-def check_losses(settings: TrainConfig) -> TrainConfig:
-    """The settings with the losses that the objective has.
-
-    Raises:
-      ConfigError: no loss at all, or what the objective or noise.pairs would ignore.
-    """
-    loss, noise = settings.loss, settings.noise
-    if settings.objective == 'ar' and not loss.ar_weight:
-        raise ConfigError('objective ar with loss.ar_weight 0: it has no other loss; set a weight')
-    if settings.objective == 'ar' and settings.texts:
-        raise ConfigError(
-            f'texts {settings.texts} with objective ar, which learns data alone; leave texts out'
-        )
-    if settings.objective == 'space' and noise.pairs:
-        raise ConfigError('noise.pairs with objective space: masks have no successor; leave it out')
-    if settings.objective != 'consistency':
-        state = (loss.state_weight or 1.0) if settings.objective == 'space' else 0.0
-        alone = dataclasses.replace(loss, global_weight=0.0, local_weight=0.0, state_weight=state)
-        return dataclasses.replace(settings, loss=alone)
-    if not (loss.global_weight or loss.local_weight):
-        raise ConfigError(
-            'objective consistency with loss.global_weight and loss.local_weight 0: '
-            'set one of them, or use objective ar'
-        )
-    if loss.local_weight and not noise.pairs:
-        raise ConfigError(
-            f'loss.local_weight {loss.local_weight} without noise.pairs: a state is taught by its '
-            'successor; add noise.pairs'
-        )
-    if settings.texts and noise.pairs:
-        raise ConfigError(
-            'texts with noise.pairs: states made by chance have no successor; leave one of them out'
-        )
-    if noise.pairs and (noise.fresh or noise.corruption or noise.mask >= 0):
-        raise ConfigError(
-            'noise.fresh, noise.corruption or noise.mask with noise.pairs: a state that is changed '
-            'has no successor; leave them out, or noise.pairs'
-        )
-    return settings
-
-
-def check_mask(settings: TrainConfig) -> None:
-    """Raises ConfigError if noise.mask is no token of the model."""
-    mask = settings.noise.mask
-    if mask >= 0 and mask >= (size := architecture(settings).vocab_size):
-        raise ConfigError(f'mask {mask}: outside the vocabulary 0..{size - 1}; name a token of it')
 
 
 def with_names(settings: TrainConfig, stage: str) -> TrainConfig:
     """The settings with the model and the trajectories that a stage takes if none are named."""
+    root, model, tokenizer = settings.root, settings.model, settings.tokenizer
     if settings.objective == 'ar':
-        tokenizer = settings.tokenizer
-        if stage == 'draft' and settings.model == 'new':
-            tokenizer = named_or(tokenizer, f'{settings.root}/target', 'embedded-target')
-        model = settings.model or 'embedded-target'
+        if model == 'new':
+            tokenizer = tokenizer_of(stage, root, tokenizer)
+        model = model_of('target', root, model)
         return dataclasses.replace(settings, model=model, tokenizer=tokenizer)
-    run, shipped, collected = (
-        ('cllm', 'embedded', 'retrajectories')
-        if stage == 'refine'
-        else ('target', 'embedded-target', 'trajectories')
-    )
-    return dataclasses.replace(
-        settings,
-        model=named_or(settings.model, f'{settings.root}/{run}', shipped),
-        data=settings.data or f'{settings.root}/{collected}',
-    )
+    if not STAGES[stage].trajectories:  # target or draft, with an objective of another stage
+        stage = 'cllm'
+    data = trajectories_of(stage, root, settings.data)
+    return dataclasses.replace(settings, model=model_of(stage, root, model), data=data)
 
 
 def architecture(settings: TrainConfig) -> LlamaConfig:
@@ -284,14 +168,4 @@ def architecture(settings: TrainConfig) -> LlamaConfig:
         check_vocabulary(new.vocab_size)
     if new.dim % new.heads:
         raise ConfigError(f'dim {new.dim}: must be a multiple of the {new.heads} heads')
-    return LlamaConfig(
-        vocab_size=new.vocab_size,
-        dim=new.dim,
-        layers=new.layers,
-        heads=new.heads,
-        kv_heads=new.kv_heads,
-        head_dim=new.dim // new.heads,
-        mlp_dim=new.mlp_dim,
-        tied=True,
-        max_positions=new.max_positions,
-    )
+    return LlamaConfig(**dataclasses.asdict(new), head_dim=new.dim // new.heads, tied=True)

@@ -6,15 +6,15 @@ the whole batch, so accumulating over micro-batches changes nothing.
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def cross_entropy(
     logits_BTV: jax.Array, labels_BT: jax.Array, weight_BT: jax.Array, total: jax.Array
 ) -> jax.Array:
     """Autoregressive loss (Eq. 6): mean negative log-likelihood in nats, float32 scalar."""
-    logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-    logp_BT = jnp.take_along_axis(logp_BTV, labels_BT[:, :, None], axis=-1)[..., 0]
-    return -(logp_BT * weight_BT).sum() / jnp.maximum(total, 1e-9)
+    loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, labels_BT)
+    return (loss_BT * weight_BT).sum() / jnp.maximum(total, 1e-9)
 
 
 def divergence(
@@ -26,5 +26,5 @@ def divergence(
     """
     teacher_BTV = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_BTV), axis=-1)
     student_BTV = jax.nn.log_softmax(student_BTV, axis=-1)
-    kl_BT = (jnp.exp(teacher_BTV) * (teacher_BTV - student_BTV)).sum(-1)
+    kl_BT = optax.losses.kl_divergence_with_log_targets(student_BTV, teacher_BTV)
     return (kl_BT * weight_BT).sum() / jnp.maximum(total, 1e-9)

@@ -1,8 +1,7 @@
 """What is left out of a collection before training, and what is added; every row is counted.
 
 Consistency training on repetitive or cut answers collapses (users of the original implementation
-report it, and its authors' advice is to clean); the passes here are functions of the records and a
-seed.
+report it, and its authors advise to clean). What is done depends on the records and a seed alone.
 """
 
 import dataclasses
@@ -11,9 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import at_least, shares
-from cllm_jax.evaluation.quality import is_repetitive
-from cllm_jax.trajectories.store import Record
+from cllm_jax.tasks.quality import is_repetitive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Cleaning:
         shares(self, 'augment')
 
 
-def clean(records: Iterable[Record], rules: Cleaning) -> tuple[list[Record], Counter]:
+def clean(records: Iterable[Trajectory], rules: Cleaning) -> tuple[list[Trajectory], Counter]:
     """The records worth training on, augmented, and the number of records by fate."""
     kept, counts = [], Counter()
     for record in records:
@@ -54,7 +53,7 @@ def clean(records: Iterable[Record], rules: Cleaning) -> tuple[list[Record], Cou
     return kept, counts
 
 
-def augment(record: Record, rules: Cleaning, counts: Counter) -> Record:
+def augment(record: Trajectory, rules: Cleaning, counts: Counter) -> Trajectory:
     """Add states like those between two iterations: half of the wrong guesses set right.
 
     The first wrong guess of a state stays wrong, so that a correct token can follow a wrong one

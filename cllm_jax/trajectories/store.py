@@ -5,9 +5,9 @@
     trajectories-train.array_record-00000-of-00008    records, complete or absent
     dataset_info.json, features.json                  written last, for tfds.builder_from_directory
 
-A shard is written under a temporary name and renamed when it is on disk, then its entry is written;
-whatever moment a process is killed at, the next one sees whole shards only. No two processes write
-the same file: each has its own shards, and the first one writes the rest.
+A shard is written under a temporary name and renamed when it is on disk, then its entry is written:
+whenever a process is killed, the next one sees whole shards only. No two processes write the same
+file: each has its own shards, and the first one writes the rest.
 """
 
 import dataclasses
@@ -15,41 +15,49 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.parallel.distributed import barrier, is_main
-from cllm_jax.rundir import write_atomic
-from cllm_jax.sums import sha256
+from cllm_jax.decoding.result import Trajectory
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.errors import ConfigError, DataError, at_least, check_seed
+from cllm_jax.runs.atomic import write_atomic
+from cllm_jax.runs.checksums import sha256
+from cllm_jax.runtime.processes import barrier, is_main
 
 NAME = 'trajectories'
 MANIFEST = 'manifest.json'
-UNKNOWN = -1
 ENTRY = {'file': str, 'records': int, 'bytes': int, 'sha256': str, 'counts': dict}
 """What the manifest says of a shard."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """How the target model answered one prompt.
+class Collection:
+    """What is collected, and in which portions: part of what a manifest identifies."""
 
-    `answer` is the fixed point, the stop token included if it was reached (`finished`). Row s of
-    `states` (int32 `[S, n]`) is a state of the Jacobi iteration and holds guesses for the answer
-    offsets `start[s] .. start[s] + n`; its first slots are already right. In block mode the states
-    of a block begin with its random start and end with its fixed point. `right` says whether the
-    answer is correct (1, 0, or -1 where the task cannot tell).
-    """
+    block: int = 16
+    """Tokens per state (n)."""
+    mode: Literal['block', 'sliding'] = 'block'
+    """States of the paper's block schedule, or of the sliding window that decodes fastest."""
+    max_tokens: int = 128
+    """Longest answer; one that does not end by then is counted as truncated."""
+    seed: int = 1
+    """Of generated prompts and of the random initial guesses."""
+    batch: int = 16
+    """Prompts decoded together; a small model on a CPU has one such batch per core."""
+    shard: int = 512
+    """Prompts per file; what an interruption can cost."""
 
-    id: str
-    prompt: np.ndarray
-    answer: np.ndarray
-    states: np.ndarray
-    start: np.ndarray
-    finished: bool
-    right: int
-    forwards: int
+    def __post_init__(self):
+        at_least(self, max_tokens=1, batch=1, shard=1)
+        check_seed(self)
+        Jacobi(self.block)  # checks it
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two collections of the same prompts differ."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(Collection)}
 
 
 def features(block: int) -> Any:
@@ -57,22 +65,12 @@ def features(block: int) -> Any:
     import tensorflow_datasets as tfds  # slow to import
 
     f = tfds.features
+    shapes = {'prompt': (None,), 'answer': (None,), 'states': (None, block), 'start': (None,)}
     return f.FeaturesDict(
-        {
-            'id': f.Text(),
-            'prompt': f.Tensor(shape=(None,), dtype=np.int32),
-            'answer': f.Tensor(shape=(None,), dtype=np.int32),
-            'states': f.Tensor(shape=(None, block), dtype=np.int32),
-            'start': f.Tensor(shape=(None,), dtype=np.int32),
-            'finished': f.Scalar(np.int32),
-            'right': f.Scalar(np.int32),
-            'forwards': f.Scalar(np.int32),
-        }
+        {'id': f.Text()}
+        | {name: f.Tensor(shape=shape, dtype=np.int32) for name, shape in shapes.items()}
+        | {name: f.Scalar(np.int32) for name in ('finished', 'right', 'forwards')}
     )
-
-
-def shard_name(index: int, count: int) -> str:
-    return f'{NAME}-train.array_record-{index:05}-of-{count:05}'
 
 
 def entry_path(directory: Path, index: int) -> Path:
@@ -85,25 +83,20 @@ def open_manifest(
 ) -> dict[str, Any]:
     """The manifest of a collection, new or begun before; finished shards of `mine` are verified.
 
-    A shard whose bytes are not those of the manifest is set aside (`.damaged`) and forgotten, so
-    that it alone is collected again.
-
-    Raises:
-      ConfigError: the directory holds trajectories of another model, dataset or setting.
+    A shard whose bytes are not those of the manifest is set aside (`.damaged`), and it alone is
+    collected again. Raises ConfigError for trajectories of another model, dataset or setting.
     """
     if is_main() and not (directory / MANIFEST).exists():
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / MANIFEST, {'identity': identity, 'shards': [None] * shards})
     barrier('manifest')
     manifest = read_manifest(directory)
-    begun = manifest['identity']
-    changed = [k for k in identity | begun if identity.get(k) != begun.get(k)]
-    if changed or len(manifest['shards']) != shards:
-        key = changed[0] if changed else 'shards'
-        raise ConfigError(
-            f'{directory}: collected with {key} = {begun.get(key, len(manifest["shards"]))!r}, now '
-            f'{identity.get(key, shards)!r}; use the old settings or another directory'
-        )
+    begun = manifest['identity'] | {'shards': len(manifest['shards'])}
+    wanted = identity | {'shards': shards}
+    if changed := [k for k in wanted | begun if wanted.get(k) != begun.get(k)]:
+        old, new = (settings.get(changed[0]) for settings in (begun, wanted))
+        what = f'{directory}: collected with {changed[0]} = {old!r}, now {new!r}'
+        raise ConfigError(f'{what}; use the old settings or another directory')
     for i in mine:
         entry = manifest['shards'][i]
         if entry and not _intact(directory, entry):
@@ -151,22 +144,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def write_shard(
-    directory: Path, manifest: dict[str, Any], index: int, records: Sequence[Record], counts: dict
+    directory: Path, manifest: dict, index: int, records: Sequence[Trajectory], counts: dict
 ) -> None:
     """Add one shard and its entry. The same records give the same bytes."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
     schema = features(manifest['identity']['block'])
-    name = shard_name(index, len(manifest['shards']))
+    name = f'{NAME}-train.array_record-{index:05}-of-{len(manifest["shards"]):05}'
     temp = directory / f'.{name}.tmp'
     writer = ArrayRecordWriter(str(temp), 'group_size:1')
     for record in records:
         row = dataclasses.asdict(record) | {'finished': int(record.finished)}
         data = schema.serialize_example(schema.encode_example(row))
         row = tf_example_pb2.Example.FromString(data)
-        # Protocol buffers order a map as the process pleases; the same record must be the same
-        # bytes in all of them.
+        # Else every process orders the map of a protocol buffer as it pleases.
         writer.write(row.SerializeToString(deterministic=True))
     writer.close()
     with open(temp, 'rb') as f:
@@ -182,7 +174,7 @@ def finish(directory: Path) -> None:
     import tensorflow_datasets as tfds
 
     manifest = read_manifest(directory)
-    shards = manifest['shards']
+    shards, schema = manifest['shards'], features(manifest['identity']['block'])
     _write(directory / MANIFEST, manifest)
     for i in range(len(shards)):
         entry_path(directory, i).unlink(missing_ok=True)
@@ -197,38 +189,33 @@ def finish(directory: Path) -> None:
     )
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
-        features=features(manifest['identity']['block']),
+        features=schema,
         split_infos=[split],
         filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
         check_data=False,  # the check needs TensorFlow
     )
 
 
-def read_records(directory: Path) -> list[Record]:
+def read_records(directory: Path) -> list[Trajectory]:
     """Every record of a finished collection, in order; each shard is verified before use.
 
-    Raises:
-      DataError: no manifest, an unfinished collection, or a damaged shard.
+    Raises DataError for no manifest, an unfinished collection, or a damaged shard.
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
     manifest, records = read_manifest(directory), []
-    schema = features(manifest['identity']['block'])
-    missing = sum(entry is None for entry in manifest['shards'])
-    if missing:
-        raise DataError(
-            f'{directory}: {missing} of {len(manifest["shards"])} shards are not collected yet; '
-            'run collect again to finish'
-        )
-    for entry in manifest['shards']:
+    schema, shards = features(manifest['identity']['block']), manifest['shards']
+    if missing := shards.count(None):
+        state = f'{missing} of {len(shards)} shards are not collected yet'
+        raise DataError(f'{directory}: {state}; run collect again to finish')
+    for entry in shards:
         path = directory / entry['file']
         if not path.exists() or sha256(path) != entry['sha256']:
             raise DataError(f'{path}: missing or damaged; run collect again, it redoes this shard')
         reader = ArrayRecordReader(str(path))
         for data in reader.read_all():
             row = schema.deserialize_example_np(data)
-            row['id'] = row['id'].decode()
-            row |= {k: int(row[k]) for k in ('right', 'forwards')}
-            records.append(Record(**row | {'finished': bool(row['finished'])}))
+            row |= {k: int(row[k]) for k in ('right', 'forwards')} | {'id': row['id'].decode()}
+            records.append(Trajectory(**row | {'finished': bool(row['finished'])}))
         reader.close()
     return records

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (safetensors reads bfloat16 with it)
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -33,31 +32,28 @@ from safetensors.numpy import load_file, save_file
 # From here to END OF ADAPTER is everything that touches the API of the package. Settings come as
 # plain dictionaries with the names of the commands' options, arrays as NumPy's.
 import cllm_jax
-from cllm_jax.datasets.sources import open_source
-from cllm_jax.decoding.draft import Loaded
-from cllm_jax.decoding.generate import decode_all
+from cllm_jax.data.sources import open_source
+from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.result import Trajectory
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.checkpoint import read_drafter
 from cllm_jax.drafters.draft_model import draft_model
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
-from cllm_jax.drafters.saved import read_drafter
-from cllm_jax.models.load import load
-from cllm_jax.training.batches import Noise, Sample, make_batch
-from cllm_jax.training.heads import HeadsConfig, of_heads
-from cllm_jax.training.objective import of_text
-from cllm_jax.training.step import (
-    LossWeights,
-    OptimizerConfig,
-    make_optimizer,
-    make_step,
-    new_state,
-)
-from cllm_jax.trajectories.collect import CollectPlan, collect, collect_records
-from cllm_jax.trajectories.store import read_manifest
+from cllm_jax.drafters.trained import HeadsConfig
+from cllm_jax.hf.load import load
+from cllm_jax.training.config import TrainConfig
+from cllm_jax.training.held_out import HeldOut
+from cllm_jax.training.objective import objective_of
+from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from cllm_jax.training.packing import Noise, make_batch
+from cllm_jax.training.step import LossWeights, make_step, new_state
+from cllm_jax.trajectories.collector import collect, collect_rows
+from cllm_jax.trajectories.store import Collection, read_manifest
 
 SHIPPED = Path(cllm_jax.__file__).parent / 'embedded'
 """Where the directories `target`, `medusa`, `redrafter` and `eagle` are."""
@@ -69,14 +65,14 @@ def load_model(name: str) -> Any:
 
 
 def untrained_drafter(name: str, model: Any, how: dict, references: list[str]) -> Any:
-    """A drafter without weights; `how` has the temperature at which it will decode."""
+    """A drafter without weights."""
     makers = {
         'ar': AutoRegressive,
         'jacobi': lambda: Jacobi(16),
         'jacobi-block': lambda: Jacobi(16, 'block'),
         'jacobi-recycle': lambda: Jacobi(16, recycle=2),
         'jacobi-lookup': lambda: Jacobi(16, lookup=True),
-        'jacobi-tree': lambda: JacobiTree(16, sampling=Sampling(**how)),
+        'jacobi-tree': lambda: JacobiTree(16),
         'lookup': PromptLookup,
         'lookup-references': lambda: with_references(model, references),
         'lookahead': Lookahead,
@@ -87,35 +83,32 @@ def untrained_drafter(name: str, model: Any, how: dict, references: list[str]) -
 
 def trained_drafter(directory: Path, model: Any, how: dict) -> Any:
     """The drafter of a directory with drafter.json and drafter.safetensors."""
-    return read_drafter(directory, model, Sampling(**how))
+    return read_drafter(directory, model)
 
 
 def small_model_drafter(directory: str, model: Any, how: dict) -> Any:
     """The model of another directory as the draft model, 5 tokens per forward."""
-    return draft_model(model, load_model(directory), 5, Sampling(**how))
+    return draft_model(model, load_model(directory), 5)
 
 
 def decode(model: Any, drafter: Any, prompts: list[str], how: dict) -> tuple[list, list, list]:
     """Tokens, forwards and accepted counts of each prompt; 16 prompts at a time, seed 0."""
-    weights = ()
-    if isinstance(drafter, Loaded):
-        drafter, weights = drafter.drafter, drafter.weights
     request = Request(drafter, MAX_TOKENS, Sampling(**how), seed=0, batch=16)
-    result = decode_all(model, request, prompts, weights)
+    result = decode_all(model, request, prompts)
     return result.tokens, result.forwards, result.accepted
 
 
 def collected(model: Any, source: Any, mode: str, directory: Path) -> tuple[list, dict, list]:
     """The records of all rows, with the fields `FIELDS`; the counts, and the files' sums."""
-    plan = CollectPlan(16, mode, MAX_TOKENS, seed=1, batch=16, shard=32)
-    records, left_out = collect_records(model, source, plan, range(len(source)))
-    counts = collect(directory, model, source, plan, {'block': 16, 'mode': mode})
+    settings = Collection(16, mode, MAX_TOKENS, seed=1, batch=16, shard=32)
+    records, left_out = collect_rows(model, source, settings, range(len(source)))
+    counts = collect(directory, model, source, settings, {'block': 16, 'mode': mode})
     sums = [shard['sha256'] for shard in read_manifest(directory)['shards']]
     return records, {'left out': left_out, 'collected': dict(counts)}, sums
 
 
 def sample_of(prompt: np.ndarray, answer: np.ndarray, states: np.ndarray, start: np.ndarray) -> Any:
-    return Sample(prompt, answer, states, start)
+    return Trajectory(states, start, prompt, answer)
 
 
 def batch_of(samples: list, step: int, noise: dict | None) -> dict[str, Any]:
@@ -129,24 +122,23 @@ def train_metrics(
     heads: dict,
 ) -> tuple[list[dict[str, float]], list | None]:  # fmt: skip
     """The metrics of every step, and the tree that Medusa has after them."""
-    weights, rule = LossWeights(**loss), OptimizerConfig(**optimizer)
-    if kind in ('ar', 'consistency'):
-        objective = of_text(model, weights, 16, jnp.float32)
-    else:
-        calibration = make_batch(samples, len(samples), 0, 0, None)
-        sizes = HeadsConfig(**heads)
-        objective = of_heads(kind, sizes, model, weights, calibration, 0, jnp.float32)
+    rule = OptimizerConfig(**optimizer)
+    settings = TrainConfig(
+        objective=kind, seed=0, batch=BATCH, steps=STEPS, loss=LossWeights(**loss),
+        optimizer=rule, heads=HeadsConfig(**heads), held_out=HeldOut(block=16),
+    )  # fmt: skip
+    learner = objective_of(settings).learner(settings, model, samples)
     transformation = make_optimizer(rule, STEPS)
-    step = make_step(objective.loss, transformation, rule.accumulate)
-    state, found = new_state(transformation, objective.params), []
+    step = make_step(learner.loss, transformation, rule.accumulate)
+    state, found = new_state(transformation, learner.params), []
     states = None if noise is None else Noise(**noise)
     for i in range(STEPS):
         batch = make_batch(samples, BATCH, 0, i, states)
-        state, metrics = step(state, batch, objective.frozen)
+        state, metrics = step(state, batch, learner.frozen)
         found.append({name: float(value) for name, value in metrics.items()})
     if kind != 'medusa':
         return found, None
-    return found, [list(path) for path in objective.trained(state.params).drafter.choices]
+    return found, [list(path) for path in learner.trained(state.params).drafter.choices]
 
 
 # --------------------------------------------------------------------------------- END OF ADAPTER

@@ -14,14 +14,13 @@ import jax
 import pytest
 
 from cllm_jax.errors import CllmError
-from cllm_jax.models.load import load
-from cllm_jax.sums import SUMS
+from cllm_jax.hf.load import load
+from cllm_jax.runs.checksums import SUMS
 from cllm_jax.training.checkpoint import open_checkpoints
-from cllm_jax.training.run import train
-from cllm_jax.trajectories.collect import collect
+from cllm_jax.training.trainer import train
 from cllm_jax.trajectories.store import read_records
-from tests.test_training import tiny_run
-from tests.test_trajectories import MODEL, PLAN, identity, source
+from tests.tiny_training import tiny_run
+from tests.trajectories.examples import collect_into
 
 FLIPS = 100
 CUTS = 40
@@ -33,10 +32,9 @@ pytestmark = pytest.mark.faults
 def whole(tmp_path_factory) -> Path:
     """A collection and a finished training run with its checkpoints and model."""
     root = tmp_path_factory.mktemp('whole')
-    collect(root / 'trajectories', MODEL, source(), PLAN, identity())
-    model, data, held_out, plan = tiny_run()
+    collect_into(root / 'trajectories')
     with jax.numpy_dtype_promotion('standard'):
-        train(root / 'run', model, data, held_out, plan)
+        train(root / 'run', *tiny_run())
     return root
 
 

@@ -19,12 +19,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm_jax.datasets.sources import FORMATS, open_source
+from cllm_jax.data.sources import FORMATS, open_source
 from cllm_jax.errors import CllmError
-from cllm_jax.models.config import read_config
-from cllm_jax.models.hf import read_model
-from cllm_jax.models.load import read_tokenizer
-from cllm_jax.recipe import from_mapping, read_recipe
+from cllm_jax.hf.config import read_config
+from cllm_jax.hf.load import read_tokenizer
+from cllm_jax.hf.weights import read_model
+from cllm_jax.runs.recipe import from_mapping, read_recipe
 from cllm_jax.training.config import TrainConfig
 from tests.tiny_model import tiny_tokenizer, write_sharded, write_single
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cllm_jax.models.load import fingerprint, load
+from cllm_jax.hf.load import fingerprint, load
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get('CLLM_KILLS', '20'))

@@ -1,0 +1,131 @@
+"""What a forward costs on this machine: c(N), prefill, compilation, and the bandwidth limit.
+
+Jacobi pays for `n` tokens per forward and keeps a few of them, so that its speed-up is about
+tokens/forward over c(n), the time of a forward with n tokens over that with one. All of it is
+measured in the decoding loop itself, with the same compiled functions.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from cllm_jax.decoding.drafter import Draft, Drafter, setting
+from cllm_jax.decoding.engine import run_until, start
+from cllm_jax.decoding.request import Request, row_keys
+from cllm_jax.hf.load import Model
+
+ITERATIONS = 96
+"""Forwards per measurement. To start the loop and to wait for it takes as long as several forwards
+of a small model with one token, and is not part of their time."""
+
+
+@struct.dataclass
+class NeverRight(Drafter):
+    """`size` tokens are verified in every forward, and one is kept."""
+
+    size: int = setting()
+
+    @property
+    def nodes(self) -> int:
+        return self.size
+
+    def draft(self, state, sequences, sampling):
+        tokens_BN = jnp.broadcast_to(sequences.window(1), (len(sequences.length_B), self.nodes))
+        return Draft(tokens_BN, jnp.zeros_like(tokens_BN, bool)), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Medians in seconds; `forward` is one iteration of the decoding loop."""
+
+    forward: float
+    prefill: float
+    compilation: float
+
+
+def endless(model: Model) -> Model:
+    """The same model without end tokens, so that every row runs to its limit."""
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, eos_ids=()))
+
+
+def costs(
+    model: Model,
+    nodes: Sequence[int],
+    batch: int = 1,
+    prompt: int = 64,
+    repeats: int = 7,
+    progress: Callable[[int], None] = lambda measured: None,
+) -> dict[int, Cost]:
+    """The cost of a forward for each number of tokens, measured in turn.
+
+    Args:
+      model: any model; its end tokens are ignored.
+      nodes: how many tokens a forward verifies.
+      batch: rows decoded together.
+      prompt: length of the random prompts.
+      repeats: times each is measured, after one run that compiles.
+    """
+    model = endless(model)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    requests = {n: Request(NeverRight(n), ITERATIONS + 1, batch=batch) for n in nodes}
+    seconds: dict[int, list[tuple[float, float]]] = {n: [] for n in nodes}
+    for _ in range(repeats + 1):
+        for n, request in requests.items():
+            seconds[n].append(_once(model, request, prompts))
+            progress(1)
+    found = {}
+    for n, ((first_prefill, first_loop), *rest) in seconds.items():
+        prefill, loop = (statistics.median(column) for column in zip(*rest, strict=True))
+        found[n] = Cost(loop / ITERATIONS, prefill, first_prefill + first_loop - prefill - loop)
+    return found
+
+
+def _once(model: Model, request: Request, prompts: list[list[int]]) -> tuple[float, float]:
+    keys = row_keys(0, range(len(prompts)))
+    begin = time.perf_counter()
+    state = jax.block_until_ready(start(model, request, prompts, keys))
+    middle = time.perf_counter()
+    state = jax.block_until_ready(run_until(model, request, state, ITERATIONS + 1))
+    end = time.perf_counter()
+    assert int(state.iteration) == ITERATIONS + 1
+    return middle - begin, end - middle
+
+
+def weight_bytes(params: Any) -> int:
+    """Bytes of all arrays of a tree, or of those that its shapes stand for."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
+def bandwidth(size: int, repeats: int = 7) -> float:
+    """Bytes per second at which this device reads a matrix of `size` bytes over and over.
+
+    The fastest of `repeats` runs: a limit. It is multiplied with a vector, as the weights are: on a
+    CPU, sums and maxima of that size are slower than such products. Each pass depends on the one
+    before, so that none is left out.
+    """
+    width = 1024
+    matrix = jnp.ones((max(size // (4 * width), 1), width), jnp.float32)
+    passes = max(1, min(200, (1 << 30) // max(size, 1)))
+
+    @jax.jit
+    def read(matrix):
+        def once(_, vector):
+            return vector * (jnp.max(matrix @ vector) / width)
+
+        return jax.lax.fori_loop(0, passes, once, jnp.ones(width))
+
+    jax.block_until_ready(read(matrix))
+    best = float('inf')
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(read(matrix))
+        best = min(best, time.perf_counter() - begin)
+    return matrix.nbytes * passes / best

@@ -1,0 +1,45 @@
+"""What every comparison of a CLLM with its target is asked, and what it depends on besides."""
+
+import dataclasses
+import platform
+from importlib.metadata import version
+from typing import Any, Self
+
+import jax
+
+from cllm_jax.hf.load import Precision, chosen
+from cllm_jax.runs.stages import EMBEDDED_ROOT, pair_of
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonConfig:
+    """Which models are compared, on which answers."""
+
+    root: str = EMBEDDED_ROOT
+    """Directory of the recipe's runs, runs/NAME of its file."""
+    model: str = ''
+    """The CLLM; default ROOT/export/cllm, or embedded if runs/embedded has no exports."""
+    target: str = ''
+    """The target; default ROOT/export/target, or embedded-target likewise."""
+    seed: int = 0
+    """Which held-out prompts are drawn."""
+    max_tokens: int = 128
+    """Longest answer."""
+    dtype: Precision = 'auto'
+    """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
+    quick: bool = False
+    """A tiny version, to see that it works."""
+
+    def with_models(self) -> Self:
+        """The same settings with the names of both models, as given or of the exports in `root`."""
+        model, target = pair_of(self.root, self.model, self.target)
+        return dataclasses.replace(self, model=model, target=target)
+
+    def environment(self, *packages: str) -> dict[str, Any]:
+        """The devices, the precision and the versions of these and our own packages."""
+        devices, packages = jax.devices(), ('cllm_jax', 'jax', 'jaxlib', 'flax', *packages)
+        return {
+            'device': f'{len(devices)} x {devices[0].device_kind} ({platform.machine()})',
+            'dtype': chosen(self.dtype),
+            'versions': {name: version(name) for name in packages},
+        }

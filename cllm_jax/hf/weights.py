@@ -1,0 +1,186 @@
+"""The weights of a Hugging Face model directory, without torch.
+
+Hugging Face keeps matrices as (outputs, inputs): reading transposes the parts that are wanted, and
+writing (`write.py`) is the inverse, bit for bit.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding
+
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.hf.config import read_config
+from cllm_jax.hf.files import Stored, listed, open_tensors, read_headers
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.model.llama import Llama, init_params, param_axes
+from cllm_jax.runs.checksums import check_sums
+from cllm_jax.runtime.sharding import param_shardings
+
+DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
+STORED = ('F64', 'F32', 'F16', 'BF16')
+"""Number formats (as safetensors spells them) that hold plain weights."""
+BLOCK_NAMES = {
+    'attn_norm': 'input_layernorm.weight',
+    'mlp_norm': 'post_attention_layernorm.weight',
+    **{name: f'self_attn.{name}_proj.weight' for name in ('q', 'k', 'v', 'o')},
+    **{f'{name}_bias': f'self_attn.{name}_proj.bias' for name in ('q', 'k', 'v')},
+    **{f'{name}_norm': f'self_attn.{name}_norm.weight' for name in ('q', 'k')},
+    **{name: f'mlp.{name}_proj.weight' for name in ('gate', 'up', 'down')},
+}
+EMBED, HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
+TOP_NAMES = {'embed': EMBED, 'norm': 'model.norm.weight', 'head': HEAD}
+HEAD_AXES = {'q': 1, 'k': 1, 'v': 1, 'o': 0, 'q_bias': 0, 'k_bias': 0, 'v_bias': 0}
+"""Where a parameter has its axis of heads, which Hugging Face merges with the next axis."""
+
+
+@functools.lru_cache(maxsize=16)
+def abstract_params(config: LlamaConfig, dtype: jnp.dtype = jnp.float32) -> Any:
+    """Shapes and dtypes of the parameters, computing none; the tree is shared, do not change it."""
+    return jax.eval_shape(lambda: init_params(Llama(config, dtype), jax.random.key(0)))
+
+
+def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint of this architecture, by Hugging Face name."""
+    tensors = named(abstract_params(config))
+    return {hf_name: _merged(name, leaf.shape) for hf_name, (name, leaf) in tensors.items()}
+
+
+def named(params: Any) -> dict[str, tuple[str, Any]]:
+    """Hugging Face's name of every parameter -> (its own, the parameter), in the tree's order."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        *layer, name = (key.key for key in path)
+        hf_name = TOP_NAMES.get(name)
+        if layer:
+            hf_name = f'model.layers.{layer[0].removeprefix("layers_")}.{BLOCK_NAMES[name]}'
+        found[hf_name] = name, leaf
+    return found
+
+
+def hf_tensor(name: str, leaf: Any) -> np.ndarray:
+    """A parameter as Hugging Face stores it, in memory that is in one piece."""
+    array = np.asarray(leaf)
+    if name not in TOP_NAMES:
+        array = array.reshape(_merged(name, array.shape)[::-1]).T
+    return np.ascontiguousarray(array)  # safetensors writes the memory whatever the strides
+
+
+def _merged(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """From a size per axis of a parameter to the sizes of Hugging Face's tensor."""
+    if name in TOP_NAMES:
+        return tuple(sizes)
+    if (at := HEAD_AXES.get(name)) is not None:
+        sizes = (*sizes[:at], sizes[at] * sizes[at + 1], *sizes[at + 2 :])
+    return tuple(reversed(sizes))
+
+
+def cast(name: str, tensor: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
+    """`astype`; ConfigError if a finite weight is beyond the range of `dtype`, float16's alone."""
+    with np.errstate(over='ignore'):
+        out = tensor.astype(dtype)
+    if dtype == jnp.float16 and not np.array_equal(np.isfinite(tensor), np.isfinite(out)):
+        raise ConfigError(f'{name}: a weight exceeds 65504, the range of float16; use bfloat16')
+    return out
+
+
+def read_model(
+    directory: Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
+) -> tuple[LlamaConfig, Any]:
+    """Read a model directory: its config and its parameters, cast to `dtype`.
+
+    Names, shapes and formats are checked before any weight is read or memory taken. In addition to
+    the result, one tensor is in memory at a time.
+
+    Args:
+      directory: holds config.json and safetensors.
+      dtype: of the parameters.
+      mesh: devices that share the weights; each process reads only what its own devices hold. None
+        leaves the choice to JAX.
+
+    Raises:
+      DataError: a missing or damaged file; pickled weights; missing, extra or ill-shaped tensors.
+      ConfigError: an architecture that is not supported.
+    """
+    config = read_config(directory)
+    found = read_headers(directory)
+    _check(directory, config, found)
+    if config.tied and HEAD in found:
+        _check_tied(directory, found)
+    check_sums(directory)
+    abstract, places = abstract_params(config, dtype), {}
+    wanted = named(abstract)
+    if mesh is not None:
+        shardings = jax.tree.leaves(param_shardings(param_axes(config), abstract, mesh))
+        places = dict(zip(wanted, shardings, strict=True))
+    arrays = {}
+    for path in dict.fromkeys(stored.file for stored in found.values()):
+        with open_tensors(path) as f:
+            for hf_name in sorted(wanted.keys() & f.keys()):
+                arrays[hf_name] = _read(f, hf_name, *wanted[hf_name], places.get(hf_name))
+    return config, jax.tree.unflatten(jax.tree.structure(abstract), [arrays[n] for n in wanted])
+
+
+def _check(directory: Path, config: LlamaConfig, found: dict[str, Stored]) -> None:
+    """Refuse anything but exactly the tensors, shapes and formats of this architecture."""
+    shapes = tensor_shapes(config)
+    allowed = shapes | ({HEAD: shapes[EMBED]} if config.tied else {})
+    if missing := sorted(shapes.keys() - found.keys()):
+        remedy = 'fetch the whole model again'
+        if missing == [HEAD]:
+            remedy = 'set tie_word_embeddings to true in config.json if the head is the embedding'
+        raise DataError(f'{directory}: missing tensors: {listed(missing)}; {remedy}')
+    remedy = 'use the config.json that belongs to these weights'
+    if extra := sorted(found.keys() - allowed.keys()):
+        foreign = f'tensors that a {config.family} model of this config.json has not'
+        raise DataError(f'{directory}: {foreign}: {listed(extra)}; {remedy}')
+    wrong = sorted(name for name, tensor in found.items() if tensor.shape != allowed[name])
+    if differ := [f'{name} is {found[name].shape} and not {allowed[name]}' for name in wrong]:
+        raise DataError(f'{directory}: {listed(differ)}; {remedy}')
+    if formats := sorted(n for n, tensor in found.items() if tensor.dtype not in STORED):
+        raise DataError(
+            f'{directory}: {found[formats[0]].dtype} tensors: {listed(formats)}; '
+            f'weights must be {", ".join(STORED)}, export the model unquantised'
+        )
+
+
+def _read(file: Any, hf_name: str, name: str, leaf: Any, sharding: Sharding | None) -> jax.Array:
+    """One parameter, read part by part as its devices need it."""
+    stored, parts = file.get_slice(hf_name), {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        spans = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+        if spans not in parts:
+            tensor = cast(hf_name, stored[_hf_index(name, spans, leaf.shape)], leaf.dtype)
+            shape = [stop - start for start, stop in spans]
+            parts[spans] = tensor if name in TOP_NAMES else tensor.T.reshape(shape)
+        return parts[spans]
+
+    if sharding is None:
+        return jnp.asarray(part((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+def _hf_index(name: str, spans: Sequence[tuple[int, int]], shape: Sequence[int]) -> tuple:
+    """Where Hugging Face's tensor has the given part of a parameter; heads are never cut."""
+    starts, stops = ([span[end] for span in spans] for end in (0, 1))
+    if name in HEAD_AXES:  # a start at head n is at number n * width of the merged axis
+        width = HEAD_AXES[name] + 1
+        starts[width] = shape[width]
+    return tuple(map(slice, _merged(name, starts), _merged(name, stops)))
+
+
+def _check_tied(directory: Path, found: dict[str, Stored]) -> None:
+    """Refuse a stored head that differs from the embedding to which it is tied."""
+    tensors = []
+    for name in (HEAD, EMBED):
+        with open_tensors(found[name].file) as f:
+            tensors.append(f.get_tensor(name))
+    if not np.array_equal(*tensors, equal_nan=True):
+        fault = f'{HEAD} differs from the embedding although config.json ties them'
+        raise DataError(f'{directory}: {fault}; set tie_word_embeddings to false')

@@ -1,0 +1,113 @@
+"""Writing a model directory that `read_model` and `transformers` load: all of it or nothing."""
+
+import json
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from cllm_jax.errors import ConfigError, DataError, one_line
+from cllm_jax.hf.config import config_json, parse_config
+from cllm_jax.hf.files import INDEX, listed, make_readable
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.weights import DTYPES, abstract_params, cast, hf_tensor, named
+from cllm_jax.runs.atomic import recover_replacement, replace_directory, temporary
+from cllm_jax.runs.checksums import write_sums
+
+SHARD_BYTES = 4 << 30
+MODEL_SUFFIXES = ('.json', '.safetensors', '.model', '.jinja', '.txt', '.sha256')
+MODEL_DIRS = ('additional_chat_templates',)  # with the suffixes: what may be overwritten
+
+
+def write_model(
+    directory: Path,
+    model: Model,
+    *,
+    dtype: str = 'bfloat16',
+    shard_bytes: int = SHARD_BYTES,
+    card: str = '',
+    sums: bool = False,
+    rewritten: Set[str] = frozenset(),
+) -> None:
+    """Write config, weights and tokenizer; an old model in the directory is replaced.
+
+    Files go to a temporary directory first, which then takes the final name: a reader never sees
+    half a model.
+
+    Args:
+      dtype: of the weights, one of `DTYPES`.
+      shard_bytes: size from which on the weights are divided into several files.
+      card: the text of README.md; '' for none.
+      sums: write the sha256 of every file too, which `read_model` then checks (`checksums.py`).
+      rewritten: files that the caller writes again, so they may be lost with the old model.
+
+    Raises:
+      ConfigError: an unknown `dtype`, a config no supported family has, or parameters of another
+        config.
+      DataError: the directory exists and is not an (old) model directory, or cannot be written.
+    """
+    config = model.config
+    if dtype not in DTYPES:
+        raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {", ".join(DTYPES)}')
+    found, wanted = (jax.tree.map(jnp.shape, p) for p in (model.params, abstract_params(config)))
+    if found != wanted:
+        raise ConfigError(f'{directory}: the parameters do not belong to this config; pass its own')
+    directory = directory.resolve()
+    raw = config_json(config, dtype)
+    if parse_config(directory / 'config.json', raw) != config:
+        raise ConfigError(f'{directory}: no {config.family} model is {config}; correct its family')
+    try:
+        temp = temporary(directory)
+        _check_replaceable(directory, {'README.md', *rewritten} if card else rewritten)
+        (temp / 'config.json').write_text(json.dumps(raw, indent=2) + '\n', 'utf-8')
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(temp)
+        if card:
+            (temp / 'README.md').write_text(card, 'utf-8')
+        _write_weights(temp, model.params, jnp.dtype(dtype), shard_bytes)
+        if sums:
+            write_sums(temp)
+        make_readable(temp)
+        replace_directory(temp, directory)
+    except (OSError, SafetensorError) as e:
+        raise DataError(
+            f'{directory}: not written ({one_line(e)}); free some space or choose another directory'
+        ) from None
+    finally:
+        recover_replacement(directory)
+
+
+def _check_replaceable(directory: Path, rewritten: Set[str]) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise DataError(f'{directory}: is a file; choose another directory')
+    is_model = (directory / 'config.json').is_file()
+
+    def replaceable(path: Path) -> bool:
+        known = path.name in MODEL_DIRS if path.is_dir() else path.suffix in MODEL_SUFFIXES
+        return path.name in rewritten or (is_model and known)
+
+    if foreign := sorted(path.name for path in directory.glob('*') if not replaceable(path)):
+        fault = f'holds {listed(foreign)}, which is not part of a model and would be lost'
+        raise DataError(f'{directory}: {fault}; choose another directory')
+
+
+def _write_weights(directory: Path, params: Any, dtype: jnp.dtype, shard_bytes: int) -> None:
+    """Write one shard after the other: only one is in memory twice."""
+    tensors = named(params)
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor[1].size * dtype.itemsize,
+        filename_pattern='model{suffix}.safetensors',
+        max_shard_size=shard_bytes,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: cast(name, hf_tensor(*tensors[name]), dtype) for name in names}
+        save_file(shard, directory / file, metadata={'format': 'pt'})
+    if plan.is_sharded:
+        index = {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + '\n', 'utf-8')

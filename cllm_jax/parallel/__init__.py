@@ -1,1 +1,0 @@
-"""Many devices and many processes: the mesh, where arrays live, and joining a job."""

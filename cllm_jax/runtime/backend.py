@@ -1,0 +1,115 @@
+"""Every choice that depends on what a model runs on: CPU, GPU or TPU.
+
+A `Backend` is chosen once, from the devices that the weights live on, and travels with the model
+(`Model.backend`, `Llama.backend`). No other file asks what the hardware is. Each field names what
+decided it: a benchmark (docs/benchmarks.md, docs/log.md), or what a compiler does.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from cllm_jax.errors import ConfigError
+
+CACHED = 32 << 20
+"""Bytes that a CPU's last cache holds. Larger weights come from memory, whose bandwidth the threads
+would have to share, each for its own reading of them (docs/benchmarks.md)."""
+
+NO_YNNPACK = ('xla_cpu_experimental_ynn_fusion_type', '')
+EIGEN = (NO_YNNPACK,) if jaxlib.__version__.startswith('0.10.') else ()
+"""Options with which XLA's CPU backend multiplies by Eigen; other jaxlibs may not know them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What suits one kind of hardware. The defaults are those of an accelerator."""
+
+    default_dtype: str = 'bfloat16'
+    """What dtype 'auto' stands for: matrix units multiply bfloat16, a CPU may have none."""
+    bfloat16_as_bits: bool = False
+    """Keep a bfloat16 cache, and look up a bfloat16 table, as uint16. XLA's CPU backend writes a
+    few bfloat16 rows, or reads a few, by converting the whole array to float32 and back."""
+    wide_cache_for_one_query: bool = False
+    """Keep the bfloat16 values of a cache that one query at a time reads as float32: XLA's CPU
+    backend multiplies a single query with bfloat16 keys by converting those."""
+    transposes_in_memory: bool = False
+    """Write a transposed operand to memory before a product. XLA's CPU backend folds the
+    transposition into the product, for which it has no bfloat16 kernel: it fails, or takes three
+    times as long in float32."""
+    narrowest: int | None = None
+    """Fewest rows for which the loop is compiled again, to go on with half of a batch; None for
+    never. On a CPU finished rows take as much time as others; on an accelerator hardly any."""
+    float32_may_be_faster: bool = False
+    """Whether one token at a time may decode faster in float32 than in mixed precision. Then both
+    are timed: the baseline is AR at its best. On a CPU bfloat16 matrices are half as much to read,
+    but are converted before a single row is multiplied with them."""
+    threads: int = 1
+    """How many threads decode parts of a batch side by side. XLA divides single operations among
+    cores; those of a small model are too small for that."""
+    compiler_options: tuple[tuple[str, str], ...] = ()
+    """How the decoding loop is compiled. With 16 float32 rows, weights that lie in a CPU's cache
+    are multiplied a quarter faster by Eigen (docs/benchmarks.md)."""
+
+    def cache_dtype(self, values: jnp.dtype, one_query: bool = False) -> jnp.dtype:
+        """The dtype of a KV cache that holds `values`, and is read by one or several queries."""
+        if values != jnp.bfloat16:
+            return values
+        if one_query and self.wide_cache_for_one_query:
+            return jnp.float32
+        return jnp.uint16 if self.bfloat16_as_bits else values
+
+
+ANY = GPU = TPU = Backend()
+CPU = Backend(
+    default_dtype='float32',
+    bfloat16_as_bits=True,
+    wide_cache_for_one_query=True,
+    transposes_in_memory=True,
+    narrowest=8,
+    float32_may_be_faster=True,
+)
+
+
+def backend_for(devices: Iterable[jax.Device]) -> Backend:
+    """The backend of devices, which are all of one kind."""
+    return {'cpu': CPU, 'gpu': GPU, 'tpu': TPU}.get(next(iter(devices)).platform, ANY)
+
+
+def backend_of(weights: Any) -> Backend:
+    """The backend of the devices that a tree of weights lives on, JAX's first if on none yet.
+
+    Small weights on a single CPU device decode in one thread per core of this process; those that
+    are float32 throughout are multiplied by Eigen.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(weights) if isinstance(leaf, jax.Array)]
+    devices = {device for leaf in leaves for device in leaf.devices()} or {jax.devices()[0]}
+    backend = backend_for(devices)
+    small = 4 * sum(leaf.size for leaf in leaves) <= CACHED
+    if backend is not CPU or len(devices) > 1 or not leaves or not small:
+        return backend
+    narrow = all(leaf.dtype == jnp.float32 for leaf in leaves)
+    return dataclasses.replace(CPU, threads=_cores(), compiler_options=EIGEN if narrow else ())
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def pretend(devices: int) -> None:
+    """Stand in for a machine with so many devices, to plan and compile for it; nothing can run.
+
+    Call it before any other use of JAX. Raises ConfigError for a number that is not positive.
+    """
+    if devices < 1:
+        raise ConfigError(f'devices {devices}: must be at least 1')
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', devices)
+    # In the order that needs least memory, as on an accelerator, not in the most parallel one.
+    order = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {order}'

@@ -1,0 +1,199 @@
+"""From datasets and trajectories to the model and the samples of a training run."""
+
+import dataclasses
+import hashlib
+import random
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cllm_jax.data.sources import Source, open_source
+from cllm_jax.data.tokenizer import encode_examples, train_tokenizer
+from cllm_jax.decoding.result import Trajectory
+from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.hf import load as hf
+from cllm_jax.hf.load import DTYPES, Model
+from cllm_jax.model.llama import Llama, init_params
+from cllm_jax.runs.atomic import replace_directory, temporary
+from cllm_jax.runs.run_dir import has_begun
+from cllm_jax.runtime.processes import barrier, is_main
+from cllm_jax.tasks.example import Example
+from cllm_jax.training.config import TrainConfig, architecture
+from cllm_jax.training.objective import objective_of
+from cllm_jax.trajectories.clean import clean
+from cllm_jax.trajectories.store import read_manifest, read_records
+
+
+class Listener(Protocol):
+    """Who is told what goes on (`cli/console.py`); nothing here prints."""
+
+    def note(self, text: str) -> None: ...
+
+    def status(self, text: str) -> AbstractContextManager: ...
+
+    def dropped(self, source: Source) -> None: ...
+
+
+TOKENIZER_ROWS = 8000
+"""Rows of the dataset that a new tokenizer is trained on."""
+
+
+def new_model(settings: TrainConfig, examples: list[Example], run: Path) -> Model:
+    """Random weights, and the run's own tokenizer or that of another model."""
+    config = architecture(settings)
+    if settings.tokenizer:
+        tokenizer, special = shared_tokenizer(settings.tokenizer, config.vocab_size)
+    else:
+        tokenizer = own_tokenizer(settings, examples, run)
+        special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
+    config = dataclasses.replace(config, **special)
+    init = jax.jit(partial(init_params, Llama(config, DTYPES[settings.dtype])))
+    return Model(config, init(jax.random.key(settings.seed)), tokenizer, 'new')
+
+
+def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> Any:
+    """Trained on the examples when a run begins, and kept in `run/tokenizer` for its resumption."""
+    places = [run / 'tokenizer', run / 'model']  # the latter in runs of older versions
+    begun = has_begun(run) and any(place.is_dir() for place in places)
+    if is_main() and not begun:
+        # A random choice: a regular one could miss a task of a mixture altogether.
+        rows = min(len(examples), TOKENIZER_ROWS)
+        texts = [e.prompt + e.answer for e in random.Random(settings.seed).sample(examples, rows)]
+        temp = temporary(places[0])
+        train_tokenizer(texts, settings.new.vocab_size).save_pretrained(temp)
+        replace_directory(temp, places[0])
+    barrier('tokenizer')
+    return hf.read_tokenizer(next(place for place in places if place.is_dir()))
+
+
+def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer of a model, and the token ids that its config gives a meaning to.
+
+    Raises ConfigError if it has none, or its vocabulary has another size.
+    """
+    config, tokenizer = hf.peek(name), hf.read_tokenizer(hf.resolve(name))
+    if tokenizer is None:
+        raise ConfigError(f'{name} has no tokenizer; name a model that has one')
+    if config.vocab_size != vocab_size:
+        raise ConfigError(
+            f'new.vocab_size {vocab_size}: the tokenizer of {name} has {config.vocab_size} tokens; '
+            'set the same'
+        )
+    return tokenizer, {'eos_ids': config.eos_ids, 'pad_id': config.pad_id}
+
+
+def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) -> list[Trajectory]:
+    """The cleaned trajectories of a collection; refused if made with another tokenizer."""
+    directory = Path(settings.data)
+    made_with = read_manifest(directory)['identity'].get('tokenizer')
+    if made_with != hf.tokenizer_fingerprint(model.tokenizer):
+        raise ConfigError(
+            f'{directory}: collected with another tokenizer than that of {model.source}; '
+            'collect again with this model'
+        )
+    with listener.status(f'reading {directory}'):
+        kept, counts = clean(read_records(directory), settings.cleaning)
+    listener.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
+    return kept
+
+
+def read_examples(settings: TrainConfig, data: str, listener: Listener) -> list[Example]:
+    """The training rows of a dataset."""
+    source = open_source(data, split='train', seed=settings.seed, limit=settings.examples)
+    listener.dropped(source)
+    with listener.status(f'reading {len(source)} examples of {source.name}'):
+        return list(source.rows)
+
+
+def without_states(block: int, prompt: np.ndarray, answer: np.ndarray) -> Trajectory:
+    """A sample whose states, of `block` tokens, are made by chance if there are to be any."""
+    return Trajectory(np.zeros((0, block), np.int32), np.zeros(0, np.int32), prompt, answer)
+
+
+def text_samples(
+    model: Model, examples: list[Example], listener: Listener, block: int = 0
+) -> list[Trajectory]:
+    """Prompts with their reference answers, where they have one; no states of `block` tokens."""
+    if not model.config.eos_ids:
+        raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
+    with listener.status('tokenising'):
+        eos, bos = model.config.eos_ids[0], model.config.bos_id
+        pairs = encode_examples(model.tokenizer, examples, eos, bos)
+    # An end token alone is not an answer: a model that learns it says nothing any more.
+    kept = [without_states(block, *pair) for pair in pairs if len(pair[1]) > 1]
+    if len(kept) < len(pairs):
+        listener.note(f'{len(pairs) - len(kept)} rows without an answer left out')
+    return kept
+
+
+def held_out_rows(settings: TrainConfig) -> Source:
+    """The rows of the held-out tests; ConfigError if there is nothing to learn, either."""
+    test, dataset = settings.held_out, settings.texts
+    if not objective_of(settings).reads_trajectories:
+        dataset = settings.data
+        if not dataset:
+            raise ConfigError(
+                f'objective {settings.objective!r} without data; name a dataset, such as data: sql'
+            )
+    task = settings.task or dataset or read_manifest(Path(settings.data))['identity']['data']
+    return open_source(task, split='heldout', seed=test.seed, limit=test.prompts)
+
+
+def trained_on_too(samples: list[Trajectory], source: Source, model: Model) -> int:
+    """How many of the held-out prompts are prompts of samples as well."""
+    pairs = encode_examples(model.tokenizer, list(source.rows), 0, model.config.bos_id)
+    known = {sample.prompt.tobytes() for sample in samples}
+    return sum(prompt.tobytes() in known for prompt, _ in pairs)
+
+
+def inputs_of(settings: TrainConfig, model: Model, samples: list[Trajectory]) -> dict[str, str]:
+    """Names and fingerprints of what a run learns from; the same for a root that was moved."""
+    inputs = {'model': settings.model.replace(f'{settings.root}/', 'ROOT/', 1)}
+    if settings.model != 'new':
+        inputs['model_files'] = hf.files_fingerprint(hf.resolve(settings.model))[:16]
+    inputs['tokenizer'] = hf.tokenizer_fingerprint(model.tokenizer)[:16]
+    digest = hashlib.sha256()
+    for sample in samples:
+        for array in (sample.prompt, sample.answer, sample.states, sample.start):
+            digest.update(f'{array.shape}'.encode() + array.tobytes())
+    inputs['samples'] = f'{len(samples)} samples, sha256 {digest.hexdigest()[:16]}'
+    return inputs
+
+
+def prepare(
+    settings: TrainConfig, mesh: Mesh | None, listener: Listener, run: Path
+) -> tuple[Model, list[Trajectory]]:
+    """The model to start from and its training samples, for the run of that directory."""
+    objective = objective_of(settings)
+    if objective.reads_trajectories:
+        model = hf.with_tokenizer(hf.load(settings.model, settings.dtype, mesh))
+        samples = trajectory_samples(settings, model, listener)
+        block = samples[0].states.shape[1] if samples else 0
+        if not objective.keeps_states:
+            block = objective.block(settings)
+            samples = [without_states(block, s.prompt, s.answer) for s in samples]
+        if settings.texts and samples:
+            examples = read_examples(settings, settings.texts, listener)
+            samples += text_samples(model, examples, listener, block)
+    else:
+        examples = read_examples(settings, settings.data, listener)
+        if settings.model == 'new':
+            model = new_model(settings, examples, run)
+        else:
+            model = hf.with_tokenizer(hf.load(settings.model, settings.dtype, mesh))
+        samples = text_samples(model, examples, listener)
+    begun = [s for s in samples if len(s.prompt)]
+    if len(begun) < len(samples):
+        listener.note(f'{len(samples) - len(begun)} samples without a prompt left out')
+    kept = [s for s in begun if s.length <= settings.max_length]
+    listener.note(f'{len(kept)} samples, {len(begun) - len(kept)} too long left out')
+    if settings.steps and not kept:
+        raise DataError(
+            'no training sample is left; check the data and their answers, max_length and cleaning'
+        )
+    return model, kept

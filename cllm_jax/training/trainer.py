@@ -1,0 +1,206 @@
+"""The training run: the loop around the step, its log, its checkpoints and its held-out tests."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cllm_jax.data.sources import Source
+from cllm_jax.errors import DataError, Interrupted, NumericalError
+from cllm_jax.runs.atomic import recover_replacement
+from cllm_jax.runs.run_dir import append_metrics, read_metrics, rewind_metrics
+from cllm_jax.runtime.processes import is_main
+from cllm_jax.runtime.sharding import place_batch, rows_here
+from cllm_jax.training.checkpoint import Checkpoints, open_checkpoints, restore, save
+from cllm_jax.training.config import TrainConfig
+from cllm_jax.training.held_out import alarm, held_out_test, keep_the_best, score
+from cllm_jax.training.objective import Learner
+from cllm_jax.training.optimizer import make_optimizer
+from cllm_jax.training.packing import Samples, batches
+from cllm_jax.training.step import TrainState, make_step, new_state, state_places
+
+MAX_SKIPPED = 20
+"""Updates in a row that may be NaN or Inf before a run ends."""
+
+
+def train(
+    directory: Path,
+    learner: Learner,
+    samples: Samples,
+    source: Source,
+    settings: TrainConfig,
+    report: Callable[[dict], None] = lambda record: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Train until `settings.steps`, continuing from the newest checkpoint in `directory`.
+
+    The best model by the score of the held-out prompts of `source` is kept in `directory/model`, or
+    a drafter in `directory/drafter`. Every number is a function of the step, so an interrupted run
+    ends with the metrics of an uninterrupted one. `report` gets each line of them, `note` warnings.
+
+    Raises:
+      DataError: the run was begun, but its checkpoints are damaged or gone; nothing is replaced.
+      NumericalError: too many updates in a row were not finite; no checkpoint is overwritten.
+      Interrupted: SIGTERM or SIGINT came; the state is saved.
+    """
+    log = directory / 'metrics.jsonl'
+    # Opening makes the directory: after that, one without checkpoints is that of an early kill.
+    if not (directory / 'checkpoints').is_dir() and any(m['step'] for m in read_metrics(log)):
+        raise _lost(directory)
+    for kept in ('model', 'drafter') if is_main() else ():
+        recover_replacement(directory / kept)
+    optimizer, mesh = make_optimizer(settings.optimizer, settings.steps), learner.mesh
+    shardings = mesh and state_places(optimizer, learner.axes, learner.params, mesh)
+    state = new_state(optimizer, learner.params, shardings)
+    reference = held_out_test(learner.trained(learner.params), source, settings.held_out, None)
+    step_fn = make_step(learner.loss, optimizer, settings.optimizer.accumulate, shardings)
+    run = _Run(directory, learner, samples, source, settings, reference, report, note)
+    with open_checkpoints(directory / 'checkpoints', note) as checkpoints, _stop_signals() as stop:
+        state, progress = _begin_or_restore(run, checkpoints, state)
+        there = any((directory / name).is_dir() for name in ('model', 'drafter'))
+        there = multihost_utils.broadcast_one_to_all(np.asarray(there))  # as their writer sees it
+        if lost := progress['best'] >= 0 and not there:
+            note(f'{directory}: what was kept is gone; the next test keeps what it finds')
+            progress['best'] = -1.0
+        # No steps: the model as it is, in the form of a run.
+        if settings.steps == 0 or (lost and int(state.step) == settings.steps):
+            _test_and_keep(run, state, progress)
+        if int(state.step) < settings.steps:
+            _iterate(run, step_fn, checkpoints, stop, state, progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What stays the same from the first step to the last."""
+
+    directory: Path
+    learner: Learner
+    samples: Samples
+    source: Source
+    settings: TrainConfig
+    reference: dict
+    """The held-out test before training."""
+    report: Callable[[dict], None]
+    note: Callable[[str], None]
+
+    @property
+    def log(self) -> Path:
+        return self.directory / 'metrics.jsonl'
+
+    def record(self, step: int, numbers: dict) -> None:
+        """Log and report numbers of a step."""
+        line = {'step': step, **numbers}
+        if is_main():
+            append_metrics(self.log, line)
+        self.report(line)
+
+
+def _lost(directory: Path) -> DataError:
+    fault = 'was begun, but its checkpoints are damaged or gone; it is left as it is'
+    return DataError(f'{directory}: {fault}: move or remove it to begin again')
+
+
+def _begin_or_restore(
+    run: _Run, checkpoints: Checkpoints, state: TrainState
+) -> tuple[TrainState, dict]:
+    """The state and the progress of the newest checkpoint, else those of a new run."""
+    if found := restore(checkpoints, state):
+        if is_main():
+            rewind_metrics(run.log, int(found[0].step))
+        return found
+    # A save waits for the one before, so that of two one is complete.
+    saved = any(m['step'] > 2 * run.settings.save_every for m in read_metrics(run.log))
+    if saved or any(run.directory.glob('damaged-checkpoint-*')):
+        raise _lost(run.directory)
+    if is_main():
+        rewind_metrics(run.log, -1)
+    run.record(0, {k: v for k, v in run.reference.items() if k != 'tokens'})
+    return state, {'first_quality': run.reference['quality'], 'best': -1.0}
+
+
+def _iterate(
+    run: _Run,
+    step_fn: Callable,
+    checkpoints: Checkpoints,
+    stop_at: Callable[[int], bool],
+    state: TrainState,
+    progress: dict,
+) -> None:
+    """All steps that are left, each with what is due after it: a line, a test, a checkpoint."""
+    settings, mesh, step = run.settings, run.learner.mesh, int(state.step)
+    rows, steps = mesh and rows_here(settings.batch, mesh), range(step, settings.steps)
+    order = (run.samples, settings.batch, settings.seed, steps, run.learner.noise, rows)
+    begin, tokens = time.perf_counter(), 0
+    for batch in batches(*order):
+        placed = batch if mesh is None else place_batch(batch, mesh)
+        state, metrics = step_fn(state, placed, run.learner.frozen)
+        tokens += (placed.segment_BT >= 0).sum()
+        step += 1
+        tested = step % settings.held_out.every == 0 or step == settings.steps
+        if step % settings.log_every == 0 or tested:
+            numbers = {k: round(float(v), 6) for k, v in metrics.items()}
+            _is_sound(run, step, metrics)
+            speed = int(tokens) / (time.perf_counter() - begin)
+            run.record(step, numbers | {'tokens_per_second': round(speed)})
+            if tested:
+                _test_and_keep(run, state, progress)
+            begin, tokens = time.perf_counter(), 0
+        stop = stop_at(step)
+        due = step % settings.save_every == 0 or step == settings.steps or stop
+        if sound := due and _is_sound(run, step, metrics):
+            save(checkpoints, step, state, progress)
+        if stop:
+            checkpoints.settle()
+            done = 'saved' if sound else 'an update of NaN or Inf is not saved, stopped'
+            raise Interrupted(f'{done} at step {step}; run the same command to continue')
+
+
+def _is_sound(run: _Run, step: int, metrics: dict) -> bool:
+    """Whether the last update was finite; raises NumericalError after too many that were not."""
+    skipped, directory = int(metrics['skipped']), run.directory
+    if skipped > MAX_SKIPPED:
+        # The same settings end here again, and a run has one set of settings.
+        start = f' and --model {directory}' if (directory / 'model').is_dir() else ''
+        raise NumericalError(
+            f'step {step}: {skipped} updates in a row were NaN or Inf; begin another run (--root) '
+            f'with a lower learning rate{start}; what was saved here before is kept'
+        )
+    return skipped == 0
+
+
+def _test_and_keep(run: _Run, state: TrainState, progress: dict) -> None:
+    """Test on held-out prompts, and keep what was trained if none so far is better."""
+    step, test, first_quality = int(state.step), run.settings.held_out, progress['first_quality']
+    trained = run.learner.trained(jax.tree.map(jnp.copy, state.params))
+    found = held_out_test(trained, run.source, test, run.reference['tokens'])
+    judged = run.source.checkable and test.quality == 'check'
+    found['score'] = score(found, first_quality, run.learner.faster, judged, test)
+    numbers = {k: round(float(v), 6) for k, v in found.items() if k != 'tokens'}
+    run.record(step, {f'held_out_{k}': v for k, v in numbers.items()})
+    if warning := alarm(found, run.reference):
+        run.note(f'warning: step {step}: {warning}')
+    keep_the_best(run.directory, trained, step, found['score'], progress, test.keep)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Yields what every process asks after each step: whether to stop, for SIGTERM or SIGINT.
+
+    With several processes JAX's own service catches SIGTERM, and lets all of them stop after the
+    same step when one is told to.
+    """
+    came: list[int] = []
+    caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    old = {s: signal.signal(s, lambda number, _: came.append(number)) for s in caught}
+    try:
+        yield lambda step: bool(came) or multihost_utils.reached_preemption_sync_point(step)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,51 @@
+"""What speed means: the same prompts, the same tokens, and AR at its best."""
+
+import dataclasses
+
+import jax
+
+import cllm_jax as cllm
+from cllm_jax.decoding.engine import decode_all
+from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.evaluation.speed import Method, one_by_one, plain_methods, tokens_per_second
+from tests.tiny import random_model, tiny_config
+
+PROMPTS = [[1, 2, 3], [4, 5], [6]]
+
+
+def result(tokens, accepted):
+    return DecodeResult([''] * len(tokens), tokens, accepted, [0.0] * len(tokens))
+
+
+def test_tokens_per_forward_weighs_prompts_by_their_forwards():
+    found = result([[1] * 9, [1]], [[1, 4, 4], [1]])
+    assert tokens_per_forward(found) == 10 / 4
+    assert found.tokens_per_forward == [3.0, 1.0]
+    assert share_identical(found, result([[1] * 9, [2]], [[9], [1]])) == 0.5
+
+
+def test_speed_is_measured_on_the_same_tokens():
+    plain = Method(random_model(config=tiny_config(layers=1)), Request(AutoRegressive(), 8))
+    methods, seen = {'ar': plain, 'jacobi': plain.with_drafter(Jacobi(4))}, []
+    speed = tokens_per_second(methods, PROMPTS, repeats=1, progress=seen.append, batch=2)
+    assert speed.keys() == methods.keys() and min(speed.values()) > 0 and seen == [2, 1]
+    ar, jacobi = (one_by_one(method, PROMPTS) for method in methods.values())
+    assert ar.tokens == jacobi.tokens == decode_all(plain.model, plain.request, PROMPTS).tokens
+    assert tokens_per_forward(ar) == 1
+
+
+def test_ar_is_also_tried_in_float32_where_that_may_be_faster():
+    plain = Method(cllm.load('embedded', 'mixed'), Request(AutoRegressive(), 8, seed=5))
+    methods = plain_methods('AR', plain)
+    assert list(methods) == ['AR', 'AR, float32'] and methods['AR'] is plain
+    wide = methods['AR, float32']
+    assert wide.request == plain.request
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(wide.model.params)} == {'float32'}
+    assert list(plain_methods('AR', wide)) == ['AR']
+    quick = dataclasses.replace(plain.model)
+    backend = dataclasses.replace(plain.model.backend, float32_may_be_faster=False)
+    vars(quick)['backend'] = backend  # in the place of what its devices suggest
+    assert list(plain_methods('AR', Method(quick, plain.request))) == ['AR']

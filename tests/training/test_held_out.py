@@ -1,0 +1,44 @@
+"""Which checkpoint a run keeps, and when it warns."""
+
+import numpy as np
+import pytest
+
+from cllm_jax.export import best_numbers
+from cllm_jax.hf.load import load
+from cllm_jax.runs.run_dir import read_metrics
+from cllm_jax.training import held_out, trainer
+from cllm_jax.training.held_out import HeldOut, alarm
+from cllm_jax.training.trainer import train
+from tests.tiny_training import tiny_run
+
+
+def test_repetition_that_grows_is_reported():
+    before = {'repetitive': 0.1}
+    assert alarm({'repetitive': 0.3}, before) is None
+    assert '31% of the held-out answers repeat' in alarm({'repetitive': 0.31}, before)
+
+
+def test_the_best_few_models_are_kept(mixed_dtypes, tmp_path, monkeypatch):
+    test = HeldOut(every=1, prompts=3, max_tokens=8, block=4, keep=2)
+    scores = iter([0.2, 0.5, 0.1, 0.5, 0.3, 0.4])
+    monkeypatch.setattr(trainer, 'score', lambda *_: next(scores))
+    train(tmp_path, *tiny_run(held_out=test))
+    assert sorted(p.name for p in (tmp_path / 'best').iterdir()) == ['2', '4']
+    best = load(str(tmp_path / 'best' / '4')).params['norm']  # the later of equals
+    np.testing.assert_array_equal(best, load(str(tmp_path)).params['norm'])
+
+
+@pytest.mark.parametrize('quality', ['check', 'agreement'])
+def test_a_model_that_learns_texts_is_kept_by_its_right_answers_or_else_the_last(
+    mixed_dtypes, tmp_path, monkeypatch, quality
+):
+    """Agreement with the model before training would keep the one that learnt least."""
+    test = HeldOut(every=1, prompts=3, max_tokens=8, block=4, quality=quality)
+    right, kept = iter([0.2, 0.5, 0.1, 0.5, 0.3, 0.4]), []
+    monkeypatch.setattr(held_out, 'share_right', lambda *_: next(right, 0.2))
+    monkeypatch.setattr(held_out, 'write_trained', lambda *what: kept.append(what))
+    train(tmp_path, *tiny_run(objective='ar', held_out=test))
+    tests = [m for m in read_metrics(tmp_path / 'metrics.jsonl') if 'held_out_score' in m]
+    assert len(kept) == (6 if quality == 'agreement' else 2)
+    assert best_numbers(tmp_path)['step'] == (6 if quality == 'agreement' else 3)
+    assert len(tests) == 6

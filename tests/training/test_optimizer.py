@@ -1,0 +1,43 @@
+"""Which parameters are updated how."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tests.tiny_training import params_of
+
+
+def test_vectors_do_not_decay(mixed_dtypes):
+    params = {'q': jnp.ones((2, 3)), 'q_bias': jnp.ones((2, 3)), 'norm': jnp.ones(2)}
+    config = OptimizerConfig(weight_decay=0.1, warmup=0.0, learning_rate=1.0)
+    optimizer = make_optimizer(config, 10)
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(still, optimizer.init(params), params)
+    assert {name: float(update.sum()) for name, update in updates.items()} == pytest.approx(
+        {'q': -0.6, 'q_bias': 0.0, 'norm': 0.0}
+    )
+
+
+def test_muon_orthogonalises_matrices_and_nothing_else(mixed_dtypes):
+    """A matrix's update has equal singular values, of AdamW's size, whatever its axes."""
+    config = OptimizerConfig(kind='muon', learning_rate=1.0, warmup=0.0, clip=1e9)
+    optimizer, params = make_optimizer(config, 10), params_of()
+    keys = iter(jax.random.split(jax.random.key(3), 99))
+    grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    inputs = {'q': 1, 'k': 1, 'v': 1, 'o': 2, 'gate': 1, 'up': 1, 'down': 1}
+    for layer in (updates['layers_0'], updates['layers_1']):
+        for name, update in layer.items():
+            if name in inputs:
+                matrix = update.reshape(math.prod(update.shape[: inputs[name]]), -1)
+                size = 0.2 * max(matrix.shape) ** 0.5
+                singular = np.linalg.svd(matrix, compute_uv=False)
+                # Four iterations leave the very smallest ones behind.
+                assert 0.5 * size < np.quantile(singular, 0.2) < singular.max() < 1.3 * size
+            else:
+                assert np.ptp(np.abs(update)) < 1e-3  # the first step of Adam is a sign
+    assert np.ptp(np.abs(updates['embed'])) < 1e-3

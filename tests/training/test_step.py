@@ -1,0 +1,43 @@
+"""One step: what it learns from, and micro-batches."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cllm_jax.model.llama import Llama
+from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from cllm_jax.training.packing import Noise, make_batch
+from cllm_jax.training.step import LossWeights, batch_totals, make_step, new_state, text_loss
+from tests.tiny_training import CONFIG, params_of, samples
+
+
+def test_converged_states_have_no_gradient():
+    data = [dataclasses.replace(s, states=s.states[-1:], start=s.start[-1:]) for s in samples(4)]
+    batch = make_batch(data, 4, 0, 0, Noise(windows=2))
+    weights = LossWeights(ar_weight=0.0, global_weight=1.0)
+    loss = partial(text_loss, Llama(CONFIG), weights)
+    grads = jax.jit(jax.grad(lambda p: loss(p, (), batch, batch_totals(batch))[0]))(params_of())
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) == 0
+
+
+@pytest.mark.parametrize('noise', [None, Noise(windows=2)])
+def test_accumulation_changes_nothing(mixed_dtypes, noise):
+    weights = LossWeights(ar_weight=1.0, global_weight=float(noise is not None))
+    optimizer = make_optimizer(OptimizerConfig(warmup=0.0), 10)
+    batch = make_batch(samples(), 4, 0, 0, noise)
+    results = []
+    for accumulate in (1, 2):
+        loss = partial(text_loss, Llama(CONFIG), weights)
+        state = new_state(optimizer, params_of())
+        state, metrics = make_step(loss, optimizer, accumulate)(state, batch)
+        results.append((state.params, metrics))
+    (params, metrics), (expected, whole) = results
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        assert np.allclose(a, b, atol=2e-4)
+    assert float(metrics['loss']) == pytest.approx(float(whole['loss']), rel=1e-5)
+    norm = float(metrics['gradient_norm'])
+    assert float(whole['gradient_norm']) == pytest.approx(norm, rel=1e-4)
