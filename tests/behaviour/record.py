@@ -195,7 +195,7 @@ def write_drafter_files(
     directory.mkdir(parents=True)
     about = {'kind': kind, 'settings': settings, 'vocab_size': 1536, 'dim': 192, 'tokenizer': None}
     (directory / 'drafter.json').write_text(json.dumps(about))
-    save_file(arrays or {'none': np.zeros(1, np.float32)}, directory / 'drafter.safetensors')
+    save_file(arrays, directory / 'drafter.safetensors')
     return directory
 
 
