@@ -11,12 +11,7 @@ from cllm_jax.errors import CllmError, ConfigError, DataError
 from cllm_jax.hf.config import config_json, parse_config, read_config
 from cllm_jax.hf.weights import read_model
 from cllm_jax.model.config import LlamaConfig, RopeScaling
-from tests.tiny_model import edit_config, refusal, write_single
-
-
-@pytest.fixture
-def single(tmp_path):
-    return write_single(tmp_path / 'model')
+from tests.tiny_model import edit_config, refusal
 
 
 def drop(directory, *keys):

@@ -11,19 +11,9 @@ from cllm_jax.errors import CllmError, DataError
 from cllm_jax.hf.files import INDEX, SINGLE
 from cllm_jax.hf.load import fingerprint, load
 from cllm_jax.hf.weights import read_model
-from tests.tiny_model import refusal, write_sharded, write_single
+from tests.tiny_model import refusal, write_sharded
 
 Q = 'model.layers.0.self_attn.q_proj.weight'
-
-
-@pytest.fixture
-def single(tmp_path):
-    return write_single(tmp_path / 'model')
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    return write_sharded(tmp_path / 'shards')
 
 
 FILES = {

@@ -21,19 +21,7 @@ from tests.tiny_model import (
     model_of,
     refusal,
     tiny_tokenizer,
-    write_sharded,
-    write_single,
 )
-
-
-@pytest.fixture
-def single(tmp_path):
-    return write_single(tmp_path / 'model')
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    return write_sharded(tmp_path / 'shards')
 
 
 @pytest.fixture

@@ -17,15 +17,10 @@ from cllm_jax.hf.load import Model
 from cllm_jax.hf.weights import hf_tensor, named, read_model, tensor_shapes
 from cllm_jax.hf.write import write_model
 from tests.make_golden import CASES, golden, golden_tensors
-from tests.tiny_model import edit_config, model_of, refusal, same_bits, write_single
+from tests.tiny_model import edit_config, model_of, refusal, same_bits
 
 EMBED, HEAD, NORM = 'model.embed_tokens.weight', 'lm_head.weight', 'model.norm.weight'
 Q = 'model.layers.0.self_attn.q_proj.weight'
-
-
-@pytest.fixture
-def single(tmp_path):
-    return write_single(tmp_path / 'model')
 
 
 def test_names_and_shapes_are_those_of_the_checkpoint():
