@@ -29,6 +29,7 @@ from cllm_jax.hf.config import read_config
 from cllm_jax.hf.load import MIXED, Model, chosen, load, mixed, storage
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import write_json
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.training.step_cost import step_cost
 from cllm_jax.trajectories.store import Collection
 
@@ -37,7 +38,7 @@ def random_model(path: Path, dtype: str) -> Model:
     """Random weights of the size that a config describes."""
     config = read_config(path)
     module = Llama(config, storage(dtype))
-    params = jax.jit(lambda key: init_params(module, key))(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(module, key))(prng_key(0))
     params = mixed(params) if dtype == MIXED else params
     return Model(config, params, None, f'random weights of {path}')
 

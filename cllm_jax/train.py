@@ -28,6 +28,7 @@ from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
 from cllm_jax.runs.stages import output_of
 from cllm_jax.runtime.backend import pretend
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.mesh import make_mesh
 from cllm_jax.runtime.sharding import check_batch
 from cllm_jax.training.config import TrainConfig, architecture, check_architecture, with_names
@@ -44,7 +45,7 @@ def facts_of(settings: TrainConfig, mesh: Mesh) -> dict[str, object]:
     drafter, itemsize = objective.drafter(settings, model), DTYPES[settings.dtype].itemsize
     work = {'steps': settings.steps, 'samples seen': settings.steps * settings.batch}
     if not objective.trains_model(settings):
-        own = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables_of(model.params))
+        own = jax.eval_shape(drafter.new_weights, prng_key(0), tables_of(model.params))
         count = sum(leaf.size for leaf in jax.tree.leaves(own))
         return {
             'parameters of the model, frozen': f'{config.parameters:,}',

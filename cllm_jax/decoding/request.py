@@ -12,6 +12,7 @@ from cllm_jax.decoding.loop import Prompts
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.hf.load import Model
+from cllm_jax.runtime.keys import prng_key
 
 Texts = Sequence[str | Sequence[int]]
 """Prompts as texts or lists of token ids."""
@@ -141,13 +142,16 @@ def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> N
 
 
 def stop_ids(model: Model) -> np.ndarray:
-    """The ids that end an answer; -1, which is not a token, if there are none."""
-    return np.asarray(model.config.eos_ids or (-1,), np.int32)
+    """The ids that end an answer, and -1, which is not a token, up to a multiple of eight."""
+    ids = model.config.eos_ids
+    ends_E = np.full(max(8, -(-len(ids) // 8) * 8), -1, np.int32)  # few shapes to compile
+    ends_E[: len(ids)] = ids
+    return ends_E
 
 
 def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:
     """One PRNG key per prompt, by its index in the call: batching does not change an answer."""
-    return _fold_in_each(jax.random.key(seed), np.asarray(rows, np.uint32))
+    return _fold_in_each(prng_key(seed), np.asarray(rows, np.uint32))
 
 
 _fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))

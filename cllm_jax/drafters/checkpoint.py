@@ -18,6 +18,7 @@ from cllm_jax.hf.load import Model, tokenizer_fingerprint
 from cllm_jax.runs.atomic import replace_directory, temporary, write_atomic
 from cllm_jax.runs.checksums import SUMS, check_sums, write_sums
 from cllm_jax.runs.recipe import from_mapping, no_such, to_json
+from cllm_jax.runtime.keys import prng_key
 
 SETTINGS, WEIGHTS = 'drafter.json', 'drafter.safetensors'
 GIVEN = ('config', 'backend')
@@ -68,7 +69,7 @@ def read_drafter(directory: Path, model: Model, kind: str = '') -> TrainedDrafte
     except TypeError as e:  # a setting without a default is missing
         raise DataError(f'{directory / SETTINGS}: {e}; copy it again') from None
     drafter.check_model(model, str(directory))
-    shapes = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables_of(model.params))
+    shapes = jax.eval_shape(drafter.new_weights, prng_key(0), tables_of(model.params))
     wanted = {name: leaf.shape for name, leaf in _named(shapes)}
     if {name: array.shape for name, array in found.items()} != wanted:
         raise DataError(

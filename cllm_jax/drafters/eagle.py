@@ -160,11 +160,12 @@ class Eagle(TrainedDrafter):
     def new_weights(self, key, tables):
         """Random weights; `join` begins by passing the feature on."""
         width, keys = self.config.dim, jax.random.split(key)
-        x_11D, mask_111 = jnp.zeros((1, 1, width)), jnp.ones((1, 1, 1), bool)
-        angles = jnp.zeros((1, 1, 1, self.config.head_dim // 2))
+        x_11D, mask_111 = jnp.zeros((1, 1, width), jnp.float32), jnp.ones((1, 1, 1), bool)
+        angles = jnp.zeros((1, 1, 1, self.config.head_dim // 2), jnp.float32)
         boxed = Block(self.config).init(keys[0], x_11D, angles, angles, mask_111)
         join = normal(keys[1], (width, width), width)
-        return {'layer': nn.unbox(boxed)['params'], 'join': jnp.concatenate([jnp.eye(width), join])}
+        join = jnp.concatenate([jnp.eye(width, dtype=jnp.float32), join])
+        return {'layer': nn.unbox(boxed)['params'], 'join': join}
 
     def _best(self, feature_BXD, sequences, sampling, ahead: int):
         """The likeliest tokens so far `ahead` of each feature, and their log-probabilities."""

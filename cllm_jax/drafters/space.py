@@ -71,7 +71,9 @@ class Space(TrainedDrafter):
         chain_BN = jnp.concatenate([sequences.window(1), state.guess_BM], axis=1)
         rest = ((0, 0), (0, self.nodes - self.masks - 1))
         tokens_BN = jnp.pad(chain_BN, rest, constant_values=self.mask_id)
-        valid_BN = state.known_B[:, None] & (jnp.arange(self.nodes)[None] <= self.masks)
+        valid_BN = state.known_B[:, None] & (
+            jnp.arange(self.nodes, dtype=jnp.int32)[None] <= self.masks
+        )
         chain = self.masks + 1
         after = chains(0, [-1], chain), chains(chain, range(chain), self.masks)
         return Draft.tree(tokens_BN, valid_BN, np.concatenate(after)), state

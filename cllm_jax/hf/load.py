@@ -54,7 +54,8 @@ class Model:
         """The Linen module; equal for equal configs, so it shares compilations."""
         dtype, matrices = self.params['norm'].dtype, self.params['embed'].dtype
         compute = None if matrices == dtype else matrices
-        return Llama(self.config, dtype, compute, backend=self.backend)
+        ids = {'bos_id': None, 'eos_ids': (), 'pad_id': None}  # of which no computation depends
+        return Llama(dataclasses.replace(self.config, **ids), dtype, compute, backend=self.backend)
 
 
 def chosen(dtype: str) -> str:

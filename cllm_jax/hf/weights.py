@@ -20,6 +20,7 @@ from cllm_jax.hf.files import Stored, listed, open_tensors, read_headers
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama, init_params, param_axes
 from cllm_jax.runs.checksums import check_sums
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.sharding import param_shardings
 
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
@@ -42,7 +43,7 @@ HEAD_AXES = {'q': 1, 'k': 1, 'v': 1, 'o': 0, 'q_bias': 0, 'k_bias': 0, 'v_bias':
 @functools.lru_cache(maxsize=16)
 def abstract_params(config: LlamaConfig, dtype: jnp.dtype = jnp.float32) -> Any:
     """Shapes and dtypes of the parameters, computing none; the tree is shared, do not change it."""
-    return jax.eval_shape(lambda: init_params(Llama(config, dtype), jax.random.key(0)))
+    return jax.eval_shape(lambda: init_params(Llama(config, dtype), prng_key(0)))
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

@@ -25,6 +25,7 @@ from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.packed_attention import PackedMask, attend_packed
 from cllm_jax.model.precision import linear
 from cllm_jax.runtime.backend import ANY, Backend
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.sharding import RULES, batch_sharding
 
 
@@ -227,7 +228,7 @@ def init_params(model: Llama, key: jax.Array) -> dict:
 
 def param_axes(config: LlamaConfig) -> dict:
     """The logical axis names of every parameter, a tree of PartitionSpecs."""
-    boxed = jax.eval_shape(partial(_boxed_params, Llama(config)), jax.random.key(0))
+    boxed = jax.eval_shape(partial(_boxed_params, Llama(config)), prng_key(0))
     return nn.get_partition_spec(boxed)
 
 

@@ -21,6 +21,7 @@ from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import replace_directory, temporary
 from cllm_jax.runs.run_dir import has_begun
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig, architecture
@@ -53,7 +54,7 @@ def new_model(settings: TrainConfig, examples: list[Example], run: Path) -> Mode
         special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
     config = dataclasses.replace(config, **special)
     init = jax.jit(partial(init_params, Llama(config, DTYPES[settings.dtype])))
-    return Model(config, init(jax.random.key(settings.seed)), tokenizer, 'new')
+    return Model(config, init(prng_key(settings.seed)), tokenizer, 'new')
 
 
 def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> Any:
