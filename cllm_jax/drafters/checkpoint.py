@@ -63,7 +63,7 @@ def read_drafter(directory: Path, model: Model, kind: str = '') -> TrainedDrafte
     directory, about, found = _read(directory, kind)
     _check_model(directory, about, model)
     known = TRAINED[about['kind']]
-    given = {f.name: getattr(model, f.name) for f in dataclasses.fields(known) if f.name in GIVEN}
+    given = {f.name: getattr(model.module, f.name) for f in dataclasses.fields(known) if f.name in GIVEN}
     try:
         drafter = from_mapping(known, about['settings'], str(directory / SETTINGS), given)
     except TypeError as e:  # a setting without a default is missing

@@ -62,7 +62,7 @@ class Eagle(TrainedDrafter):
 
     @classmethod
     def of_size(cls, sizes, model):
-        return cls(model.config, model.backend, sizes.ahead, sizes.beams, sizes.nodes)
+        return cls(model.module.config, model.backend, sizes.ahead, sizes.beams, sizes.nodes)
 
     @property
     def nodes(self) -> int:
@@ -77,7 +77,8 @@ class Eagle(TrainedDrafter):
         batch, slots = sequences.tokens_BS.shape
         one = dataclasses.replace(self.config, layers=1)
         cache = init_cache(one, batch, slots + self._scratch, jnp.float32)
-        return Features(cache, jnp.zeros((batch, self.config.dim)), jnp.zeros(batch, bool))
+        feature_BD = jnp.zeros((batch, self.config.dim), jnp.float32)
+        return Features(cache, feature_BD, jnp.zeros(batch, bool))
 
     def draft(self, state: Features, sequences: Sequences, sampling):
         length_B, width = sequences.length_B, self.width

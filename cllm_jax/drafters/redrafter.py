@@ -100,16 +100,14 @@ class ReDrafter(TrainedDrafter):
         pending_B11 = sequences.window(1)[:, :, None]
         beams_BMC = jnp.broadcast_to(pending_B11, (batch, beams, self.length))
         context_BMD = jnp.broadcast_to(hidden_BD[:, None], (batch, beams, hidden_BD.shape[1]))
-        only_1M = jnp.where(jnp.arange(beams, dtype=jnp.int32)[None] == 0, 0.0, NEVER)
+        only_1M = jnp.where(jnp.arange(beams, dtype=jnp.int32)[None] == 0, jnp.float32(0), NEVER)
 
         def step(carry, ahead):
             beams_BMC, state_BMD, score_BM = carry
             last_BM = jax.lax.dynamic_index_in_dim(beams_BMC, ahead - 1, 2, keepdims=False)
             state_BMD = self.cell(last_BM, state_BMD)
-            ahead_M, logits_BMV = (
-                jnp.full(beams, ahead, jnp.int32),
-                self.logits(context_BMD, state_BMD),
-            )
+            ahead_M = jnp.full(beams, ahead, jnp.int32)
+            logits_BMV = self.logits(context_BMD, state_BMD)
             logits_BMV = perturbed(logits_BMV, sequences, ahead_M, sampling)
             score_BMV = jax.nn.log_softmax(logits_BMV, axis=-1) + score_BM[:, :, None]
             # The best M over all are among the best M of each beam.
