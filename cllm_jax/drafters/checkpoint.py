@@ -63,7 +63,8 @@ def read_drafter(directory: Path, model: Model, kind: str = '') -> TrainedDrafte
     directory, about, found = _read(directory, kind)
     _check_model(directory, about, model)
     known = TRAINED[about['kind']]
-    given = {f.name: getattr(model.module, f.name) for f in dataclasses.fields(known) if f.name in GIVEN}
+    fields = {field.name for field in dataclasses.fields(known)}
+    given = {name: getattr(model.module, name) for name in GIVEN if name in fields}
     try:
         drafter = from_mapping(known, about['settings'], str(directory / SETTINGS), given)
     except TypeError as e:  # a setting without a default is missing
