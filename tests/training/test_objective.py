@@ -20,9 +20,10 @@ from tests.tiny_training import MODEL, samples
 
 
 def loss_of(learner, batch) -> dict:
-    """The metrics of a batch, before any step."""
+    """The loss and the metrics of a batch, before any step."""
     totals = batch_totals(batch)
-    return jax.jit(learner.loss)(learner.params, learner.frozen, batch, totals)[1]
+    loss, metrics = jax.jit(learner.loss)(learner.params, learner.frozen, batch, totals)
+    return metrics | {'loss': loss}
 
 
 def test_every_name_in_settings_is_an_objective():
