@@ -1,6 +1,7 @@
 """Prompts, stop strings and requests that cannot be decoded are refused; shapes are few."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -113,11 +114,9 @@ def test_a_token_without_a_row_is_refused_and_its_tokenizer_used_without_it(prom
 
 
 @pytest.mark.parametrize('bad', [-1, 29, 300, 1 << 32, (1 << 32) + 3, -(1 << 63)])
-@pytest.mark.parametrize('kind', [list, np.asarray, jnp.asarray], ids=['list', 'numpy', 'jax'])
-def test_forward_refuses_ids_outside_the_table(bad, kind):
-    if kind is jnp.asarray and not -(1 << 31) <= bad < 1 << 31:
-        pytest.skip('jax has no such integers')
-    for tokens_BT in ([[bad]], [[1, 2], [3, bad]]):
+def test_forward_refuses_ids_outside_the_table(bad):
+    kinds = (list, np.asarray, *([jnp.asarray] if abs(bad) < 1 << 31 else ()))
+    for kind, tokens_BT in itertools.product(kinds, ([[bad]], [[1, 2], [3, bad]])):
         with pytest.raises(ConfigError, match=rf'token id {bad}: outside the vocabulary 0\.\.28'):
             cllm.forward(random_model(), kind(tokens_BT))
 
