@@ -31,8 +31,6 @@ class DraftModel(Drafter):
     """Tokens verified per forward: the pending one, and `block - 1` of the draft model."""
     shared: int = setting(0)
     """The first so many tokens may be drafted; 0: all of the draft model's."""
-    vocab_size: int = setting(0)
-    """Rows of the target's table; 0: as many as the draft model's."""
     title = 'draft model'
 
     def __post_init__(self):
@@ -79,10 +77,8 @@ class DraftModel(Drafter):
 
     def _choose(self, sequences, sampling, hidden_B1D, length_B):
         logits_B1V = self.model.apply({'params': self.params}, hidden_B1D, method='logits')
-        shared = self.shared or logits_B1V.shape[-1]
-        # As wide as the target's: how much noise is drawn depends on it.
-        rest = ((0, 0), (0, 0), (0, max(self.vocab_size - shared, 0)))
-        logits_B1V = jnp.pad(logits_B1V[:, :, :shared], rest, constant_values=-jnp.inf)
+        if self.shared:  # fewer tokens have the same noise
+            logits_B1V = logits_B1V[:, :, : self.shared]
         return choose(logits_B1V, sequences.keys_B, length_B[:, None] + 1, sampling)
 
 
@@ -106,4 +102,4 @@ def draft_model(target: Model, small: Model, block: int = 5) -> DraftModel:
         remedy = 'where only the padding differs, put the tokenizer into both directories'
         raise ConfigError(f'{other}: a draft model shares the vocabulary of its target; {remedy}')
     known = [1 + max(tokenizer.get_vocab().values()) for tokenizer in both]
-    return DraftModel(small.module, small.params, block, min(*sizes, *known), sizes[1])
+    return DraftModel(small.module, small.params, block, min(*sizes, *known))

@@ -155,8 +155,7 @@ def test_a_draft_model_padded_differently_opens_by_its_option(tmp_path):
     target = cllm.load(str(tmp_path / 'target'), 'float32')
     options = DrafterConfig(drafter=f'model:{tmp_path / "small"}', block=4)
     found = open_drafter(options, target, 'float32')
-    tokens = len(target.tokenizer)
-    assert (found.shared, found.vocab_size) == (tokens, TOKENS + 3)
+    assert found.shared == len(target.tokenizer) < TOKENS + 3
     settings = BenchConfig(draft_model=str(tmp_path / 'small'), root=str(tmp_path / 'none'))
     drafter = methods_of(settings, target, target)['target, draft model'].request.drafter
-    assert (drafter.shared, drafter.vocab_size) == (tokens, TOKENS + 3)
+    assert drafter.shared == found.shared
