@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import decode_all
-from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.request import Request, token_array
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.stream import stream as _stream
@@ -40,9 +40,15 @@ __all__ = [
 ]  # fmt: skip
 
 
-def forward(model: Model, tokens_BT: jax.Array) -> jax.Array:
-    """Plain causal forward: float32 logits `[B, T, V]` for int32 token ids `[B, T]`."""
-    return _forward(model.module, model.params, jnp.asarray(tokens_BT))
+def forward(model: Model, tokens_BT: ArrayLike) -> jax.Array:
+    """Plain causal forward: float32 logits `[B, T, V]` for token ids `[B, T]`.
+
+    Inside `jax.jit` the ids cannot be looked at: there those outside the vocabulary go unnoticed.
+
+    Raises:
+      ConfigError: not two axes of whole numbers, no token, or an id outside the vocabulary.
+    """
+    return _forward(model.module, model.params, token_array(model, tokens_BT))
 
 
 def decode(

@@ -1,5 +1,6 @@
 """Tiny models and a tokenizer for tests; all weights are made here, nothing is read."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -83,6 +84,14 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token='<s>', eos_token='</s>', pad_token='<pad>'
     )
+
+
+@functools.cache
+def larger_tokenizer():
+    """`byte_tokenizer` with two tokens more, 261 '<tool>' and 262 '<call>'."""
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.add_tokens(['<tool>', '<call>'])
+    return tokenizer
 
 
 @functools.cache

@@ -3,16 +3,20 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.loop import Prompts
 from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.errors import ConfigError, at_least, check_seed
+from cllm_jax.errors import CllmError, ConfigError, at_least, check_seed, one_line
 from cllm_jax.hf.load import Model
 from cllm_jax.runtime.keys import prng_key
+from cllm_jax.runtime.processes import fetch
 
 Texts = Sequence[str | Sequence[int]]
 """Prompts as texts or lists of token ids."""
@@ -109,10 +113,54 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
             ids = [model.config.bos_id]
     if not ids:
         raise ConfigError('empty prompt: decoding starts from at least one token; pass a BOS token')
-    if bad := [i for i in ids if not 0 <= i < model.config.vocab_size]:
-        rule = f'outside the vocabulary 0..{model.config.vocab_size - 1}'
-        raise ConfigError(f'token id {bad[0]}: {rule}; was it made with another tokenizer?')
+    check_ids(model, ids)
     return ids
+
+
+def token_array(model: Model, tokens_BT: ArrayLike) -> jax.Array:
+    """Token ids `[B, T]` as int32. Of traced ones, inside `jax.jit`, only the shape is checked.
+
+    Raises ConfigError if they are not rows of whole numbers, of one length, of the vocabulary.
+    """
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tokens_BT))
+    try:
+        if traced:
+            ids_BT = jnp.asarray(tokens_BT)
+        else:  # NumPy keeps every integer, where int32 would take 2**32 for 0
+            here = fetch(tokens_BT) if isinstance(tokens_BT, jax.Array) else tokens_BT
+            ids_BT = np.asarray(here)
+        if not (ids_BT.ndim == 2 and ids_BT.size and jnp.issubdtype(ids_BT.dtype, jnp.integer)):
+            raise ValueError(f'{ids_BT.dtype} {list(ids_BT.shape)}')
+    except (TypeError, ValueError) as e:
+        rule = 'must be rows of whole numbers, all of one length'
+        raise ConfigError(f'tokens_BT ({one_line(e)}): {rule}; pass integers [B, T]') from None
+    if not traced:
+        check_ids(model, ids_BT)
+    return jnp.asarray(ids_BT, jnp.int32)
+
+
+def check_ids(
+    model: Model, ids: Any, where: str = '', error: type[CllmError] = ConfigError
+) -> None:
+    """Raise `error` for a token id that has no row in the model's table; `where` begins its line.
+
+    XLA would read another row instead, or NaN. A tokenizer may have more tokens than the table:
+    it is the ids that count.
+
+    Args:
+      ids: whole numbers in an array of any shape, or lists of them.
+    """
+    ids, size = np.asarray(ids), model.config.vocab_size
+    wrong = (ids < 0) | (ids >= size)
+    if not wrong.any():
+        return
+    first, remedy = int(ids[wrong][0]), 'was it made with another tokenizer?'
+    vocabulary = model.tokenizer.get_vocab() if model.tokenizer else {}
+    token = next((f' ({name!r})' for name, i in vocabulary.items() if i == first), '')
+    if token:
+        remedy = 'its tokenizer has more tokens; leave this one out, or enlarge its embeddings'
+    rule = f'outside the vocabulary 0..{size - 1} of {model.source}'
+    raise error(f'{where}token id {first}{token}: {rule}; {remedy}')
 
 
 def pad_prompts(

@@ -71,6 +71,9 @@ class LlamaConfig:
                 raise ConfigError(
                     f'{field} = {reprlib.repr(size)}; choose a whole number from 1 to {most}'
                 )
+        if ends := [i for i in self.eos_ids if not 0 <= i < self.vocab_size]:
+            rule = f'outside the vocabulary 0..{self.vocab_size - 1}, so no answer ends with it'
+            raise ConfigError(f'eos_token_id {ends[0]}: {rule}; correct it, or leave it out')
         for field in ('rope_theta', 'norm_eps'):
             if not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(f'{field} = {getattr(self, field)}; choose a positive number')

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from cllm_jax.data.sources import Source, open_source
 from cllm_jax.data.tokenizer import encode_examples, train_tokenizer
+from cllm_jax.decoding.request import check_ids
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import load as hf
@@ -27,6 +28,7 @@ from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig, architecture
 from cllm_jax.training.objective import objective_of
 from cllm_jax.trajectories.clean import clean
+from cllm_jax.trajectories.collector import encode_rows
 from cllm_jax.trajectories.store import read_manifest, read_records
 
 
@@ -89,7 +91,10 @@ def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
 
 
 def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) -> list[Trajectory]:
-    """The cleaned trajectories of a collection; refused if made with another tokenizer."""
+    """The cleaned trajectories of a collection.
+
+    Raises ConfigError if it was made with another tokenizer, DataError for ids outside the table.
+    """
     directory = Path(settings.data)
     made_with = read_manifest(directory)['identity'].get('tokenizer')
     if made_with != hf.tokenizer_fingerprint(model.tokenizer):
@@ -99,6 +104,9 @@ def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) 
         )
     with listener.status(f'reading {directory}'):
         kept, counts = clean(read_records(directory), settings.cleaning)
+        for one in kept:
+            for ids in (one.prompt, one.answer, one.states):
+                check_ids(model, ids, f'{directory}: record {one.id}: ', DataError)
     listener.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
     return kept
 
@@ -123,8 +131,7 @@ def text_samples(
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
     with listener.status('tokenising'):
-        eos, bos = model.config.eos_ids[0], model.config.bos_id
-        pairs = encode_examples(model.tokenizer, examples, eos, bos)
+        pairs = encode_rows(model, examples)
     # An end token alone is not an answer: a model that learns it says nothing any more.
     kept = [without_states(block, *pair) for pair in pairs if len(pair[1]) > 1]
     if len(kept) < len(pairs):

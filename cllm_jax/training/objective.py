@@ -306,4 +306,4 @@ def drafter_loss(drafter: TrainedDrafter, module: Llama, weights, params, frozen
         logits_BAV = module.apply({'params': now}, answers.hidden_BAD, method='logits')
         ar = cross_entropy(logits_BAV, answers.labels_BA, answers.weight_BA, totals['ar'])
         loss, metrics = weights[0] * ar + weights[1] * loss, metrics | {'ar_loss': ar}
-    return loss, metrics | {'loss': loss}
+    return loss, metrics

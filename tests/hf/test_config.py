@@ -70,6 +70,8 @@ UNSUPPORTED = {
     'theta zero': ({'rope_theta': 0, 'rope_parameters': None}, 'rope_theta'),
     'eps': ({'rms_norm_eps': -1.0}, 'norm_eps'),
     'heads': ({'num_attention_heads': 2, 'num_key_value_heads': 3}, '2 query heads over 3'),
+    'end token': ({'eos_token_id': 16}, 'eos_token_id 16: outside the vocabulary 0..15'),
+    'end tokens': ({'eos_token_id': [1, 151645]}, 'eos_token_id 151645: outside the vocabulary'),
 }
 
 
@@ -153,6 +155,8 @@ def test_missing_config_and_odd_stop_ids_are_refused(single):
     (single / 'generation_config.json').write_text('{"eos_token_id": [1, "x"]}')
     message = refusal(read_model, single, of=DataError)
     assert 'generation_config.json' in message and 'eos_token_id' in message
+    (single / 'generation_config.json').write_text('{"eos_token_id": [1, 16]}')
+    assert 'eos_token_id 16: outside' in refusal(read_model, single, of=ConfigError)
     (single / 'generation_config.json').unlink()
     (single / 'config.json').unlink()
     assert 'config.json: no such file' in refusal(read_model, single, of=DataError)
@@ -229,8 +233,9 @@ ids = st.none() | st.integers(0, 99)
 def configs(draw):
     family = draw(st.sampled_from(('llama', 'mistral', 'qwen2', 'qwen3')))
     kv_heads, group, width = draw(st.integers(1, 8)), draw(st.integers(1, 8)), draw(sizes)
+    vocab = draw(sizes)
     return LlamaConfig(
-        vocab_size=draw(sizes),
+        vocab_size=vocab,
         dim=kv_heads * group * width,
         layers=draw(st.integers(1, 9)),
         heads=kv_heads * group,
@@ -245,7 +250,7 @@ def configs(draw):
         qk_norm=family == 'qwen3',
         max_positions=draw(st.integers(8193, 1 << 20)),
         bos_id=draw(ids),
-        eos_ids=tuple(draw(st.lists(st.integers(0, 99), max_size=3, unique=True))),
+        eos_ids=tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=3, unique=True))),
         pad_id=draw(ids),
         family=family,
     )

@@ -141,3 +141,31 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_
         assert int(good.step) == int(kept.step) == 4
         for a, b in zip(jax.tree.leaves(good.params), jax.tree.leaves(kept.params), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ('broken', 'skipped'), [(range(6), 6), (range(2, 6), 4), (range(5, 6), 1), (range(1, 5), 0)]
+)
+def test_a_run_that_ends_in_nan_is_not_done(mixed_dtypes, broken, skipped, tmp_path, monkeypatch):
+    """Also one of fewer steps than may be left out, whose last ones are; some in between may be."""
+    make = trainer.make_step
+
+    def spoilt(loss, *arguments):
+        def nan(*given):
+            value, metrics = loss(*given)
+            return jax.lax.stop_gradient(value) * jnp.nan, metrics
+
+        good, bad = make(loss, *arguments), make(nan, *arguments)
+        return lambda state, *rest: (bad if int(state.step) in broken else good)(state, *rest)
+
+    monkeypatch.setattr(trainer, 'make_step', spoilt)
+    run = tiny_run()
+    if skipped:
+        with pytest.raises(NumericalError, match=rf'step 6: {skipped} updates in a row .* NaN'):
+            train(tmp_path, *run)
+    else:
+        train(tmp_path, *run)
+    logged = [line for line in read_metrics(tmp_path / 'metrics.jsonl') if 'skipped' in line]
+    assert [np.isnan(line['loss']) for line in logged] == [step in broken for step in range(6)]
+    assert logged[-1]['skipped'] == skipped
+    assert (tmp_path / 'checkpoints/6').exists() == (not skipped)
