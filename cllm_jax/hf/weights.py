@@ -29,9 +29,10 @@ BLOCK_NAMES = {
     'attn_norm': 'input_layernorm.weight',
     'mlp_norm': 'post_attention_layernorm.weight',
     **{name: f'self_attn.{name}_proj.weight' for name in ('q', 'k', 'v', 'o')},
-    **{f'{name}_bias': f'self_attn.{name}_proj.bias' for name in ('q', 'k', 'v')},
+    **{f'{name}_bias': f'self_attn.{name}_proj.bias' for name in ('q', 'k', 'v', 'o')},
     **{f'{name}_norm': f'self_attn.{name}_norm.weight' for name in ('q', 'k')},
     **{name: f'mlp.{name}_proj.weight' for name in ('gate', 'up', 'down')},
+    **{f'{name}_bias': f'mlp.{name}_proj.bias' for name in ('gate', 'up', 'down')},
 }
 EMBED, HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
 TOP_NAMES = {'embed': EMBED, 'norm': 'model.norm.weight', 'head': HEAD}
