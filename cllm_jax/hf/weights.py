@@ -16,15 +16,13 @@ from jax.sharding import Mesh, Sharding
 
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.config import read_config
-from cllm_jax.hf.files import Stored, listed, open_tensors, read_headers
+from cllm_jax.hf.files import STORED, Stored, listed, open_tensors, read_headers
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama, init_params, param_axes
 from cllm_jax.runs.checksums import check_sums
 from cllm_jax.runtime.sharding import param_shardings
 
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
-STORED = ('F64', 'F32', 'F16', 'BF16')
-"""Number formats (as safetensors spells them) that hold plain weights."""
 BLOCK_NAMES = {
     'attn_norm': 'input_layernorm.weight',
     'mlp_norm': 'post_attention_layernorm.weight',
