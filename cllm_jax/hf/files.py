@@ -56,6 +56,12 @@ def read_json(path: Path, most_mib: int = 1) -> dict[str, Any]:
     raise DataError(f'{path}: {wrong}; fetch the file again')
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds a model's weights, in whichever form."""
+    files = (p.name for p in directory.glob('*model*'))
+    return any(SET_NAME.fullmatch(n) or n == INDEX or n.startswith('pytorch_model') for n in files)
+
+
 def _weight_files(directory: Path) -> list[Path]:
     """The files of the one set of weights of a directory; two sets are refused by name."""
     single, index = directory / SINGLE, directory / INDEX
@@ -126,7 +132,7 @@ def _same_tensors(directory: Path, *sets: list[str]) -> bool:
     """Whether two sets of files hold the same, bit for bit; a pair of tensors at a time is read."""
     if not all(os.path.isfile(directory / name) for names in sets for name in names):
         return False
-    one, other = (_stored([directory / name for name in names]) for names in sets)
+    one, other = (headers([directory / name for name in names]) for names in sets)
     if {k: t[1:] for k, t in one.items()} != {k: t[1:] for k, t in other.items()}:
         return False
     if not all(tensor.dtype in STORED for tensor in one.values()):
@@ -173,12 +179,12 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     Raises DataError for absent, pickled or damaged files, two sets of them, or an index that points
     elsewhere.
     """
-    found = _stored(_weight_files(directory))
+    found = headers(_weight_files(directory))
     # Old checkpoints store this constant of the architecture.
     return {k: v for k, v in found.items() if not k.endswith('rotary_emb.inv_freq')}
 
 
-def _stored(files: list[Path]) -> dict[str, Stored]:
+def headers(files: list[Path]) -> dict[str, Stored]:
     """Every tensor of some files by name; DataError if two of them hold one of the same name."""
     found: dict[str, Stored] = {}
     for path in files:

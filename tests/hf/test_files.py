@@ -14,7 +14,7 @@ from cllm_jax.errors import CllmError, DataError
 from cllm_jax.hf.files import INDEX, SINGLE
 from cllm_jax.hf.load import fingerprint, load
 from cllm_jax.hf.weights import read_model
-from tests.tiny_model import refusal, write_sharded
+from tests.tiny_model import refusal, to_cache, write_sharded
 
 Q = 'model.layers.0.self_attn.q_proj.weight'
 
@@ -222,19 +222,6 @@ def test_links_in_a_users_own_directory_are_followed(request, tmp_path, kind):
     assert fingerprint(load(str(tmp_path / 'link'))) == expected
     (disk / path.name).unlink()
     assert f'{path.name}' in refusal(read_model, directory, of=DataError)
-
-
-def to_cache(directory, cache):
-    """The snapshot of a model as the hub's client lays it out."""
-    repository = cache / 'models--a--b'
-    snapshot, blobs, refs = (repository / n for n in ('snapshots/abc', 'blobs', 'refs'))
-    for place in (snapshot, blobs, refs):
-        place.mkdir(parents=True)
-    (refs / 'main').write_text('abc')
-    for i, path in enumerate(sorted(directory.iterdir())):
-        shutil.copy(path, blobs / str(i))
-        (snapshot / path.name).symlink_to(f'../../blobs/{i}')
-    return snapshot
 
 
 def moved(path, elsewhere):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import socket
 from pathlib import Path
 
 import jax
@@ -25,23 +24,6 @@ from tests.tiny_model import (
 
 OLD_FINGERPRINT = '8bfecf0368c1d86a3542f9c3a4298c457e84714595f6e90506a39fccbb68cd46'
 """Of `model_of()`, as collections of the first version have noted it."""
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Any attempt to reach another machine fails the test, however it is handled."""
-    tried = []
-
-    def refuse(*args, **kwargs):
-        tried.append(args)
-        raise OSError('no network in tests')
-
-    for name in ('getaddrinfo', 'gethostbyname', 'create_connection'):
-        monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(socket.socket, 'connect', refuse)
-    monkeypatch.setattr(socket.socket, 'connect_ex', refuse)
-    yield
-    assert not tried
 
 
 def test_a_path_never_touches_the_network(tmp_path, no_network, monkeypatch):
