@@ -111,7 +111,11 @@ def one(value):
 
 PATTERNS = {
     'rank_pattern': {'q_proj': 2, 'layers.1.mlp.up_proj': 6, '^model.layers.0.self_attn.k_proj': 5},
-    'alpha_pattern': {'down_proj': 3, r'layers\.1\.self_attn\.o_proj': 1, 'ayers.0.mlp': 99},
+    'alpha_pattern': {
+        'down_proj': 3,
+        r'layers\.1\.self_attn\.o_proj': 1,
+        'ayers.0.mlp.up_proj': 99,
+    },
 }
 
 
@@ -262,6 +266,7 @@ def test_a_base_may_be_a_run_in_shards_and_beside_other_files(tmp_path, base, ad
     write_model(tmp_path / 'run' / 'model', model, dtype='float32', shard_bytes=600, sums=True)
     edit(adapter, base_model_name_or_path=str(tmp_path / 'run'))
     (adapter / 'model').mkdir()
+    assert fingerprint(load(str(adapter), 'float32')) == expected
     (adapter / 'config.json').write_text('{"model_type": "llama"}')  # some trainers save it
     for extra in ('training_args.bin', 'optimizer.pt', 'README.md'):
         (adapter / extra).write_bytes(b'x')
@@ -305,6 +310,22 @@ def test_a_hub_id_that_was_fetched_before_is_a_base(
     assert fingerprint(model) == expected and model.adapter == 'LoRA rank 4 merged into a/b'
     edit(adapter, revision='another')
     assert 'nothing is fetched' in refusal(load, str(adapter), of=ConfigError)
+
+
+def test_only_the_hub_id_that_a_user_names_is_asked_for(base, adapter, monkeypatch):
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options.get('local_files_only', False)))
+        return str(adapter if name == 'mine/adapter' else base)
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+    expected = fingerprint(load(str(adapter), 'float32'))
+    edit(adapter, base_model_name_or_path='owner/base')
+    for call in (lambda name: fingerprint(load(name, 'float32')) == expected, peek):
+        assert call('mine/adapter')
+        assert set(asked) == {('mine/adapter', False), ('owner/base', True)}
+        asked.clear()
 
 
 def test_an_adapter_of_an_adapter_is_refused(tmp_path, base, adapter):

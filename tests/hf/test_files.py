@@ -100,7 +100,7 @@ def test_an_index_only_names_files_of_its_directory(sharded, file, tmp_path):
     assert f'{INDEX}: names' in message
 
 
-def test_missing_and_doubled_shards_are_refused(sharded, tmp_path):
+def test_missing_linked_and_doubled_shards_are_refused(sharded, tmp_path):
     first, second, *_ = sorted(sharded.glob('*.safetensors'))
     second.rename(tmp_path / 'away.safetensors')
     assert second.name in refusal(read_model, sharded, of=DataError)
