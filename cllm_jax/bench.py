@@ -181,7 +181,8 @@ def run() -> None:
         keep(settings, found)
     else:
         cllm, target = (load(name, dtype) for name in (settings.model, settings.target))
-        found |= {'model': cllm.source, 'target': target.source}
+        console.opened(cllm, target)
+        found |= {'model': cllm.title, 'target': target.title}
         found['cost'] = forward_costs(settings, target, console)
         keep(settings, found)
         for source in sources['heldout']:

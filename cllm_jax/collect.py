@@ -86,6 +86,7 @@ def run() -> None:
     groups = MeshConfig(tensor=settings.tensor)
     mesh = None if settings.tensor == 1 else make_mesh(groups, jax.local_devices())
     model = with_tokenizer(load(name, settings.dtype, mesh))
+    console.opened(model)
     identity = settings.identity | {
         'data': source.name,
         'prompts': len(source),

@@ -95,6 +95,7 @@ def train_in(
     """Train in a run directory that is open."""
     mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
     model, samples = prepare(settings, mesh, console, directory)
+    console.opened(model)
     room = model.config.max_positions - settings.held_out.max_tokens
     held_out = drop_prompts_without_room(held_out, model.tokenizer, model.config.bos_id, room)
     console.dropped(held_out)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import cllm_jax
 from cllm_jax import bench, collect, evaluate, export, train
@@ -538,6 +539,37 @@ def test_decode_shows_a_prompt_as_it_is(monkeypatch, capsys):
     prompt = 'x[:100:2] :apple:\r'
     call(monkeypatch, decode, '--prompts', prompt, '--max-tokens', '2', '--no-compare')
     assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_commands_name_the_adapter_that_they_merged(monkeypatch, capsys, tmp_path):
+    """With the tokenizer of its base; one that lies with a model is not passed over either."""
+    base = model_directory(tmp_path / 'base')
+    shape = cllm_jax.load(base).config
+    made = tmp_path / 'adapter'
+    made.mkdir()
+    about = {'peft_type': 'LORA', 'r': 2, 'lora_alpha': 4, 'target_modules': ['down_proj']}
+    (made / 'adapter_config.json').write_text(
+        json.dumps(about | {'base_model_name_or_path': '../base'})
+    )
+    names = [f'base_model.model.model.layers.0.mlp.down_proj.lora_{half}.weight' for half in 'AB']
+    factors = (np.ones((2, shape.mlp_dim), 'f4'), np.ones((shape.dim, 2), 'f4'))
+    save_file(dict(zip(names, factors, strict=True)), made / 'adapter_model.safetensors')
+    whole = shutil.copytree(made, tmp_path / 'whole')
+    shutil.copytree(base, whole, dirs_exist_ok=True)
+    short = ('--prompts', 'the', '--max-tokens', '2', '--no-compare')
+    said = []
+    for place, into in ((base, ''), (made, '../base'), (whole, whole)):
+        call(monkeypatch, decode, '--model', place, *short)
+        told = capsys.readouterr()
+        assert (f'model {place} (LoRA rank 2 merged into {into})' in told.err) == bool(into)
+        said.append(told.out)
+    assert said[0] != said[1] == said[2]
+    out = tmp_path / 'out'
+    data = ('--data', 'arithmetic', '--prompts', '2', '--max-tokens', '4', '--block', '2')
+    call(monkeypatch, collect, '--model', made, *data, '--out', out)
+    assert f'model {made} (LoRA rank 2 merged into ../base)' in capsys.readouterr().err
+    with pytest.raises(ConfigError, match='model'):
+        call(monkeypatch, collect, '--model', base, *data, '--out', out)
 
 
 @pytest.mark.parametrize('module', [evaluate, bench])

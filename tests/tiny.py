@@ -25,6 +25,13 @@ def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:
     return LlamaConfig(vocab, **(sizes | other | changes))
 
 
+BIASES = {
+    'llama': {'family': 'llama', 'o_bias': True, 'mlp_bias': True},
+    'qwen3': {'family': 'qwen3', 'o_bias': True, 'qk_norm': True},
+}
+"""What makes `tiny_config`, which has biases on q, k, v, a model with all biases of a family."""
+
+
 def shapes(config: LlamaConfig) -> dict:
     """The parameter tree of `Llama(config)` without its values."""
     return jax.eval_shape(functools.partial(init_params, Llama(config)), jax.random.key(0))

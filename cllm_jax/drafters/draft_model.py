@@ -77,7 +77,7 @@ class DraftModel(Drafter):
 
     def _choose(self, sequences, sampling, hidden_B1D, length_B):
         logits_B1V = self.model.apply({'params': self.params}, hidden_B1D, method='logits')
-        if self.shared:  # fewer tokens have the same noise
+        if self.shared:  # the noise of a token is the same, however many there are
             logits_B1V = logits_B1V[:, :, : self.shared]
         return choose(logits_B1V, sequences.keys_B, length_B[:, None] + 1, sampling)
 

@@ -15,7 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cllm_jax.errors import ConfigError, DataError, one_line
+from cllm_jax.hf.adapter import SETTINGS, TENSORS, Adapter, find_adapter
 from cllm_jax.hf.config import read_config
+from cllm_jax.hf.files import has_weights
 from cllm_jax.hf.weights import DTYPES, read_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama
@@ -30,6 +32,7 @@ HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 # A repository may hold the same weights twice more, in subdirectories or as `consolidated`.
 HUB_FILES = ['*.json', '*.safetensors', 'tokenizer.model', '*.jinja', '*.txt']
 HUB_SKIP = ['*/*', 'consolidated*']
+PEEKED = ['config.json', SETTINGS]
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json')
 
 
@@ -43,6 +46,13 @@ class Model:
     """A `transformers` tokenizer, or None if the directory has none."""
     source: str
     """What the user called it."""
+    adapter: str = ''
+    """Which adapter was merged into which weights, '' for none."""
+
+    @property
+    def title(self) -> str:
+        """What to call it in results."""
+        return f'{self.source} ({self.adapter})' if self.adapter else self.source
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -85,7 +95,8 @@ def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
         path = Path(name).expanduser()
         if name and path.is_dir():
             run = path / 'model'
-            return run if run.is_dir() and not (path / 'config.json').exists() else path
+            own = any((path / file).exists() for file in PEEKED)
+            return run if run.is_dir() and not own else path
         if path.is_file():
             raise ConfigError(f'{shown}: is a file; name the directory that holds config.json')
     except (OSError, ValueError, RuntimeError) as e:  # too long, a NUL, an unknown ~user
@@ -107,7 +118,59 @@ def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
 
 def peek(name: str) -> LlamaConfig:
     """The config of the model that a name stands for, without its weights; raises as `load`."""
-    return read_config(resolve(name, ['config.json']))
+    directory = resolve(name, PEEKED)
+    if not (directory / 'config.json').exists():
+        directory = base_of(directory)[0]
+    return read_config(directory)
+
+
+def base_of(directory: Path) -> tuple[Path, Adapter | None]:
+    """Where the whole weights of a model directory lie, and the adapter to merge into them.
+
+    An adapter that lies with weights is merged into these. One by itself names its base: a
+    directory, seen from here or from the adapter, or a hub id that was fetched before.
+
+    Raises ConfigError if there is no such base, and what `find_adapter` raises.
+    """
+    adapter = find_adapter(directory)
+    if adapter is None or has_weights(directory):
+        return directory, adapter
+    base = _named_base(adapter)
+    if find_adapter(base) is not None:
+        fault = f'{base}: is the base of an adapter, and has an adapter too'
+        raise ConfigError(f'{fault}; name a base of plain weights')
+    return base, adapter
+
+
+def _named_base(adapter: Adapter) -> Path:
+    name = adapter.base
+    says = f'{adapter.directory / SETTINGS}: base_model_name_or_path = {one_line(ascii(name))}'
+    try:
+        asked = (Path(name).expanduser(), adapter.directory / name) if name else ()
+        places = dict.fromkeys(path.resolve() for path in asked if path.is_dir())
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, an unknown ~user
+        places = {}
+    found = [resolve(str(place)) for place in places]
+    models = [path for path in found if (path / 'config.json').exists()]
+    if len(models) > 1:
+        raise ConfigError(f'{says} is a model here and next to it; write the whole path there')
+    if found:
+        return (models or found)[0]
+    if not HUB_ID.fullmatch(name):
+        raise ConfigError(f'{says}: no such directory; write that of the base there')
+    from huggingface_hub import snapshot_download
+
+    patterns = {'allow_patterns': HUB_FILES, 'ignore_patterns': HUB_SKIP}
+    try:
+        fetched = snapshot_download(
+            name, revision=adapter.revision, local_files_only=True, **patterns
+        )
+    except Exception:  # the hub client raises many types
+        raise ConfigError(
+            f'{says}: not fetched yet, and nothing is fetched that only a file names; run '
+            'hf download with that name, or write the directory of the base there'
+        ) from None
+    return Path(fetched)
 
 
 def read_tokenizer(directory: Path) -> Any:
@@ -126,8 +189,17 @@ def read_tokenizer(directory: Path) -> Any:
         ) from None
 
 
+def open_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory; of an adapter without one that of its base."""
+    own = read_tokenizer(directory)
+    base = directory if own is not None else base_of(directory)[0]
+    return own if base == directory else read_tokenizer(base)
+
+
 def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
     """Open a model: `embedded`, `embedded-target`, a model or run directory, or a hub id.
+
+    A LoRA adapter of PEFT is merged into its base (`base_of`), in float32.
 
     Args:
       name: see `resolve`; a run directory means its best exported checkpoint.
@@ -136,14 +208,19 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
       mesh: devices that share the weights (`runtime/mesh.py`); None for one device.
 
     Raises:
-      ConfigError, DataError: see `resolve`, `read_config` and `read_model`.
+      ConfigError, DataError: see `resolve`, `base_of`, `read_config` and `read_model`.
     """
     dtype = chosen(dtype)
     directory = resolve(name)
-    config, params = read_model(directory, storage(dtype), mesh)
+    base, adapter = base_of(directory)
+    config, params = read_model(base, storage(dtype), mesh, adapter)
     if dtype == MIXED:
         params = mixed(params)
-    return Model(config, params, read_tokenizer(directory), name)
+    merged = ''
+    if adapter is not None:
+        into = base if base == directory else one_line(adapter.base)
+        merged = f'{adapter.title} merged into {into}'
+    return Model(config, params, open_tokenizer(directory), name, merged)
 
 
 def with_tokenizer(model: Model) -> Model:
@@ -181,7 +258,18 @@ def fingerprint(model: Model) -> str:
 
 
 def files_fingerprint(directory: Path) -> str:
-    """sha256 of a model directory's sums, else of its config and the sizes of its weight files."""
+    """sha256 of a model directory's sums, else of its config and the sizes of its weight files.
+
+    Of an adapter: of all its bytes, and this of its base.
+    """
+    base, adapter = base_of(directory)
+    if adapter is not None:
+        files = [sha256(directory / name) for name in (SETTINGS, TENSORS)]
+        return hashlib.sha256(' '.join([_weights_fingerprint(base), *files]).encode()).hexdigest()
+    return _weights_fingerprint(directory)
+
+
+def _weights_fingerprint(directory: Path) -> str:
     if (directory / SUMS).exists():
         return sha256(directory / SUMS)
     digest = hashlib.sha256((directory / 'config.json').read_bytes())

@@ -56,6 +56,11 @@ class LlamaConfig:
     """The output projection is the embedding table."""
     qkv_bias: bool = False
     """Biases on q, k, v (Qwen2)."""
+    o_bias: bool = dataclasses.field(default=False, repr=False)
+    """A bias on o, besides those on q, k, v (LLaMA and Qwen3 with `attention_bias`)."""
+    mlp_bias: bool = dataclasses.field(default=False, repr=False)
+    """Biases on gate, up, down (LLaMA). Both are absent from the repr, of which older fingerprints
+    of models are made; the parameters tell."""
     qk_norm: bool = False
     """RMS norm on each head of q and k (Qwen3)."""
     max_positions: int = 4096
@@ -89,6 +94,7 @@ class LlamaConfig:
         """Number of weights, embeddings included."""
         attention = self.dim * self.head_dim * 2 * (self.heads + self.kv_heads)
         bias = self.qkv_bias * self.head_dim * (self.heads + 2 * self.kv_heads)
+        bias += self.o_bias * self.dim + self.mlp_bias * (2 * self.mlp_dim + self.dim)
         norms = 2 * self.dim + self.qk_norm * 2 * self.head_dim
         block = attention + bias + 3 * self.dim * self.mlp_dim + norms
         return self.layers * block + (2 - self.tied) * self.vocab_size * self.dim + self.dim

@@ -79,7 +79,7 @@ def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
 
     Raises ConfigError if it has none, or its vocabulary has another size.
     """
-    config, tokenizer = hf.peek(name), hf.read_tokenizer(hf.resolve(name))
+    config, tokenizer = hf.peek(name), hf.open_tokenizer(hf.resolve(name))
     if tokenizer is None:
         raise ConfigError(f'{name} has no tokenizer; name a model that has one')
     if config.vocab_size != vocab_size:
