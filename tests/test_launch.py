@@ -28,6 +28,8 @@ LAUNCH = ROOT / 'launch'
 GOLDEN = Path(__file__).parent / 'golden' / 'launch'
 RECIPE = 'configs/paper_gsm8k.yaml'
 
+pytestmark = pytest.mark.usefixtures('usual_signals')
+
 # What the scripts read from the environment; nothing else of the caller's reaches them.
 SETTINGS = {
     'PROJECT': 'my-project',
@@ -293,7 +295,8 @@ def test_host_maps_the_codes_that_a_restart_may_help(tmp_path):
 
 
 @pytest.mark.parametrize(('answer', 'wanted'), [('exit 75', 75), ('exit 0', 75), ('', 75)])
-def test_host_passes_sigterm_on_and_waits_for_the_step(answer, wanted, tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_host_ends_the_step_with_sigterm_and_waits_for_it(number, answer, wanted, tmp_path):
     """A step that saves (75), one that was just done (0), and one that cannot catch it."""
     catch = f"trap 'sleep 0.2; touch {tmp_path}/saved; {answer}' TERM" if answer else ''
     forever = 'for i in {1..200}; do sleep 0.05; done'
@@ -310,7 +313,7 @@ def test_host_passes_sigterm_on_and_waits_for_the_step(answer, wanted, tmp_path)
     while not (tmp_path / 'steps').exists():
         time.sleep(0.02)
     time.sleep(0.1)  # the trap comes after the mark
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(number)
     assert job.wait(timeout=20) == wanted
     assert (tmp_path / 'saved').exists() == bool(answer)
     assert (tmp_path / 'steps').read_text() == 'step\n'  # the next one was not begun

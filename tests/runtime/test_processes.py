@@ -26,7 +26,7 @@ TRAIN = shlex.split(
     '--held-out.max-tokens 8 --stage target'
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('usual_signals')]
 
 
 def start(processes: int, devices: int, module: str, *arguments: str) -> subprocess.Popen:

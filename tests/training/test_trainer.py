@@ -52,7 +52,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(mixed_dtypes, tmp_pat
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_go_on(usual_signals, mixed_dtypes, tmp_path, number):
     run = tiny_run()
 
     def stop(record):
@@ -65,6 +65,20 @@ def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, number):
     train(tmp_path, *run)
     steps = [m['step'] for m in without_speed(tmp_path) if 'loss' in m]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_signals_that_were_ignored_stay_ignored(usual_signals, mixed_dtypes, tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+    def stop(record):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    train(tmp_path, *tiny_run(), report=stop)
+    assert [m['step'] for m in without_speed(tmp_path) if 'loss' in m] == [1, 2, 3, 4, 5, 6]
+    assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 2
 
 
 def damage(checkpoint) -> None:
