@@ -8,9 +8,17 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Commands that tests start find this checkout, and libraries where the tests do.
+ROOT, PLACES = str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '').split(os.pathsep)
+os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *(p for p in PLACES if p not in ('', ROOT))])
+# The terminal of whoever runs the tests does not wrap or colour what commands print.
+os.environ['COLUMNS'] = '80'
+for name in ('FORCE_COLOR', 'CLICOLOR_FORCE', 'TTY_COMPATIBLE', 'TTY_INTERACTIVE'):
+    os.environ.pop(name, None)
 # Unoptimised programs compile twice as fast, in commands that tests start too, and no test depends
 # on the last bit.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
