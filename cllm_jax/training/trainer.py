@@ -198,10 +198,12 @@ def _stop_signals() -> Iterator[Callable[[int], bool]]:
     """Yields what every process asks after each step: whether to stop, for SIGTERM or SIGINT.
 
     With several processes JAX's own service catches SIGTERM, and lets all of them stop after the
-    same step when one is told to.
+    same step when one is told to. What was ignored at the start, as SIGINT is by what a script runs
+    in the background, stays ignored.
     """
     came: list[int] = []
-    caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    asked = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    caught = [s for s in asked if signal.getsignal(s) != signal.SIG_IGN]
     old = {s: signal.signal(s, lambda number, _: came.append(number)) for s in caught}
     try:
         yield lambda step: bool(came) or multihost_utils.reached_preemption_sync_point(step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 
@@ -52,7 +53,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(mixed_dtypes, tmp_pat
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_go_on(usual_signals, mixed_dtypes, tmp_path, number):
     run = tiny_run()
 
     def stop(record):
@@ -65,6 +66,20 @@ def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, number):
     train(tmp_path, *run)
     steps = [m['step'] for m in without_speed(tmp_path) if 'loss' in m]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_signals_that_were_ignored_stay_ignored(usual_signals, mixed_dtypes, tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+    def stop(record):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    train(tmp_path, *tiny_run(), report=stop)
+    assert [m['step'] for m in without_speed(tmp_path) if 'loss' in m] == [1, 2, 3, 4, 5, 6]
+    assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 2
 
 
 def damage(checkpoint) -> None:
@@ -135,7 +150,8 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_
     # Noticed where a line is logged, and where a checkpoint would be saved.
     for step, every in ((7, {'log_every': 1}), (8, {'log_every': 40, 'save_every': 4})):
         longer = dataclasses.replace(settings, steps=40, held_out=test, **every)
-        with pytest.raises(NumericalError, match=rf'step {step}: .*NaN.*--model {tmp_path}'):
+        said = rf'step {step}: .*NaN.*--model {re.escape(str(tmp_path))}'
+        with pytest.raises(NumericalError, match=said):
             train(tmp_path, failing, data, source, longer)
         kept = newest()
         assert int(good.step) == int(kept.step) == 4
