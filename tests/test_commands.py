@@ -272,7 +272,7 @@ def test_a_resumed_run_has_the_model_that_it_began_with(tmp_path, sums):
     def begin(seed: int, layers: int) -> None:
         model = random_model(seed, dataclasses.replace(config, layers=layers), tokenizer)
         write_model(place, model, sums=sums)
-        claim(tmp_path, {}, inputs_of(settings, model, []))
+        claim(tmp_path, {}, inputs_of(settings, model, [], tmp_path))
 
     begin(0, 1)
     begin(0, 1)

@@ -12,15 +12,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cllm_jax.data.encoding import prompt_ids
 from cllm_jax.data.sources import Source, open_source
 from cllm_jax.data.tokenizer import encode_examples, train_tokenizer
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import load as hf
 from cllm_jax.hf.load import DTYPES, Model
+from cllm_jax.hf.tokenizer import noted_or_new, read_tokenizer, same_tokenizer, write_tokenizer
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import replace_directory, temporary
-from cllm_jax.runs.run_dir import has_begun
+from cllm_jax.runs.run_dir import has_begun, noted
 from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig, architecture
@@ -65,10 +67,10 @@ def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> 
         rows = min(len(examples), TOKENIZER_ROWS)
         texts = [e.prompt + e.answer for e in random.Random(settings.seed).sample(examples, rows)]
         temp = temporary(places[0])
-        train_tokenizer(texts, settings.new.vocab_size).save_pretrained(temp)
+        write_tokenizer(temp, train_tokenizer(texts, settings.new.vocab_size))
         replace_directory(temp, places[0])
     barrier('tokenizer')
-    return hf.read_tokenizer(next(place for place in places if place.is_dir()))
+    return read_tokenizer(next(place for place in places if place.is_dir()))
 
 
 def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
@@ -76,7 +78,7 @@ def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
 
     Raises ConfigError if it has none, or its vocabulary has another size.
     """
-    config, tokenizer = hf.peek(name), hf.read_tokenizer(hf.resolve(name))
+    config, tokenizer = hf.peek(name), read_tokenizer(hf.resolve(name))
     if tokenizer is None:
         raise ConfigError(f'{name} has no tokenizer; name a model that has one')
     if config.vocab_size != vocab_size:
@@ -91,7 +93,7 @@ def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) 
     """The cleaned trajectories of a collection; refused if made with another tokenizer."""
     directory = Path(settings.data)
     made_with = read_manifest(directory)['identity'].get('tokenizer')
-    if made_with != hf.tokenizer_fingerprint(model.tokenizer):
+    if not same_tokenizer(made_with, model.tokenizer):
         raise ConfigError(
             f'{directory}: collected with another tokenizer than that of {model.source}; '
             'collect again with this model'
@@ -122,7 +124,7 @@ def text_samples(
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
     with listener.status('tokenising'):
-        eos, bos = model.config.eos_ids[0], model.config.bos_id
+        eos, bos = model.config.eos_ids, model.config.bos_id
         pairs = encode_examples(model.tokenizer, examples, eos, bos)
     # An end token alone is not an answer: a model that learns it says nothing any more.
     kept = [without_states(block, *pair) for pair in pairs if len(pair[1]) > 1]
@@ -146,17 +148,25 @@ def held_out_rows(settings: TrainConfig) -> Source:
 
 def trained_on_too(samples: list[Trajectory], source: Source, model: Model) -> int:
     """How many of the held-out prompts are prompts of samples as well."""
-    pairs = encode_examples(model.tokenizer, list(source.rows), 0, model.config.bos_id)
-    known = {sample.prompt.tobytes() for sample in samples}
-    return sum(prompt.tobytes() in known for prompt, _ in pairs)
+    texts = [row.prompt for row in source.rows]
+    known = {tuple(sample.prompt.tolist()) for sample in samples}
+    return sum(tuple(p) in known for p in prompt_ids(model.tokenizer, texts, model.config.bos_id))
 
 
-def inputs_of(settings: TrainConfig, model: Model, samples: list[Trajectory]) -> dict[str, str]:
-    """Names and fingerprints of what a run learns from; the same for a root that was moved."""
+def inputs_of(
+    settings: TrainConfig, model: Model, samples: list[Trajectory], run: Path
+) -> dict[str, str]:
+    """Names and fingerprints of what a run learns from; the same for a root that was moved.
+
+    What the run of that directory noted stays as it is where it means the same.
+    """
+    begun = run / 'inputs.json'
     inputs = {'model': settings.model.replace(f'{settings.root}/', 'ROOT/', 1)}
     if settings.model != 'new':
-        inputs['model_files'] = hf.files_fingerprint(hf.resolve(settings.model))[:16]
-    inputs['tokenizer'] = hf.tokenizer_fingerprint(model.tokenizer)[:16]
+        place, known = hf.resolve(settings.model), noted(begun, 'model_files')
+        new = hf.files_fingerprint(place)[:16]
+        inputs['model_files'] = known if hf.same_files(known, place) else new
+    inputs['tokenizer'] = noted_or_new(noted(begun, 'tokenizer'), model.tokenizer)[:16]
     digest = hashlib.sha256()
     for sample in samples:
         for array in (sample.prompt, sample.answer, sample.states, sample.start):

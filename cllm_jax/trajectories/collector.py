@@ -84,7 +84,7 @@ def collect_rows(
     """
     room = model.config.max_positions - settings.max_tokens
     examples = [source[i] for i in rows]
-    pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0], model.config.bos_id)
+    pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids, model.config.bos_id)
     left_out = {
         'too long': sum(len(prompt) > room for prompt, _ in pairs),
         'empty': sum(len(prompt) == 0 for prompt, _ in pairs),

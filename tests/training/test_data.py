@@ -9,7 +9,7 @@ import cllm_jax as cllm
 from cllm_jax.cli.console import Console
 from cllm_jax.data.tokenizer import train_tokenizer
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.load import tokenizer_fingerprint
+from cllm_jax.hf.tokenizer import tokenizer_fingerprint
 from cllm_jax.training.config import NewModel, TrainConfig, with_names
 from cllm_jax.training.data import prepare, trajectory_samples
 from cllm_jax.trajectories.collector import collect
