@@ -81,7 +81,7 @@ def encode_examples(
     becomes `bos_id`, or stays empty where that is None: then nothing can be decoded or learnt
     from it.
     """
-    ends = tuple(map(str, tokenizer.convert_ids_to_tokens(list(eos_ids))))
+    ends = tuple(name for name, i in tokenizer.get_added_vocab().items() if i in eos_ids)
     pairs = []
     for begin in range(0, len(examples), BATCH):
         rows = examples[begin : begin + BATCH]

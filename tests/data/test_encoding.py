@@ -99,6 +99,8 @@ def test_a_learnt_answer_ends_in_exactly_one_end_token(kind):
     assert pairs[4][1][-1] == end
     [(_, kept)] = encode_examples(tokenizer, [examples[1]], (other, end), None)
     assert kept.tolist() == pairs[0][1].tolist(), 'it keeps the end that it has'
+    [(_, kept)] = encode_examples(tokenizer, [Example('', 'x', 'the None\n')], (end, 999), None)
+    assert tokenizer.decode(kept[:-1]).endswith('None\n'), 'an unknown end has no name'
     empty = [Example('', 'the', filled(tokenizer, text)) for text in ('', '{end}', '{end}\n')]
     assert all(a.tolist() == [end] for _, a in encode_examples(tokenizer, empty, (end,), None))
 
