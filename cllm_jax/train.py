@@ -104,7 +104,7 @@ def train_in(
             f'warning: {known} of {len(held_out)} held-out prompts are trained on too, so that '
             'the tests say little of others; name another file for task'
         )
-    inputs = inputs_of(settings, model, samples)
+    inputs = inputs_of(settings, model, samples, directory)
     claim(directory, claimed, inputs | {'held_out': rows_fingerprint(held_out)})
     console.note(
         f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '

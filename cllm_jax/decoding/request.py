@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from cllm_jax.data.encoding import prompt_ids
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.loop import Prompts
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.errors import CllmError, ConfigError, at_least, check_seed, one_line
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.load import Model, with_tokenizer
 from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.processes import fetch
 
@@ -100,17 +101,14 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
             ids = [operator.index(i) for i in ids]
         except TypeError:
             raise ConfigError(f'token ids {ids[:4]!r}: must be whole numbers') from None
-    elif model.tokenizer is None:
-        raise ConfigError(f'{model.source} has no tokenizer; pass lists of token ids')
     else:
+        with_tokenizer(model, 'pass lists of token ids')
         try:
             prompt.encode()
         except UnicodeEncodeError as e:
             rule = f'{prompt[e.start]!r} is not a character; pass UTF-8'
             raise ConfigError(f'prompt {prompt[:40]!r}: {rule}') from None
-        ids = model.tokenizer(prompt)['input_ids']
-        if not ids and model.config.bos_id is not None:
-            ids = [model.config.bos_id]
+        [ids] = prompt_ids(model.tokenizer, [prompt], model.config.bos_id)
     if not ids:
         raise ConfigError('empty prompt: decoding starts from at least one token; pass a BOS token')
     check_ids(model, ids)
@@ -178,8 +176,8 @@ def pad_prompts(
 
 def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> None:
     """Raise ConfigError for stop strings without a tokenizer, or too long a prompt and answer."""
-    if request.stop and model.tokenizer is None:
-        raise ConfigError(f'{model.source} has no tokenizer; stop strings need one')
+    if request.stop:
+        with_tokenizer(model, 'leave out stop strings, which need one')
     limit = model.config.max_positions
     for i, ids in enumerate(prompts):
         if len(ids) + request.max_tokens > limit:

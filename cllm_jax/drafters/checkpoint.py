@@ -14,7 +14,8 @@ from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.drafters.trained import TrainedDrafter, tables_of
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.files import listed, make_readable, open_tensors, read_json
-from cllm_jax.hf.load import Model, tokenizer_fingerprint
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.tokenizer import same_tokenizer, tokenizer_fingerprint
 from cllm_jax.runs.atomic import replace_directory, temporary, write_atomic
 from cllm_jax.runs.checksums import SUMS, check_sums, write_sums
 from cllm_jax.runs.recipe import from_mapping, no_such, to_json
@@ -123,7 +124,7 @@ def _check_model(directory: Path, about: dict[str, Any], model: Model) -> None:
                 f'{getattr(model.config, name)}; use the drafter of this model'
             )
     made_with = about.get('tokenizer')
-    if model.tokenizer and made_with not in (None, tokenizer_fingerprint(model.tokenizer)):
+    if model.tokenizer and made_with and not same_tokenizer(made_with, model.tokenizer):
         fault = f'made with another tokenizer than that of {model.source}'
         raise ConfigError(f'{directory}: {fault}; use the drafter of this model')
 

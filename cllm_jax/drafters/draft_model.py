@@ -16,7 +16,8 @@ from cllm_jax.decoding.drafter import Draft, Drafter, Sequences, setting, window
 from cllm_jax.decoding.sampling import choose
 from cllm_jax.decoding.tree import causal_mask
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.hf.load import Model, tokenizer_fingerprint
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.tokenizer import vocabulary_fingerprint
 from cllm_jax.model.cache import Cache
 from cllm_jax.model.llama import Llama, take_rows
 
@@ -94,7 +95,7 @@ def draft_model(target: Model, small: Model, block: int = 5) -> DraftModel:
     """
     sizes = [model.config.vocab_size for model in (small, target)]
     both = [model.tokenizer for model in (small, target) if model.tokenizer is not None]
-    if len(both) == 2 and len(set(map(tokenizer_fingerprint, both))) == 2:
+    if len(both) == 2 and len(set(map(vocabulary_fingerprint, both))) == 2:
         other = f'{small.source} has another tokenizer than {target.source}'
         raise ConfigError(f'{other}; a draft model shares it')
     if sizes[0] != sizes[1] and len(both) < 2:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from cllm_jax.errors import ConfigError, DataError, one_line
 from cllm_jax.hf.adapter import SETTINGS, TENSORS, Adapter, find_adapter
 from cllm_jax.hf.config import read_config
 from cllm_jax.hf.files import has_weights
+from cllm_jax.hf.tokenizer import TOKENIZER_FILES, lacks_package, read_tokenizer
 from cllm_jax.hf.weights import DTYPES, read_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama
@@ -33,7 +33,12 @@ HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 HUB_FILES = ['*.json', '*.safetensors', 'tokenizer.model', '*.jinja', '*.txt']
 HUB_SKIP = ['*/*', 'consolidated*']
 PEEKED = ['config.json', SETTINGS]
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json')
+FORMER_SUMS = {
+    'cllm': 'a3815683a65bebaa2d731883feb19d1b0f2f34d323b0f5c83a2025f879f60d91',
+    'target': 'e47032b356a22ab1e65f94d1c290046aace0d1719df6917b457b2a48f1412f14',
+}
+"""`files_fingerprint` of the shipped models before their tokenizer_config.json was for every
+transformers: nothing that a run reads of them has changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +48,13 @@ class Model:
     config: LlamaConfig
     params: Any = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(repr=False)
-    """A `transformers` tokenizer, or None if the directory has none."""
+    """A `transformers` tokenizer, or None if the directory has none, or `lacks` says why."""
     source: str
     """What the user called it."""
     adapter: str = ''
     """Which adapter was merged into which weights, '' for none."""
+    lacks: str = ''
+    """The package without which its tokenizer cannot be read; token ids can be used without."""
 
     @property
     def title(self) -> str:
@@ -173,27 +180,14 @@ def _named_base(adapter: Adapter) -> Path:
     return Path(fetched)
 
 
-def read_tokenizer(directory: Path) -> Any:
-    """The `transformers` tokenizer of a model directory, or None if it has no tokenizer files."""
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer  # slow to import
-
-    only_files = {'local_files_only': True, 'trust_remote_code': False}
-    try:
-        return AutoTokenizer.from_pretrained(directory, **only_files)
-    except Exception as e:  # tokenizers raise bare Exceptions on malformed files
-        raise ConfigError(
-            f'{directory}: unreadable tokenizer ({type(e).__name__}: {one_line(e, 160)}); '
-            'copy the tokenizer files of the original model again'
-        ) from None
-
-
 def open_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory; of an adapter without one that of its base."""
-    own = read_tokenizer(directory)
-    base = directory if own is not None else base_of(directory)[0]
-    return own if base == directory else read_tokenizer(base)
+    return read_tokenizer(_home_of_tokenizer(directory))
+
+
+def _home_of_tokenizer(directory: Path) -> Path:
+    own = any((directory / name).exists() for name in TOKENIZER_FILES)
+    return directory if own else base_of(directory)[0]
 
 
 def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
@@ -220,14 +214,19 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
     if adapter is not None:
         into = base if base == directory else one_line(adapter.base)
         merged = f'{adapter.title} merged into {into}'
-    return Model(config, params, open_tokenizer(directory), name, merged)
+    home = _home_of_tokenizer(directory)
+    lacks = lacks_package(home)
+    tokenizer = None if lacks else read_tokenizer(home)
+    return Model(config, params, tokenizer, name, merged, lacks)
 
 
-def with_tokenizer(model: Model) -> Model:
+def with_tokenizer(
+    model: Model, remedy: str = 'copy the tokenizer files of the original model into its directory'
+) -> Model:
     """The model, if texts can be learned or answered with it; ConfigError without a tokenizer."""
     if model.tokenizer is None:
-        remedy = 'copy the tokenizer files of the original model into its directory'
-        raise ConfigError(f'{model.source} has no tokenizer; {remedy}')
+        fault = f': {model.lacks}, or' if model.lacks else ' has no tokenizer;'
+        raise ConfigError(f'{model.source}{fault} {remedy}')
     return model
 
 
@@ -278,7 +277,7 @@ def _weights_fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 of the vocabulary: token ids mean the same under equal fingerprints."""
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()
+def same_files(noted: Any, directory: Path) -> bool:
+    """Whether the first 16 digits of a `files_fingerprint` are those of a model directory."""
+    former = FORMER_SUMS.get(directory.name, '') if directory.parent == SHIPPED else ''
+    return noted in (files_fingerprint(directory)[:16], former[:16])

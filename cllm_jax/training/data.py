@@ -12,16 +12,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cllm_jax.data.encoding import prompt_ids
 from cllm_jax.data.sources import Source, open_source
-from cllm_jax.data.tokenizer import encode_examples, train_tokenizer
+from cllm_jax.data.tokenizer import train_tokenizer
 from cllm_jax.decoding.request import check_ids
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import load as hf
 from cllm_jax.hf.load import DTYPES, Model
+from cllm_jax.hf.tokenizer import noted_or_new, read_tokenizer, same_tokenizer, write_tokenizer
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import replace_directory, temporary
-from cllm_jax.runs.run_dir import has_begun
+from cllm_jax.runs.run_dir import has_begun, noted
 from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.tasks.example import Example
@@ -68,10 +70,10 @@ def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> 
         rows = min(len(examples), TOKENIZER_ROWS)
         texts = [e.prompt + e.answer for e in random.Random(settings.seed).sample(examples, rows)]
         temp = temporary(places[0])
-        train_tokenizer(texts, settings.new.vocab_size).save_pretrained(temp)
+        write_tokenizer(temp, train_tokenizer(texts, settings.new.vocab_size))
         replace_directory(temp, places[0])
     barrier('tokenizer')
-    return hf.read_tokenizer(next(place for place in places if place.is_dir()))
+    return read_tokenizer(next(place for place in places if place.is_dir()))
 
 
 def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
@@ -97,7 +99,7 @@ def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) 
     """
     directory = Path(settings.data)
     made_with = read_manifest(directory)['identity'].get('tokenizer')
-    if made_with != hf.tokenizer_fingerprint(model.tokenizer):
+    if not same_tokenizer(made_with, model.tokenizer):
         raise ConfigError(
             f'{directory}: collected with another tokenizer than that of {model.source}; '
             'collect again with this model'
@@ -154,17 +156,25 @@ def held_out_rows(settings: TrainConfig) -> Source:
 
 def trained_on_too(samples: list[Trajectory], source: Source, model: Model) -> int:
     """How many of the held-out prompts are prompts of samples as well."""
-    pairs = encode_examples(model.tokenizer, list(source.rows), 0, model.config.bos_id)
-    known = {sample.prompt.tobytes() for sample in samples}
-    return sum(prompt.tobytes() in known for prompt, _ in pairs)
+    texts = [row.prompt for row in source.rows]
+    known = {tuple(sample.prompt.tolist()) for sample in samples}
+    return sum(tuple(p) in known for p in prompt_ids(model.tokenizer, texts, model.config.bos_id))
 
 
-def inputs_of(settings: TrainConfig, model: Model, samples: list[Trajectory]) -> dict[str, str]:
-    """Names and fingerprints of what a run learns from; the same for a root that was moved."""
+def inputs_of(
+    settings: TrainConfig, model: Model, samples: list[Trajectory], run: Path
+) -> dict[str, str]:
+    """Names and fingerprints of what a run learns from; the same for a root that was moved.
+
+    What the run of that directory noted stays as it is where it means the same.
+    """
+    begun = run / 'inputs.json'
     inputs = {'model': settings.model.replace(f'{settings.root}/', 'ROOT/', 1)}
     if settings.model != 'new':
-        inputs['model_files'] = hf.files_fingerprint(hf.resolve(settings.model))[:16]
-    inputs['tokenizer'] = hf.tokenizer_fingerprint(model.tokenizer)[:16]
+        place, known = hf.resolve(settings.model), noted(begun, 'model_files')
+        new = hf.files_fingerprint(place)[:16]
+        inputs['model_files'] = known if hf.same_files(known, place) else new
+    inputs['tokenizer'] = noted_or_new(noted(begun, 'tokenizer'), model.tokenizer)[:16]
     digest = hashlib.sha256()
     for sample in samples:
         for array in (sample.prompt, sample.answer, sample.states, sample.start):

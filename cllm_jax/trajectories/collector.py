@@ -119,7 +119,7 @@ def collect_rows(
 
 def encode_rows(model: Model, rows: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
     """What `encode_examples` makes of some rows; DataError for ids outside the model's table."""
-    pairs = encode_examples(model.tokenizer, rows, model.config.eos_ids[0], model.config.bos_id)
+    pairs = encode_examples(model.tokenizer, rows, model.config.eos_ids, model.config.bos_id)
     for row, arrays in zip(rows, pairs, strict=True):
         for ids in arrays:
             check_ids(model, ids, f'row {row.id}: ', DataError)

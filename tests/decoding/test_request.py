@@ -56,7 +56,7 @@ def test_prompts_and_tokenizers_that_do_not_fit_are_refused():
         ([1, 2], {}, 'prompt 1: must be a text or a list'),
         ('text', {}, r"prompts 'text': must be a list"),
         (['text'], {}, 'no tokenizer'),
-        ([[1]], {'stop': ('x',)}, 'no tokenizer; stop'),
+        ([[1]], {'stop': ('x',)}, 'no tokenizer; leave out stop'),
         ([[1], [2] * 217], {'max_tokens': 40}, 'prompt 1: 217 tokens .* 40 exceed .* 256'),
     ],
 )

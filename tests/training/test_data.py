@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -9,7 +10,7 @@ import cllm_jax as cllm
 from cllm_jax.cli.console import Console
 from cllm_jax.data.tokenizer import train_tokenizer
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.load import tokenizer_fingerprint
+from cllm_jax.hf.tokenizer import tokenizer_fingerprint, vocabulary_fingerprint
 from cllm_jax.hf.write import write_model
 from cllm_jax.training.config import NewModel, TrainConfig, with_names
 from cllm_jax.training.data import prepare, trajectory_samples
@@ -26,10 +27,12 @@ def test_a_manifest_that_is_none_is_no_training_data(tmp_path):
 
 
 def test_trajectories_of_another_tokenizer_are_refused(tmp_path):
-    known = identity() | {'tokenizer': tokenizer_fingerprint(MODEL.tokenizer)}
-    collect(tmp_path, MODEL, source(2), SETTINGS, known)
     settings, console = TrainConfig(data=str(tmp_path)), Console()
-    assert len(trajectory_samples(settings, MODEL, console)) <= 2
+    for fingerprint in (vocabulary_fingerprint, tokenizer_fingerprint):  # of older versions, of now
+        shutil.rmtree(tmp_path)
+        known = identity() | {'tokenizer': fingerprint(MODEL.tokenizer)}
+        collect(tmp_path, MODEL, source(2), SETTINGS, known)
+        assert len(trajectory_samples(settings, MODEL, console)) <= 2
     other = train_tokenizer(['some other text'] * 9, len(MODEL.tokenizer))
     with pytest.raises(ConfigError, match='another tokenizer'):
         trajectory_samples(settings, dataclasses.replace(MODEL, tokenizer=other), console)
