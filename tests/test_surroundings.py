@@ -15,6 +15,7 @@ from tests.test_launch import bash, program
 
 ROOT = Path(__file__).parents[1]
 SENSITIVE = (
+    'tests/cli/test_console.py::test_texts_are_shown_as_they_are',
     'tests/cli/test_guard.py::test_an_interrupt_that_a_callback_swallows_comes_again',
     'tests/cli/test_settings.py::test_help_shows_docstrings_defaults_and_common_flags',
     'tests/runs/test_stages.py::test_the_command_prints_steps_or_one_line_of_error',
