@@ -10,6 +10,8 @@ from typing import Any
 
 WORDS = '\n', 'a', '.', ':', '0'
 """Texts to encode an answer after if its own prompt will not do; no token has a part of both."""
+ROLES = 'user', 'system', 'assistant', 'tool', 'developer'
+"""Who may speak first in a chat."""
 MARK = '\N{SNOWMAN}'
 
 
@@ -107,7 +109,7 @@ def _chat_openings(tokenizer: Any, template: str) -> tuple[str, ...]:
     found: set[str] = set()
     if not tokenizer.chat_template:
         return ()
-    for roles in (('user',), ('system', 'user')):
+    for roles in (('system', 'user'), *([role] for role in ROLES)):
         messages = [{'role': role, 'content': MARK} for role in roles]
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False)

@@ -134,14 +134,22 @@ def read_deltas(
             for name in _names(module)
         }
     return {
-        module: partial(_product, *(factors[n] for n in _names(module)), adapter.scale_of(module))
+        module: partial(
+            _product,
+            *(factors[n] for n in _names(module)),
+            adapter.scale_of(module),
+            f'{path}: {module}',
+        )
         for module in modules
     }
 
 
-def _product(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+def _product(a: np.ndarray, b: np.ndarray, scale: float, where: str) -> np.ndarray:
     with np.errstate(all='ignore'):
-        return (b @ a) * np.float32(scale)
+        delta = (b @ a) * np.float32(scale)
+    if not np.isfinite(delta).all():
+        raise DataError(f'{where}: factors that are not finite, or too large; train it again')
+    return delta
 
 
 def _names(module: str) -> list[str]:

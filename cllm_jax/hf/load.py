@@ -17,7 +17,7 @@ from cllm_jax.errors import ConfigError, DataError, one_line
 from cllm_jax.hf.adapter import SETTINGS, TENSORS, Adapter, find_adapter
 from cllm_jax.hf.config import read_config
 from cllm_jax.hf.files import has_weights
-from cllm_jax.hf.tokenizer import TOKENIZER_FILES, lacks_package, read_tokenizer
+from cllm_jax.hf.tokenizer import VOCABULARIES, lacks_package, read_tokenizer
 from cllm_jax.hf.weights import DTYPES, read_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama
@@ -134,13 +134,20 @@ def peek(name: str) -> LlamaConfig:
 def base_of(directory: Path) -> tuple[Path, Adapter | None]:
     """Where the whole weights of a model directory lie, and the adapter to merge into them.
 
-    An adapter that lies with weights is merged into these. One by itself names its base: a
-    directory, seen from here or from the adapter, or a hub id that was fetched before.
+    An adapter that lies with weights is merged into these, unless it names another directory. One
+    by itself names its base: a directory, seen from here or from the adapter, or a hub id that was
+    fetched before.
 
     Raises ConfigError if there is no such base, and what `find_adapter` raises.
     """
     adapter = find_adapter(directory)
-    if adapter is None or has_weights(directory):
+    if adapter is None:
+        return directory, adapter
+    if has_weights(directory):
+        bases = [p.resolve() for p in _local_bases(adapter) if (p / 'config.json').exists()]
+        if bases and directory.resolve() not in bases:
+            fault = f'{directory}: has weights and an adapter of those in {bases[0]}'
+            raise ConfigError(f'{fault}; delete the adapter if it was merged, or else the weights')
         return directory, adapter
     base = _named_base(adapter)
     if find_adapter(base) is not None:
@@ -149,15 +156,20 @@ def base_of(directory: Path) -> tuple[Path, Adapter | None]:
     return base, adapter
 
 
-def _named_base(adapter: Adapter) -> Path:
+def _local_bases(adapter: Adapter) -> list[Path]:
+    """The directories that the name of its base may mean."""
     name = adapter.base
-    says = f'{adapter.directory / SETTINGS}: base_model_name_or_path = {one_line(ascii(name))}'
     try:
         asked = (Path(name).expanduser(), adapter.directory / name) if name else ()
         places = dict.fromkeys(path.resolve() for path in asked if path.is_dir())
     except (OSError, ValueError, RuntimeError):  # too long, a NUL, an unknown ~user
-        places = {}
-    found = [resolve(str(place)) for place in places]
+        return []
+    return [resolve(str(place)) for place in places]
+
+
+def _named_base(adapter: Adapter) -> Path:
+    name, found = adapter.base, _local_bases(adapter)
+    says = f'{adapter.directory / SETTINGS}: base_model_name_or_path = {one_line(ascii(name))}'
     models = [path for path in found if (path / 'config.json').exists()]
     if len(models) > 1:
         raise ConfigError(f'{says} is a model here and next to it; write the whole path there')
@@ -186,7 +198,7 @@ def open_tokenizer(directory: Path) -> Any:
 
 
 def _home_of_tokenizer(directory: Path) -> Path:
-    own = any((directory / name).exists() for name in TOKENIZER_FILES)
+    own = any((directory / name).exists() for name in VOCABULARIES)
     return directory if own else base_of(directory)[0]
 
 

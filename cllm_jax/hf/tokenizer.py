@@ -10,7 +10,8 @@ from cllm_jax.data.encoding import plain_ids, prompt_ids, text_of_ids
 from cllm_jax.errors import ConfigError, one_line
 
 WHOLE, PIECES, CONFIG = 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'
-TOKENIZER_FILES = (WHOLE, PIECES, CONFIG, 'vocab.json')
+VOCABULARIES = (WHOLE, PIECES, 'vocab.json')
+TOKENIZER_FILES = (*VOCABULARIES, CONFIG)
 CARRIED = (
     *TOKENIZER_FILES,
     *('special_tokens_map.json', 'added_tokens.json', 'merges.txt', 'vocab.txt', 'tekken.json'),
@@ -31,6 +32,8 @@ PROBES = (
     '\u2581 <s></s><|im_start|><unk>[INST]',
 )
 """Texts that tell tokenizers of one vocabulary apart by what they make of them."""
+SETTINGS = ('chat_template', 'pad_token_id', 'add_bos_token', 'add_eos_token')
+"""What else of a tokenizer somebody may have changed."""
 SPECIAL_PROBES = 64
 """Special tokens that are tried between words: some vocabularies have a thousand."""
 
@@ -105,7 +108,8 @@ def _only_pieces(directory: Path) -> bool:
 def write_tokenizer(directory: Path, tokenizer: Any) -> None:
     """Write the files of a tokenizer, such that transformers 4 and 5 read it as it is here.
 
-    They are the bytes that it was read from, unless it has been changed or made since.
+    They are the bytes that it was read from, unless it has been changed or made since. Raises
+    ConfigError if the files would be another tokenizer.
     """
     files = getattr(tokenizer, FILES, {})
     for name, data in files.items():
@@ -122,6 +126,9 @@ def write_tokenizer(directory: Path, tokenizer: Any) -> None:
         made = portable(given, made_here=not files and (directory / WHOLE).exists())
         if made != given:
             path.write_text(json.dumps(made, indent=2, ensure_ascii=False) + '\n', 'utf-8')
+    if not files and not _same_ids(read_tokenizer(directory), tokenizer):
+        rule = 'what was changed of it is not in what it writes'
+        raise ConfigError(f'{directory}: the tokenizer: {rule}; change the files of the original')
 
 
 def portable(config: dict[str, Any], made_here: bool = False) -> dict[str, Any]:
@@ -134,16 +141,20 @@ def portable(config: dict[str, Any], made_here: bool = False) -> dict[str, Any]:
     if made_here or made.get('tokenizer_class') == 'TokenizersBackend':
         made['tokenizer_class'] = 'PreTrainedTokenizerFast'
         made.pop('backend', None)
-    if isinstance(made.get('extra_special_tokens'), list):
-        made['additional_special_tokens'] = made.pop('extra_special_tokens')
+    if isinstance(extra := made.get('extra_special_tokens'), list):
+        del made['extra_special_tokens']
+        known = made.get('additional_special_tokens') or []
+        made['additional_special_tokens'] = [*known, *(t for t in extra if t not in known)]
     return made
 
 
 def _alike(one: Any, other: Any) -> bool:
-    same_ids = tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
-    return same_ids and all(
-        getattr(one, name) == getattr(other, name) for name in ('chat_template', 'pad_token_id')
-    )
+    same = all(getattr(one, name, None) == getattr(other, name, None) for name in SETTINGS)
+    return same and _same_ids(one, other)
+
+
+def _same_ids(one: Any, other: Any) -> bool:
+    return tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -16,9 +16,11 @@ _BEFORE = r'(?:\\boxed|[ \t*_`$€£¥₹~≈=:(\[{\\"\']|<<[^<>\n]*>>)*+'
 _GROUPED = r'[0-9]{1,3}(?:(?:[ ,]|\\,|\{,\})[0-9]{3})++(?![0-9])'
 _NUMBER = rf'((?:{_GROUPED}|[0-9][0-9,]*+)(?:\.[0-9]++)?+|\.[0-9]++)'
 _MARKED = re.compile(rf'####{_BEFORE}([-+]?){_BEFORE}{_NUMBER}')
-# What makes the number a part of something else: '72/3', '5 + 6', '7:30', '1.2.3', '10²', '1e3'.
-_TIED = r'(?:[^\w\s(#]|_)*|[ \t]*[-+*/^=:\u00d7\u00f7\u2044]*[ \t]*|[eE][-+]?'
-_GOES_ON = re.compile(rf'(?:{_TIED})[0-9¹²³¼½¾⅓⅔]')
+# What makes the number a part of another: '72/3', '5½', '5 1/2', '7:30', '1.2.3', '10²', '1e3'.
+_GOES_ON = re.compile(
+    r'[-+*^:._\u00d7\u00f7]?[0-9¹²³¼½¾⅓⅔]|[eE][-+]?[0-9]|[ \t]*+[/\u2044][ \t]*+[0-9]'
+    r'|[ \t](?:[0-9]++[/\u2044][0-9]|[¼½¾⅓⅔])'
+)
 _SQL_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|\w+|[^\w\s]""")
 
 
@@ -27,7 +29,8 @@ def final_number(text: str) -> Decimal | None:
 
     This is GSM8K's own rule (openai/grade-school-math), so neither a unit nor text that runs on
     counts. Beyond it: signs, currencies, markup and `\\boxed` before the number, commas or spaces
-    between its thousands. A number that is a part of a fraction or formula gives None.
+    between its thousands; and a number that is a part of another, as of a fraction or a time of
+    day, gives None, where that rule would read the part.
     """
     text = text.translate(_PLAIN)
     if not (found := _MARKED.search(text)) or _GOES_ON.match(text, found.end()):

@@ -47,8 +47,8 @@ def train(
 
     Raises:
       DataError: the run was begun, but its checkpoints are damaged or gone; nothing is replaced.
-      NumericalError: too many updates in a row, or those up to the last step, were not finite; no
-        checkpoint is overwritten.
+      NumericalError: too many updates in a row were not finite (`_is_sound`); no checkpoint is
+        overwritten.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     log = directory / 'metrics.jsonl'
@@ -164,19 +164,20 @@ def _iterate(
 
 
 def _is_sound(run: _Run, step: int, metrics: dict) -> bool:
-    """Whether the last update was made; raises NumericalError after too many that were not.
+    """Whether the weights can be saved; raises NumericalError after too many updates left out.
 
-    At the end of a run one is too many: there is nothing to go on with.
+    At the end of a run a tenth of its steps is too many, and after fewer the weights are those
+    of the last update that was made.
     """
-    skipped, directory = int(metrics['skipped']), run.directory
-    if skipped > MAX_SKIPPED or (skipped and step == run.settings.steps):
+    skipped, directory, ends = int(metrics['skipped']), run.directory, step == run.settings.steps
+    if skipped > (min(MAX_SKIPPED, step // 10) if ends else MAX_SKIPPED):
         # The same settings end here again, and a run has one set of settings.
         start = f' and --model {directory}' if (directory / 'model').is_dir() else ''
         raise NumericalError(
             f'step {step}: {skipped} updates in a row left out for NaN or Inf; begin another run '
             f'(--root) with a lower learning rate{start}; what was saved here before is kept'
         )
-    return skipped == 0
+    return skipped == 0 or ends
 
 
 def _test_and_keep(run: _Run, state: TrainState, progress: dict) -> None:

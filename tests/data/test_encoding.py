@@ -141,6 +141,15 @@ def test_a_chat_has_the_ids_of_its_template(kind, chat, open_ended):
     assert prompt.tolist() == wanted
 
 
+@pytest.mark.parametrize('kind', ['first, Zephyr chat', 'legacy, ChatML'])
+@pytest.mark.parametrize('role', ['assistant', 'tool', 'developer', 'system'])
+def test_a_chat_may_begin_with_any_role(kind, role):
+    tokenizer, chat = tokenizer_of(kind), [{'role': role, 'content': 'the city'}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    wanted = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert prompt_ids(tokenizer, [text]) == [wanted]
+
+
 def test_a_text_that_is_no_chat_begins_as_the_tokenizer_has_it():
     tokenizer = copy.deepcopy(tokenizer_of('first, Zephyr chat'))
     for template in (ZEPHYR, "{% for m in messages %}{{ ' ' + m['content'] }}{% endfor %}", '{{'):

@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import cllm_jax as cllm
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.loop import programs
 from cllm_jax.decoding.request import Request
@@ -11,6 +14,7 @@ from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import DraftModel
 from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.model.llama import forward
 from cllm_jax.runtime import programs as kept
 from tests.drafters.examples import DRAFTERS, with_random_weights
 from tests.tiny import compilations, ragged_prompts, random_model, tiny_config
@@ -51,6 +55,18 @@ def test_numbers_seeds_and_end_tokens_share_a_program_of_each_kind(drafter):
         answers.add(tuple(map(tuple, tokens(drafter, Sampling(0.9, **rule), seed=i))))
     assert compilations() == before + 2
     assert len(answers) > 20, 'the numbers have to matter'
+
+
+def test_texts_of_many_lengths_share_the_programs_of_forward():
+    before, tokens_BT = cllm._forward._cache_size(), np.arange(40)[None] % 29
+    module, params = MODEL.module, MODEL.params
+    for length in range(1, 41):
+        logits_BTV = cllm.forward(MODEL, tokens_BT[:, :length])
+        assert logits_BTV.shape == (1, length, 29)
+        if length in (1, 17, 40):
+            plain_BTV = forward(module, params, jnp.asarray(tokens_BT[:, :length], jnp.int32))
+            np.testing.assert_allclose(logits_BTV, plain_BTV, atol=2e-5)
+    assert cllm._forward._cache_size() - before == 4  # 16, 24, 32, 48 tokens
 
 
 def test_programs_that_must_differ_are_dropped_before_they_are_too_many(monkeypatch):

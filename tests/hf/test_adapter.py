@@ -336,14 +336,14 @@ def test_an_adapter_of_an_adapter_is_refused(tmp_path, base, adapter):
     assert 'no such file' in refusal(load, str(second), of=DataError)
 
 
-@pytest.mark.parametrize('named', ['itself', 'the original', 'nobody/nothing', ''])
+@pytest.mark.parametrize('named', ['itself', '.', 'nobody/nothing', ''])
 def test_an_adapter_that_lies_with_a_model_is_merged_into_it(tmp_path, base, adapter, named):
-    """As `transformers` does it, whatever the adapter calls its base."""
+    """Unless it names other weights that are here."""
     expected = load(str(adapter), 'float32')
     whole = shutil.copytree(base, tmp_path / 'whole')
     for name in (SETTINGS, TENSORS):
         shutil.copy(adapter / name, whole)
-    names = {'itself': str(whole), 'the original': str(base)}
+    names = {'itself': str(whole)}
     edit(whole, base_model_name_or_path=names.get(named, named))
     model = load(str(whole), 'float32')
     assert same_bits(model.params, expected.params)
@@ -353,8 +353,27 @@ def test_an_adapter_that_lies_with_a_model_is_merged_into_it(tmp_path, base, ada
     (whole / SETTINGS).unlink()
     assert f'without {SETTINGS}' in refusal(load, str(whole), of=DataError)
     shutil.copy(adapter / SETTINGS, whole)
+    edit(whole, base_model_name_or_path='')
     (whole / TENSORS).unlink()
     assert f'no {TENSORS}' in refusal(load, str(whole), of=DataError)
+
+
+def test_an_adapter_of_other_weights_than_it_lies_with_is_refused(tmp_path, base, adapter):
+    """Perhaps it was merged into them already: once more would be another model."""
+    for name in ('model.safetensors', 'config.json'):
+        shutil.copy(base / name, adapter)
+    for name in (str(base), '../base'):
+        edit(adapter, base_model_name_or_path=name)
+        fault = refusal(load, str(adapter), of=ConfigError)
+        assert str(base) in fault and 'delete the adapter if it was merged' in fault
+
+
+def test_factors_that_are_not_finite_are_refused(adapter):
+    found = load_file(adapter / TENSORS)
+    for value in (np.nan, np.inf, 3e38):
+        name = next(iter(found))
+        save_file(found | {name: np.full_like(found[name], value)}, adapter / TENSORS)
+        assert 'not finite' in refusal(load, str(adapter), of=DataError)
 
 
 def test_models_say_what_was_merged(tmp_path, base, adapter):
@@ -407,8 +426,9 @@ def test_fingerprints_of_files_tell_adapters_and_their_bases_apart(tmp_path, bas
     for directory in (adapter, other):
         for name in (SETTINGS, TENSORS):
             shutil.copy(directory / name, whole)
+        edit(whole, base_model_name_or_path=str(whole))
         seen.add(files_fingerprint(whole))
-    assert len(seen) == 8
+    assert len(seen) == 9
 
 
 def test_sums_of_an_adapter_are_checked(adapter):

@@ -154,6 +154,7 @@ def test_a_new_tokenizer_is_written_for_every_transformers(make, tmp_path):
 def test_what_an_older_version_wrote_is_made_portable(tmp_path):
     config = {'tokenizer_class': 'TokenizersBackend', 'eos_token': '<|end|>'}
     config |= {'extra_special_tokens': ['<|end|>'], 'backend': 'tokenizers'}
+    config |= {'additional_special_tokens': ['<|begin|>', '<|end|>']}
     config |= {'is_local': True, 'local_files_only': False}
     inner = bytes_of('<|begin|>', '<|end|>')
     tokenizer = read_tokenizer(write(tmp_path / 'a', inner, **config))
@@ -163,7 +164,7 @@ def test_what_an_older_version_wrote_is_made_portable(tmp_path):
     assert written == {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'eos_token': '<|end|>',
-        'additional_special_tokens': ['<|end|>'],
+        'additional_special_tokens': ['<|begin|>', '<|end|>'],
     }
     same = (tmp_path / 'a' / WHOLE).read_bytes()
     assert (tmp_path / 'b' / WHOLE).read_bytes() == same
