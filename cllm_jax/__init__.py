@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import decode_all
-from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.request import Request, bucket, token_array
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.stream import stream as _stream
@@ -31,7 +32,8 @@ from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.errors import CllmError, ConfigError, DataError
 from cllm_jax.hf.load import Model, load
 from cllm_jax.model.config import LlamaConfig
-from cllm_jax.model.llama import forward as _forward
+from cllm_jax.model.llama import forward as _plain_forward
+from cllm_jax.runtime.programs import bounded
 
 __all__ = [
     'AutoRegressive', 'CllmError', 'ConfigError', 'DataError', 'DecodeResult', 'Drafter', 'Jacobi',
@@ -39,10 +41,21 @@ __all__ = [
     'decode', 'draft_model', 'forward', 'load', 'load_drafter', 'stream', 'with_references',
 ]  # fmt: skip
 
+_forward = jax.jit(_plain_forward, static_argnums=0)
 
-def forward(model: Model, tokens_BT: jax.Array) -> jax.Array:
-    """Plain causal forward: float32 logits `[B, T, V]` for int32 token ids `[B, T]`."""
-    return _forward(model.module, model.params, jnp.asarray(tokens_BT))
+
+def forward(model: Model, tokens_BT: ArrayLike) -> jax.Array:
+    """Plain causal forward: float32 logits `[B, T, V]` for token ids `[B, T]`.
+
+    Inside `jax.jit` the ids cannot be looked at: there those outside the vocabulary go unnoticed.
+
+    Raises:
+      ConfigError: not two axes of whole numbers, no token, or an id outside the vocabulary.
+    """
+    tokens_BT = token_array(model, tokens_BT)
+    length = tokens_BT.shape[1]
+    padded_BT = jnp.pad(tokens_BT, ((0, 0), (0, bucket(length) - length)))  # few shapes to compile
+    return bounded(_forward)(model.module, model.params, padded_BT)[:, :length]
 
 
 def decode(

@@ -29,6 +29,7 @@ from cllm_jax.hf.config import read_config
 from cllm_jax.hf.load import MIXED, Model, chosen, load, mixed, storage
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import write_json
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.training.step_cost import step_cost
 from cllm_jax.trajectories.store import Collection
 
@@ -37,7 +38,7 @@ def random_model(path: Path, dtype: str) -> Model:
     """Random weights of the size that a config describes."""
     config = read_config(path)
     module = Llama(config, storage(dtype))
-    params = jax.jit(lambda key: init_params(module, key))(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(module, key))(prng_key(0))
     params = mixed(params) if dtype == MIXED else params
     return Model(config, params, None, f'random weights of {path}')
 
@@ -180,7 +181,8 @@ def run() -> None:
         keep(settings, found)
     else:
         cllm, target = (load(name, dtype) for name in (settings.model, settings.target))
-        found |= {'model': cllm.source, 'target': target.source}
+        console.opened(cllm, target)
+        found |= {'model': cllm.title, 'target': target.title}
         found['cost'] = forward_costs(settings, target, console)
         keep(settings, found)
         for source in sources['heldout']:

@@ -18,9 +18,9 @@ from cllm_jax.cli.settings import parse
 from cllm_jax.data.sources import Source, open_source, rows_fingerprint
 from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import MIXED, Precision, fingerprint, load, peek, storage, with_tokenizer
-from cllm_jax.hf.load import tokenizer_fingerprint as vocabulary
+from cllm_jax.hf.tokenizer import noted_or_new
 from cllm_jax.model.config import LlamaConfig
-from cllm_jax.runs.run_dir import claim, open_run
+from cllm_jax.runs.run_dir import claim, noted, open_run
 from cllm_jax.runs.stages import EMBEDDED_ROOT, model_of, output_of
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories.collector import collect
@@ -86,11 +86,12 @@ def run() -> None:
     groups = MeshConfig(tensor=settings.tensor)
     mesh = None if settings.tensor == 1 else make_mesh(groups, jax.local_devices())
     model = with_tokenizer(load(name, settings.dtype, mesh))
+    console.opened(model)
     identity = settings.identity | {
         'data': source.name,
         'prompts': len(source),
         'model': fingerprint(model),
-        'tokenizer': vocabulary(model.tokenizer),
+        'tokenizer': noted_or_new(noted(directory / 'settings.json', 'tokenizer'), model.tokenizer),
     }
     console.dropped(source)
     with open_run(directory, identity), console.progress('collect', len(source)) as bar:

@@ -192,6 +192,7 @@ def run() -> None:
         return
     mesh = tensor_mesh(settings.tensor)
     model = load(settings.model, settings.dtype, mesh)
+    console.opened(model)
     drafter = open_drafter(settings, model, settings.dtype, mesh)
     drafted = Method(model, dataclasses.replace(request, drafter=drafter, sampling=sampling))
     if sampling.typical:

@@ -134,7 +134,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'mean_tokens': sum(map(len, jacobi.tokens)) / len(source),
         **{f.name: getattr(settings, f.name) for f in dataclasses.fields(DrafterConfig)},
         'timed': min(settings.timed, len(source)),
-        'models': {'cllm': cllm.source, 'target': target.source},
+        'models': {'cllm': cllm.title, 'target': target.title},
         'tensor': settings.tensor,
         **settings.environment('transformers'),
     }

@@ -105,6 +105,7 @@ def run() -> None:
         heads = {'drafter'} if (run_dir / 'drafter').is_dir() else set()
         if has_model(run_dir):
             model = load(str(run_dir), 'float32')
+            console.opened(model)
             text = card(name, run_dir, settings.dtype, model.config.parameters)
             write_model(
                 out / name, model, dtype=settings.dtype, card=text, sums=True, rewritten=heads

@@ -28,6 +28,7 @@ from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run
 from cllm_jax.runs.stages import output_of
 from cllm_jax.runtime.backend import pretend
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.mesh import make_mesh
 from cllm_jax.runtime.sharding import check_batch
 from cllm_jax.training.config import TrainConfig, architecture, check_architecture, with_names
@@ -44,7 +45,7 @@ def facts_of(settings: TrainConfig, mesh: Mesh) -> dict[str, object]:
     drafter, itemsize = objective.drafter(settings, model), DTYPES[settings.dtype].itemsize
     work = {'steps': settings.steps, 'samples seen': settings.steps * settings.batch}
     if not objective.trains_model(settings):
-        own = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables_of(model.params))
+        own = jax.eval_shape(drafter.new_weights, prng_key(0), tables_of(model.params))
         count = sum(leaf.size for leaf in jax.tree.leaves(own))
         return {
             'parameters of the model, frozen': f'{config.parameters:,}',
@@ -94,6 +95,7 @@ def train_in(
     """Train in a run directory that is open."""
     mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
     model, samples = prepare(settings, mesh, console, directory)
+    console.opened(model)
     room = model.config.max_positions - settings.held_out.max_tokens
     held_out = drop_prompts_without_room(held_out, model.tokenizer, model.config.bos_id, room)
     console.dropped(held_out)
@@ -102,7 +104,7 @@ def train_in(
             f'warning: {known} of {len(held_out)} held-out prompts are trained on too, so that '
             'the tests say little of others; name another file for task'
         )
-    inputs = inputs_of(settings, model, samples)
+    inputs = inputs_of(settings, model, samples, directory)
     claim(directory, claimed, inputs | {'held_out': rows_fingerprint(held_out)})
     console.note(
         f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '

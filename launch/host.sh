@@ -16,8 +16,8 @@ Runs the steps of the recipe CONFIG in order, with the Python $PYTHON (default: 
   --dry-run       only print the commands
   -- OVERRIDE...  settings for the train steps, such as -- --mesh.fsdp 8
 
-SIGTERM is passed on to the running step, which saves what it has. Exit codes: those of the step;
-75 means interrupted, and the same line continues. With RESTART_CODE=N in the environment it ends
+SIGTERM and Ctrl-C end the running step with SIGTERM, so that it saves what it has. Exit codes:
+those of the step; 75 means interrupted, and the same line continues. With RESTART_CODE=N in the environment it ends
 with N wherever another start may help: with every code but 0, 2, 3 and 4.
 TEXT
 }
@@ -96,7 +96,7 @@ stop() {
     stopped=true
     [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
 }
-trap stop TERM
+trap stop TERM INT
 
 finish() {
     case $1 in

@@ -39,6 +39,9 @@ CASES = {
     'qwen2': {'model_type': 'qwen2', 'rms_norm_eps': 1e-3},
     'qwen3': {'model_type': 'qwen3', 'head_dim': 16, 'tie_word_embeddings': True},
     'mistral': {'model_type': 'mistral', 'sliding_window': None},
+    'biased': {'attention_bias': True, 'mlp_bias': True, 'tie_word_embeddings': True},
+    'attention_bias': {'attention_bias': True, 'num_key_value_heads': 1, 'head_dim': 16},
+    'qwen3_bias': {'model_type': 'qwen3', 'head_dim': 16, 'attention_bias': True},
 }
 
 

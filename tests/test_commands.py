@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import cllm_jax
 from cllm_jax import bench, collect, evaluate, export, train
@@ -20,6 +21,7 @@ from cllm_jax.drafters.checkpoint import drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.evaluation.forward_cost import weight_bytes
 from cllm_jax.hf.load import SHIPPED
+from cllm_jax.hf.tokenizer import read_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 from cllm_jax.hf.write import write_model
 from cllm_jax.runs.recipe import read_recipe
 from cllm_jax.runs.run_dir import append_metrics, claim
@@ -234,7 +236,20 @@ def test_a_resumed_run_has_the_data_and_the_tokenizer_that_it_began_with(tmp_pat
     write_rows(data, 'another')
     with pytest.raises(ConfigError, match=r'begun with samples = .* sha256 .*put back'):
         call(monkeypatch, train, *arguments)
-    (run / 'inputs.json').unlink()  # as a run of an older version
+    write_rows(data, 'question')
+    inputs = json.loads((run / 'inputs.json').read_text())
+    of_run = read_tokenizer(run / 'tokenizer')
+    assert inputs['tokenizer'] == tokenizer_fingerprint(of_run)[:16]
+    older = vocabulary_fingerprint(of_run)[:16]  # as a run of an older version
+    for noted, goes_on in ((older, True), (older[::-1], False)):
+        (run / 'inputs.json').write_text(json.dumps(inputs | {'tokenizer': noted}))
+        if goes_on:
+            call(monkeypatch, train, *arguments)
+        else:
+            with pytest.raises(ConfigError, match=r'begun with tokenizer = .*put back'):
+                call(monkeypatch, train, *arguments)
+    write_rows(data, 'another')
+    (run / 'inputs.json').unlink()  # as a run of a still older version
     call(monkeypatch, train, *arguments)
     assert (run / 'tokenizer/tokenizer.json').read_bytes() == tokenizer
     write_rows(data, 'question')
@@ -272,7 +287,7 @@ def test_a_resumed_run_has_the_model_that_it_began_with(tmp_path, sums):
     def begin(seed: int, layers: int) -> None:
         model = random_model(seed, dataclasses.replace(config, layers=layers), tokenizer)
         write_model(place, model, sums=sums)
-        claim(tmp_path, {}, inputs_of(settings, model, []))
+        claim(tmp_path, {}, inputs_of(settings, model, [], tmp_path))
 
     begin(0, 1)
     begin(0, 1)
@@ -299,6 +314,32 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
         call(monkeypatch, collect, *arguments)
     (tmp_path / 'out/inputs.json').unlink()  # as a collection of an older version
     call(monkeypatch, collect, *arguments)
+
+
+def test_a_collection_of_an_older_version_goes_on(tmp_path, monkeypatch):
+    """It noted the vocabulary of its tokenizer, and goes on with that and no other."""
+    data, model = tmp_path / 'rows.jsonl', model_directory(tmp_path / 'tiny')
+    write_rows(data, 'question')
+    arguments = [
+        '--model', model, '--data', f'{data}#all', '--out', tmp_path / 'out', '--block', 2,
+        '--max-tokens', 2,
+    ]  # fmt: skip
+    call(monkeypatch, collect, *arguments)
+    now = tokenizer_fingerprint(byte_tokenizer())
+
+    def note(fingerprint: str) -> None:
+        for name in ('settings', 'manifest'):
+            path = tmp_path / f'out/{name}.json'
+            assert path.read_text().count(now) == 1
+            path.write_text(path.read_text().replace(now, fingerprint))
+
+    note(older := vocabulary_fingerprint(byte_tokenizer()))
+    for _ in range(2):
+        call(monkeypatch, collect, *arguments)
+    now = older
+    note(older[::-1])
+    with pytest.raises(ConfigError, match=r'begun with tokenizer = .* use the old settings'):
+        call(monkeypatch, collect, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -538,6 +579,37 @@ def test_decode_shows_a_prompt_as_it_is(monkeypatch, capsys):
     prompt = 'x[:100:2] :apple:\r'
     call(monkeypatch, decode, '--prompts', prompt, '--max-tokens', '2', '--no-compare')
     assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_commands_name_the_adapter_that_they_merged(monkeypatch, capsys, tmp_path):
+    """With the tokenizer of its base; one that lies with a model is not passed over either."""
+    base = model_directory(tmp_path / 'base')
+    shape = cllm_jax.load(base).config
+    made = tmp_path / 'adapter'
+    made.mkdir()
+    about = {'peft_type': 'LORA', 'r': 2, 'lora_alpha': 4, 'target_modules': ['down_proj']}
+    (made / 'adapter_config.json').write_text(
+        json.dumps(about | {'base_model_name_or_path': '../base'})
+    )
+    names = [f'base_model.model.model.layers.0.mlp.down_proj.lora_{half}.weight' for half in 'AB']
+    factors = (np.ones((2, shape.mlp_dim), 'f4'), np.ones((shape.dim, 2), 'f4'))
+    save_file(dict(zip(names, factors, strict=True)), made / 'adapter_model.safetensors')
+    whole = shutil.copytree(made, tmp_path / 'whole')
+    shutil.copytree(base, whole, dirs_exist_ok=True)
+    short = ('--prompts', 'the', '--max-tokens', '2', '--no-compare')
+    said = []
+    for place, into in ((base, ''), (made, '../base'), (whole, whole)):
+        call(monkeypatch, decode, '--model', place, *short)
+        told = capsys.readouterr()
+        assert (f'model {place} (LoRA rank 2 merged into {into})' in told.err) == bool(into)
+        said.append(told.out)
+    assert said[0] != said[1] == said[2]
+    out = tmp_path / 'out'
+    data = ('--data', 'arithmetic', '--prompts', '2', '--max-tokens', '4', '--block', '2')
+    call(monkeypatch, collect, '--model', made, *data, '--out', out)
+    assert f'model {made} (LoRA rank 2 merged into ../base)' in capsys.readouterr().err
+    with pytest.raises(ConfigError, match='model'):
+        call(monkeypatch, collect, '--model', base, *data, '--out', out)
 
 
 @pytest.mark.parametrize('module', [evaluate, bench])

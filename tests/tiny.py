@@ -1,5 +1,6 @@
 """Tiny models and a tokenizer for tests; all weights are made here, nothing is read."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -22,6 +23,13 @@ def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:
     sizes = {'dim': 2 * width, 'layers': 2, 'heads': 4, 'kv_heads': 2, 'head_dim': width}
     other = {'mlp_dim': 24, 'qkv_bias': True, 'max_positions': 256, 'family': 'qwen2'}
     return LlamaConfig(vocab, **(sizes | other | changes))
+
+
+BIASES = {
+    'llama': {'family': 'llama', 'o_bias': True, 'mlp_bias': True},
+    'qwen3': {'family': 'qwen3', 'o_bias': True, 'qk_norm': True},
+}
+"""What makes `tiny_config`, which has biases on q, k, v, a model with all biases of a family."""
 
 
 def shapes(config: LlamaConfig) -> dict:
@@ -83,6 +91,14 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token='<s>', eos_token='</s>', pad_token='<pad>'
     )
+
+
+@functools.cache
+def larger_tokenizer():
+    """`byte_tokenizer` with two tokens more, 261 '<tool>' and 262 '<call>'."""
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.add_tokens(['<tool>', '<call>'])
+    return tokenizer
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -67,6 +68,22 @@ def _copy(files: dict[str, bytes], directory: Path) -> Path:
     for name, data in files.items():
         (directory / name).write_bytes(data)
     return directory
+
+
+COMMIT = '0123456789abcdef0123456789abcdef01234567'
+
+
+def to_cache(directory: Path, cache: Path) -> Path:
+    """The snapshot of a model as the hub's client lays it out."""
+    repository = cache / 'models--a--b'
+    snapshot, blobs, refs = (repository / n for n in (f'snapshots/{COMMIT}', 'blobs', 'refs'))
+    for place in (snapshot, blobs, refs):
+        place.mkdir(parents=True)
+    (refs / 'main').write_text(COMMIT)
+    for i, path in enumerate(sorted(directory.iterdir())):
+        shutil.copy(path, blobs / str(i))
+        (snapshot / path.name).symlink_to(f'../../blobs/{i}')
+    return snapshot
 
 
 def tiny_tokenizer():

@@ -46,6 +46,12 @@ class Console:
         for reason, count in source.dropped.items():
             self.note(f'{source.name}: {count} rows left out, {reason}')
 
+    def opened(self, *models: Any) -> None:
+        """Say which adapter was merged into each `Model` that has one."""
+        for model in models:
+            if model.adapter:
+                self.note(f'model {model.title}')
+
     def result(self, text: object) -> None:
         self.out.print(text)
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from cllm_jax.data.encoding import answer_ids, ended, prompt_ids
 from cllm_jax.data.sources import Source
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.tasks.example import Example
 
 END, PAD = '<|end|>', '<|pad|>'
 SMALLEST = 256 + 2  # tokens: every byte and the two special ones
+BATCH = 4096  # examples that are encoded at a time
 
 
 def check_vocabulary(size: int) -> None:
@@ -56,7 +58,7 @@ def drop_prompts_without_room(
     Raises DataError if no row is left.
     """
     rows = list(source.rows)
-    lengths = [len(prompt) for prompt, _ in encode_examples(tokenizer, rows, 0, bos_id)]
+    lengths = [len(ids) for ids in prompt_ids(tokenizer, [row.prompt for row in rows], bos_id)]
     kept = [row for row, length in zip(rows, lengths, strict=True) if 0 < length <= room]
     if not kept:
         raise DataError(
@@ -69,18 +71,27 @@ def drop_prompts_without_room(
 
 
 def encode_examples(
-    tokenizer: Any, examples: Sequence[Example], eos_id: int, bos_id: int | None
+    tokenizer: Any, examples: Sequence[Example], eos_ids: Sequence[int], bos_id: int | None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Prompt and answer ids of each example, int32 arrays; the answer ends with `eos_id`.
+    """Prompt and answer ids of each example, int32 arrays; the answer ends with one of `eos_ids`.
 
-    They are encoded apart, as decoding sees them: first a prompt, then an answer. A prompt without
-    a token becomes `bos_id`, or stays empty where that is None: then nothing can be decoded or
-    learnt from it.
+    The prompt has the ids that decoding gives it (`prompt_ids`), and the answer those with which a
+    model that writes exactly this text goes on (`answer_ids`). An answer that ends with an end
+    token of its own keeps that one, others get the first of `eos_ids`. A prompt without a token
+    becomes `bos_id`, or stays empty where that is None: then nothing can be decoded or learnt
+    from it.
     """
-    first = [] if bos_id is None else [bos_id]
-    prompts = tokenizer([e.prompt for e in examples])['input_ids']
-    answers = tokenizer([e.answer for e in examples], add_special_tokens=False)['input_ids']
-    return [
-        (np.asarray(p or first, np.int32), np.asarray([*a, eos_id], np.int32))
-        for p, a in zip(prompts, answers, strict=True)
-    ]
+    ends = tuple(name for name, i in tokenizer.get_added_vocab().items() if i in eos_ids)
+    pairs = []
+    for begin in range(0, len(examples), BATCH):
+        rows = examples[begin : begin + BATCH]
+        texts, answers = [row.prompt for row in rows], [row.answer for row in rows]
+        # Blanks after an end token: a chat template writes them between two messages.
+        answers = [a if not (b := a.rstrip()).endswith(ends) else b for a in answers]
+        prompts = prompt_ids(tokenizer, texts, bos_id)
+        found = answer_ids(tokenizer, texts, answers, prompts)
+        pairs += [
+            (np.asarray(p, np.int32), np.asarray(ended(a, eos_ids), np.int32))
+            for p, a in zip(prompts, found, strict=True)
+        ]
+    return pairs

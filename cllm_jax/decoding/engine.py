@@ -29,7 +29,9 @@ from cllm_jax.decoding.state import DecodeState, grow, replace_rows
 from cllm_jax.decoding.text import cut, find_stop, text_of
 from cllm_jax.hf.load import Model
 from cllm_jax.runtime.backend import backend_of
-from cllm_jax.runtime.processes import fetch, keys_for
+from cllm_jax.runtime.keys import keys_for
+from cllm_jax.runtime.processes import fetch
+from cllm_jax.runtime.programs import bounded
 from cllm_jax.runtime.threads import side_by_side
 
 LEAST_ROWS = 2
@@ -110,7 +112,7 @@ def lacks_room(request: Request, state: DecodeState) -> bool:
 
 def with_more_room(state: DecodeState) -> DecodeState:
     """The state with a cache twice as long, or as long as any row may need."""
-    return grow(state, min(2 * state.cache.slots, state.longest))
+    return bounded(grow)(state, min(2 * state.cache.slots, state.longest))
 
 
 def run_until_idle(
@@ -246,7 +248,7 @@ def decode_refilling(
             prompts_R, keys_R = [prompts[i] for i in chosen], keys[np.asarray(chosen)]
             fresh = start(model, request, prompts_R, keys_R, refill, width)
             rows_R = np.array(rows + [batch] * (refill - count), np.int32)
-            state = replace_rows(state, rows_R, fresh)
+            state = bounded(replace_rows)(state, rows_R, fresh)
             held |= dict(zip(rows, chosen, strict=True))
             begun |= dict.fromkeys(rows, begin)
     return [found[i] for i in range(len(prompts))]

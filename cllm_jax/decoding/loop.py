@@ -28,6 +28,7 @@ from cllm_jax.decoding.state import DecodeState, Trace, part_of, replace_rows
 from cllm_jax.model.cache import compact
 from cllm_jax.model.llama import Llama, take_rows
 from cllm_jax.runtime.backend import Backend
+from cllm_jax.runtime.programs import bounded
 
 
 @struct.dataclass
@@ -39,7 +40,7 @@ class Decoder:
     drafter: Drafter
     stop_ids_E: jax.Array
     """int32 token ids that end a row; -1, which is not a token, if there are none."""
-    sampling: Sampling = struct.field(pytree_node=False, default=Sampling())
+    sampling: Sampling = Sampling()
 
 
 @struct.dataclass
@@ -78,7 +79,7 @@ class Programs(NamedTuple):
 
 def programs(backend: Backend) -> Programs:
     """`prefill` and `advance` as they are compiled for a backend."""
-    return _programs(backend.compiler_options)
+    return Programs(*map(bounded, _programs(backend.compiler_options)))
 
 
 @functools.cache
@@ -143,7 +144,7 @@ def advance(decoder: Decoder, until: jax.Array, idle: jax.Array, state: DecodeSt
     drafter = decoder.drafter
 
     def unfinished(state: DecodeState) -> jax.Array:
-        going_on = (state.finished_B.sum() < idle) & (state.iteration < until)
+        going_on = (state.finished_B.sum(dtype=jnp.int32) < idle) & (state.iteration < until)
         return going_on & state.fits(drafter.nodes)
 
     def iterate(state: DecodeState) -> DecodeState:
@@ -191,12 +192,12 @@ def _commit(
     logits_BNV, hidden_BND, prompt_BTD = forward
     seq, sampling, liked_BN = state.sequences, decoder.sampling, None
     y_BN = choose(logits_BNV, seq.keys_B, seq.length_B[:, None] + 1 + where.depth_BN, sampling)
-    if sampling.typical:
+    if sampling.lossy:
         liked_BN = likely_enough(tree.at_parent(draft, logits_BNV), draft.tokens_BN, sampling)
     accepted_B, chosen_BP, path_BP = tree.accept(draft, where, y_BN, liked_BN)
     length = chosen_BP.shape[1]
     stop_BP = (chosen_BP[:, :, None] == decoder.stop_ids_E[None, None]).any(-1)
-    until_stop_B = jnp.where(stop_BP.any(1), jnp.argmax(stop_BP, axis=1) + 1, length + 1)
+    until_stop_B = jnp.where(stop_BP.any(1), jax.lax.argmax(stop_BP, 1, jnp.int32) + 1, length + 1)
     room_B = state.limit_B - (seq.length_B + 1)
     count_B = jnp.minimum(accepted_B + 1, jnp.minimum(until_stop_B, room_B))
     finished_B = state.finished_B | (count_B == until_stop_B) | (count_B == room_B)

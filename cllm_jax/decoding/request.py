@@ -3,15 +3,21 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from cllm_jax.data.encoding import prompt_ids
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.loop import Prompts
 from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.errors import ConfigError, at_least, check_seed
-from cllm_jax.hf.load import Model
+from cllm_jax.errors import CllmError, ConfigError, at_least, check_seed, one_line
+from cllm_jax.hf.load import Model, with_tokenizer
+from cllm_jax.runtime.keys import prng_key
+from cllm_jax.runtime.processes import fetch
 
 Texts = Sequence[str | Sequence[int]]
 """Prompts as texts or lists of token ids."""
@@ -95,23 +101,64 @@ def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
             ids = [operator.index(i) for i in ids]
         except TypeError:
             raise ConfigError(f'token ids {ids[:4]!r}: must be whole numbers') from None
-    elif model.tokenizer is None:
-        raise ConfigError(f'{model.source} has no tokenizer; pass lists of token ids')
     else:
+        with_tokenizer(model, 'pass lists of token ids')
         try:
             prompt.encode()
         except UnicodeEncodeError as e:
             rule = f'{prompt[e.start]!r} is not a character; pass UTF-8'
             raise ConfigError(f'prompt {prompt[:40]!r}: {rule}') from None
-        ids = model.tokenizer(prompt)['input_ids']
-        if not ids and model.config.bos_id is not None:
-            ids = [model.config.bos_id]
+        [ids] = prompt_ids(model.tokenizer, [prompt], model.config.bos_id)
     if not ids:
         raise ConfigError('empty prompt: decoding starts from at least one token; pass a BOS token')
-    if bad := [i for i in ids if not 0 <= i < model.config.vocab_size]:
-        rule = f'outside the vocabulary 0..{model.config.vocab_size - 1}'
-        raise ConfigError(f'token id {bad[0]}: {rule}; was it made with another tokenizer?')
+    check_ids(model, ids)
     return ids
+
+
+def token_array(model: Model, tokens_BT: ArrayLike) -> jax.Array:
+    """Token ids `[B, T]` as int32. Of traced ones, inside `jax.jit`, only the shape is checked.
+
+    Raises ConfigError if they are not rows of whole numbers, of one length, of the vocabulary.
+    """
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tokens_BT))
+    try:
+        if traced:
+            ids_BT = jnp.asarray(tokens_BT)
+        else:  # NumPy keeps every integer, where int32 would take 2**32 for 0
+            here = fetch(tokens_BT) if isinstance(tokens_BT, jax.Array) else tokens_BT
+            ids_BT = np.asarray(here)
+        if not (ids_BT.ndim == 2 and ids_BT.size and jnp.issubdtype(ids_BT.dtype, jnp.integer)):
+            raise ValueError(f'{ids_BT.dtype} {list(ids_BT.shape)}')
+    except (TypeError, ValueError) as e:
+        rule = 'must be rows of whole numbers, all of one length'
+        raise ConfigError(f'tokens_BT ({one_line(e)}): {rule}; pass integers [B, T]') from None
+    if not traced:
+        check_ids(model, ids_BT)
+    return jnp.asarray(ids_BT, jnp.int32)
+
+
+def check_ids(
+    model: Model, ids: Any, where: str = '', error: type[CllmError] = ConfigError
+) -> None:
+    """Raise `error` for a token id that has no row in the model's table; `where` begins its line.
+
+    XLA would read another row instead, or NaN. A tokenizer may have more tokens than the table:
+    it is the ids that count.
+
+    Args:
+      ids: whole numbers in an array of any shape, or lists of them.
+    """
+    ids, size = np.asarray(ids), model.config.vocab_size
+    wrong = (ids < 0) | (ids >= size)
+    if not wrong.any():
+        return
+    first, remedy = int(ids[wrong][0]), 'was it made with another tokenizer?'
+    vocabulary = model.tokenizer.get_vocab() if model.tokenizer else {}
+    token = next((f' ({name!r})' for name, i in vocabulary.items() if i == first), '')
+    if token:
+        remedy = 'its tokenizer has more tokens; leave this one out, or enlarge its embeddings'
+    rule = f'outside the vocabulary 0..{size - 1} of {model.source}'
+    raise error(f'{where}token id {first}{token}: {rule}; {remedy}')
 
 
 def pad_prompts(
@@ -129,8 +176,8 @@ def pad_prompts(
 
 def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> None:
     """Raise ConfigError for stop strings without a tokenizer, or too long a prompt and answer."""
-    if request.stop and model.tokenizer is None:
-        raise ConfigError(f'{model.source} has no tokenizer; stop strings need one')
+    if request.stop:
+        with_tokenizer(model, 'leave out stop strings, which need one')
     limit = model.config.max_positions
     for i, ids in enumerate(prompts):
         if len(ids) + request.max_tokens > limit:
@@ -141,13 +188,16 @@ def check(model: Model, request: Request, prompts: Sequence[Sequence[int]]) -> N
 
 
 def stop_ids(model: Model) -> np.ndarray:
-    """The ids that end an answer; -1, which is not a token, if there are none."""
-    return np.asarray(model.config.eos_ids or (-1,), np.int32)
+    """The ids that end an answer, and -1, which is not a token, up to a multiple of eight."""
+    ids = model.config.eos_ids
+    ends_E = np.full(max(8, -(-len(ids) // 8) * 8), -1, np.int32)  # few shapes to compile
+    ends_E[: len(ids)] = ids
+    return ends_E
 
 
 def row_keys(seed: int, rows: Sequence[int]) -> jax.Array:
     """One PRNG key per prompt, by its index in the call: batching does not change an answer."""
-    return _fold_in_each(jax.random.key(seed), np.asarray(rows, np.uint32))
+    return _fold_in_each(prng_key(seed), np.asarray(rows, np.uint32))
 
 
 _fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))

@@ -14,13 +14,20 @@ import numpy as np
 
 from cllm_jax.errors import ConfigError
 
-COLDEST = 1e-6
-"""Below, logits divided by the temperature could overflow float32."""
+COLDEST, HOTTEST = 1e-6, 1e38
+"""Below, logits divided by the temperature could overflow float32; above, the temperature."""
+LARGEST_K = 2**31 - 1
+REAL = int | float | np.integer | np.floating
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; `temperature` 0 is greedy and needs no noise."""
+    """How tokens are chosen; `temperature` 0 is greedy and needs no noise.
+
+    A pytree whose numbers are its leaves: what is computed is static, and there are few kinds of
+    it (`greedy`, `truncates`, `lossy`), so that a thousand temperatures share one compilation.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -32,10 +39,11 @@ class Sampling:
 
     def __post_init__(self):
         for name in ('temperature', 'top_p', 'typical'):
-            if not isinstance(value := getattr(self, name), int | float | np.number):
+            if not isinstance(value := getattr(self, name), REAL):
                 raise ConfigError(f'{name} {value!r}: must be a number')
-        if self.temperature and not COLDEST <= self.temperature < float('inf'):
-            rule = f'must be 0 (greedy) or at least {COLDEST}'
+            object.__setattr__(self, name, float(value))
+        if self.temperature and not COLDEST <= self.temperature < HOTTEST:
+            rule = f'must be 0 (greedy), or at least {COLDEST} and below {HOTTEST:g}'
             raise ConfigError(f'temperature {self.temperature}: {rule}')
         if not isinstance(self.top_k, int | np.integer) or self.top_k < 0:
             raise ConfigError(f'top_k {self.top_k}: must be 0 (off) or the number of tokens kept')
@@ -45,6 +53,26 @@ class Sampling:
             raise ConfigError(f'typical {self.typical}: must be in [0, 1); 0 is exact')
         if self.typical and not self.temperature:
             raise ConfigError(f'typical {self.typical}: is a rule of sampling; set a temperature')
+        object.__setattr__(self, 'top_k', min(int(self.top_k), LARGEST_K))
+        truncates = bool(self.temperature) and (self.top_k > 0 or self.top_p < 1)
+        self._fix(not self.temperature, truncates, self.typical > 0)
+
+    def _fix(self, greedy: bool, truncates: bool, lossy: bool) -> None:
+        """Note what is computed: known while a program is traced, when the numbers are not."""
+        for name, value in (('greedy', greedy), ('truncates', truncates), ('lossy', lossy)):
+            object.__setattr__(self, name, value)
+
+    def tree_flatten(self):
+        numbers = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return numbers, (self.greedy, self.truncates, self.lossy)
+
+    @classmethod
+    def tree_unflatten(cls, computed, numbers):
+        new = object.__new__(cls)
+        for field, number in zip(dataclasses.fields(cls), numbers, strict=True):
+            object.__setattr__(new, field.name, number)
+        new._fix(*computed)
+        return new
 
 
 def gumbel(keys_B: jax.Array, positions_BT: jax.Array, vocab: int) -> jax.Array:
@@ -57,20 +85,43 @@ def gumbel(keys_B: jax.Array, positions_BT: jax.Array, vocab: int) -> jax.Array:
 
 
 def truncate(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Set the logits outside top-k and top-p to -inf. Ties at the border are kept."""
-    vocab = logits_BTV.shape[-1]
-    if 0 < sampling.top_k < vocab:
-        border = jax.lax.top_k(logits_BTV, sampling.top_k)[0][..., -1:]
-        logits_BTV = jnp.where(logits_BTV >= border, logits_BTV, -jnp.inf)
-    if sampling.top_p < 1:
-        sorted_BTV = jnp.sort(logits_BTV, axis=-1, descending=True)
-        p_BTV = jax.nn.softmax(sorted_BTV, axis=-1)
-        before_BTV = jnp.cumsum(p_BTV, axis=-1) - p_BTV
-        count_BT = (before_BTV < sampling.top_p).sum(axis=-1, keepdims=True, dtype=jnp.int32)
-        last_BT = jnp.maximum(count_BT - 1, 0)  # a top_p that is 0 in float32 counts none
-        border = jnp.take_along_axis(sorted_BTV, last_BT, axis=-1)
-        logits_BTV = jnp.where(logits_BTV >= border, logits_BTV, -jnp.inf)
-    return logits_BTV
+    """Set the logits outside top-k and then top-p to -inf. Ties at the border are kept."""
+    one, never = jnp.ones_like(logits_BTV), jnp.float32(jnp.inf)
+    top_k, top_p = (jnp.asarray(x, jnp.float32) for x in (sampling.top_k, sampling.top_p))
+    logits_BTV = _most_likely(logits_BTV, one, jnp.where(top_k > 0, top_k, never))
+    p_BTV = jax.nn.softmax(logits_BTV, axis=-1)
+    # A top_p that is 0 in float32 keeps one token, too.
+    enough = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
+    return _most_likely(logits_BTV, p_BTV, jnp.where(top_p < 1, enough, never))
+
+
+def _most_likely(logits_BTV: jax.Array, weight_BTV: jax.Array, enough: jax.Array) -> jax.Array:
+    """The fewest of the largest logits whose weights add up to `enough`, the others -inf.
+
+    All are kept where the weights do not add up to so much, as to infinity. The smallest that is
+    kept is found bit by bit, in 32 sums: sorting a large vocabulary takes longer, and a size that
+    is known only when the program runs could not be given to `lax.top_k`.
+    """
+    sign = jnp.uint32(1 << 31)
+    bits_BTV = jnp.where(logits_BTV == 0, 0.0, logits_BTV).view(jnp.uint32)
+    rank_BTV = jnp.where(bits_BTV >= sign, ~bits_BTV, bits_BTV | sign)  # in the order of the logits
+
+    def try_bit(i, border_BT1):
+        higher_BT1 = border_BT1 | (sign >> i.astype(jnp.uint32))
+        kept_BTV = jnp.where(rank_BTV >= higher_BT1, weight_BTV, 0.0)
+        is_enough_BT1 = kept_BTV.sum(axis=-1, keepdims=True) >= enough
+        return jnp.where(is_enough_BT1, higher_BT1, border_BT1)
+
+    border_BT1 = jnp.zeros_like(rank_BTV[..., :1])
+    bits = jnp.where(jnp.isfinite(enough), jnp.int32(32), 0)
+    border_BT1 = jax.lax.fori_loop(jnp.int32(0), bits, try_bit, border_BT1)
+    return jnp.where(rank_BTV >= border_BT1, logits_BTV, -jnp.inf)
+
+
+def heated(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits of the distribution that tokens are drawn from, for a temperature above 0."""
+    logits_BTV = logits_BTV / sampling.temperature
+    return truncate(logits_BTV, sampling) if sampling.truncates else logits_BTV
 
 
 def choose(
@@ -82,10 +133,10 @@ def choose(
       logits_BTV: float32 scores for the tokens at `positions_BT`.
       keys_B: one PRNG key per row.
     """
-    if sampling.temperature > 0:
-        logits_BTV = truncate(logits_BTV / sampling.temperature, sampling)
+    if not sampling.greedy:
+        logits_BTV = heated(logits_BTV, sampling)
         logits_BTV = logits_BTV + gumbel(keys_B, positions_BT, logits_BTV.shape[-1])
-    return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+    return jax.lax.argmax(logits_BTV, logits_BTV.ndim - 1, jnp.int32)
 
 
 def likely_enough(logits_BTV: jax.Array, tokens_BT: jax.Array, sampling: Sampling) -> jax.Array:
@@ -95,8 +146,8 @@ def likely_enough(logits_BTV: jax.Array, tokens_BT: jax.Array, sampling: Samplin
     `min(eps, sqrt(eps) exp(-H))`, H being the entropy of the choice. Answers then do not follow the
     model's distribution.
     """
-    logp_BTV = jax.nn.log_softmax(truncate(logits_BTV / sampling.temperature, sampling))
+    logp_BTV = jax.nn.log_softmax(heated(logits_BTV, sampling))
     p_BTV = jnp.exp(logp_BTV)
     entropy_BT = -jnp.where(p_BTV > 0, p_BTV * logp_BTV, 0.0).sum(axis=-1)
-    border_BT = jnp.minimum(sampling.typical, sampling.typical**0.5 * jnp.exp(-entropy_BT))
+    border_BT = jnp.minimum(sampling.typical, jnp.sqrt(sampling.typical) * jnp.exp(-entropy_BT))
     return jnp.take_along_axis(p_BTV, tokens_BT[..., None], axis=-1)[..., 0] > border_BT

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from cllm_jax.decoding.engine import STREAM_ITERATIONS, answers, run_until, start
 from cllm_jax.decoding.request import Request, encode, row_keys
 from cllm_jax.decoding.text import find_stop, settled, text_of
-from cllm_jax.errors import ConfigError
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.load import Model, with_tokenizer
 
 
 def stream(model: Model, request: Request, prompt: str | Sequence[int]) -> Iterator[str]:
@@ -16,8 +15,7 @@ def stream(model: Model, request: Request, prompt: str | Sequence[int]) -> Itera
     The pieces joined are the text `decode_all` returns. Raises ConfigError for a model without a
     tokenizer, or a prompt that cannot be decoded.
     """
-    if model.tokenizer is None:
-        raise ConfigError(f'{model.source} has no tokenizer; streaming text needs one')
+    with_tokenizer(model, 'decode without streaming')
     state = start(model, request, [encode(model, prompt)], row_keys(request.seed, [0]))
     steps, until, shown, done = state.emitted_BI.shape[1], 1, 0, False
     while not done:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from cllm_jax.data.encoding import plain_ids, text_of_ids
 from cllm_jax.hf.load import Model
 
 BYTE = re.compile('<0x([0-9A-F]{2})>')
@@ -39,16 +40,14 @@ def text_of(model: Model, tokens: Sequence[int]) -> str:
 def _after_a_word(tokenizer: Any, tokens: Sequence[int]) -> str:
     """The text of tokens that are not the first: some tokenizers drop the first one's space."""
     word, text = _word(tokenizer)
-    whole = tokenizer.decode([*word, *tokens], clean_up_tokenization_spaces=False)
-    if whole.startswith(text):
-        return whole[len(text) :]
-    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    whole = text_of_ids(tokenizer, [*word, *tokens])
+    return whole[len(text) :] if whole.startswith(text) else text_of_ids(tokenizer, tokens)
 
 
 @lru_cache
 def _word(tokenizer: Any) -> tuple[list[int], str]:
-    ids = tokenizer('a', add_special_tokens=False)['input_ids']
-    return ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    [ids] = plain_ids(tokenizer, ['a'])
+    return ids, text_of_ids(tokenizer, ids)
 
 
 def cut(text: str, stop: Sequence[str]) -> str | None:

@@ -102,7 +102,7 @@ def accept(
     else:
         right_BN = right_BN.at[:, 1:].set(right_BN[:, 1:] & (where.depth_BN[:, 1:] > 0))
         whole_BN = ~(where.sees_BNN & ~right_BN[:, None]).any(axis=2)
-        best_B = jnp.argmax(jnp.where(whole_BN, where.depth_BN, -1), axis=1)
+        best_B = jax.lax.argmax(jnp.where(whole_BN, where.depth_BN, -1), 1, jnp.int32)
         on_path_BN = take_rows(where.sees_BNN, best_B[:, None])[:, 0]
         # Ancestors have smaller numbers, so a stable sort lists the path from the pending token on.
         order_BN = jnp.argsort(~on_path_BN, axis=1, stable=True)

@@ -14,10 +14,12 @@ from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.drafters.trained import TrainedDrafter, tables_of
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.files import listed, make_readable, open_tensors, read_json
-from cllm_jax.hf.load import Model, tokenizer_fingerprint
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.tokenizer import same_tokenizer, tokenizer_fingerprint
 from cllm_jax.runs.atomic import replace_directory, temporary, write_atomic
 from cllm_jax.runs.checksums import SUMS, check_sums, write_sums
 from cllm_jax.runs.recipe import from_mapping, no_such, to_json
+from cllm_jax.runtime.keys import prng_key
 
 SETTINGS, WEIGHTS = 'drafter.json', 'drafter.safetensors'
 GIVEN = ('config', 'backend')
@@ -62,13 +64,14 @@ def read_drafter(directory: Path, model: Model, kind: str = '') -> TrainedDrafte
     directory, about, found = _read(directory, kind)
     _check_model(directory, about, model)
     known = TRAINED[about['kind']]
-    given = {f.name: getattr(model, f.name) for f in dataclasses.fields(known) if f.name in GIVEN}
+    fields = {field.name for field in dataclasses.fields(known)}
+    given = {name: getattr(model.module, name) for name in GIVEN if name in fields}
     try:
         drafter = from_mapping(known, about['settings'], str(directory / SETTINGS), given)
     except TypeError as e:  # a setting without a default is missing
         raise DataError(f'{directory / SETTINGS}: {e}; copy it again') from None
     drafter.check_model(model, str(directory))
-    shapes = jax.eval_shape(drafter.new_weights, jax.random.key(0), tables_of(model.params))
+    shapes = jax.eval_shape(drafter.new_weights, prng_key(0), tables_of(model.params))
     wanted = {name: leaf.shape for name, leaf in _named(shapes)}
     if {name: array.shape for name, array in found.items()} != wanted:
         raise DataError(
@@ -121,7 +124,7 @@ def _check_model(directory: Path, about: dict[str, Any], model: Model) -> None:
                 f'{getattr(model.config, name)}; use the drafter of this model'
             )
     made_with = about.get('tokenizer')
-    if model.tokenizer and made_with not in (None, tokenizer_fingerprint(model.tokenizer)):
+    if model.tokenizer and made_with and not same_tokenizer(made_with, model.tokenizer):
         fault = f'made with another tokenizer than that of {model.source}'
         raise ConfigError(f'{directory}: {fault}; use the drafter of this model')
 

@@ -16,7 +16,8 @@ from cllm_jax.decoding.drafter import Draft, Drafter, Sequences, setting, window
 from cllm_jax.decoding.sampling import choose
 from cllm_jax.decoding.tree import causal_mask
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.hf.load import Model, tokenizer_fingerprint
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.tokenizer import vocabulary_fingerprint
 from cllm_jax.model.cache import Cache
 from cllm_jax.model.llama import Llama, take_rows
 
@@ -29,6 +30,8 @@ class DraftModel(Drafter):
     params: Any
     block: int = setting(5)
     """Tokens verified per forward: the pending one, and `block - 1` of the draft model."""
+    shared: int = setting(0)
+    """The first so many tokens may be drafted; 0: all of the draft model's."""
     title = 'draft model'
 
     def __post_init__(self):
@@ -66,6 +69,8 @@ class DraftModel(Drafter):
         return Draft.chain(tokens_BN), cache
 
     def _forward(self, tokens_BT, start_B, cache, slots):
+        # The target may choose a token that is not in this table: what follows is only a guess.
+        tokens_BT = jnp.minimum(tokens_BT, self.model.config.vocab_size - 1)
         steps_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         positions_BT = start_B[:, None] + steps_1T
         rows = (tokens_BT, positions_BT, causal_mask(positions_BT, slots), cache, start_B)
@@ -73,17 +78,29 @@ class DraftModel(Drafter):
 
     def _choose(self, sequences, sampling, hidden_B1D, length_B):
         logits_B1V = self.model.apply({'params': self.params}, hidden_B1D, method='logits')
+        if self.shared:  # the noise of a token is the same, however many there are
+            logits_B1V = logits_B1V[:, :, : self.shared]
         return choose(logits_B1V, sequences.keys_B, length_B[:, None] + 1, sampling)
 
 
 def draft_model(target: Model, small: Model, block: int = 5) -> DraftModel:
-    """`small` as the draft model of `target`; raises ConfigError if they share no vocabulary."""
+    """`small` as the draft model of `target`.
+
+    Their tables may be padded to different sizes: rows above the tokens of the tokenizer that they
+    share are never drafted.
+
+    Raises:
+      ConfigError: other tokenizers, or tables of other sizes without a tokenizer that tells what
+        they share.
+    """
     sizes = [model.config.vocab_size for model in (small, target)]
-    if sizes[0] != sizes[1]:
-        both = f'{small.source} has {sizes[0]} tokens, {target.source} {sizes[1]}'
-        raise ConfigError(f'{both}: a draft model shares the vocabulary of its target')
     both = [model.tokenizer for model in (small, target) if model.tokenizer is not None]
-    if len(both) == 2 and len(set(map(tokenizer_fingerprint, both))) == 2:
+    if len(both) == 2 and len(set(map(vocabulary_fingerprint, both))) == 2:
         other = f'{small.source} has another tokenizer than {target.source}'
         raise ConfigError(f'{other}; a draft model shares it')
-    return DraftModel(small.module, small.params, block)
+    if sizes[0] != sizes[1] and len(both) < 2:
+        other = f'{small.source} has {sizes[0]} tokens, {target.source} {sizes[1]}'
+        remedy = 'where only the padding differs, put the tokenizer into both directories'
+        raise ConfigError(f'{other}: a draft model shares the vocabulary of its target; {remedy}')
+    known = [1 + max(tokenizer.get_vocab().values()) for tokenizer in both]
+    return DraftModel(small.module, small.params, block, min(*sizes, *known))

@@ -62,7 +62,7 @@ class Eagle(TrainedDrafter):
 
     @classmethod
     def of_size(cls, sizes, model):
-        return cls(model.config, model.backend, sizes.ahead, sizes.beams, sizes.nodes)
+        return cls(model.module.config, model.backend, sizes.ahead, sizes.beams, sizes.nodes)
 
     @property
     def nodes(self) -> int:
@@ -77,7 +77,8 @@ class Eagle(TrainedDrafter):
         batch, slots = sequences.tokens_BS.shape
         one = dataclasses.replace(self.config, layers=1)
         cache = init_cache(one, batch, slots + self._scratch, jnp.float32)
-        return Features(cache, jnp.zeros((batch, self.config.dim)), jnp.zeros(batch, bool))
+        feature_BD = jnp.zeros((batch, self.config.dim), jnp.float32)
+        return Features(cache, feature_BD, jnp.zeros(batch, bool))
 
     def draft(self, state: Features, sequences: Sequences, sampling):
         length_B, width = sequences.length_B, self.width
@@ -160,11 +161,12 @@ class Eagle(TrainedDrafter):
     def new_weights(self, key, tables):
         """Random weights; `join` begins by passing the feature on."""
         width, keys = self.config.dim, jax.random.split(key)
-        x_11D, mask_111 = jnp.zeros((1, 1, width)), jnp.ones((1, 1, 1), bool)
-        angles = jnp.zeros((1, 1, 1, self.config.head_dim // 2))
+        x_11D, mask_111 = jnp.zeros((1, 1, width), jnp.float32), jnp.ones((1, 1, 1), bool)
+        angles = jnp.zeros((1, 1, 1, self.config.head_dim // 2), jnp.float32)
         boxed = Block(self.config).init(keys[0], x_11D, angles, angles, mask_111)
         join = normal(keys[1], (width, width), width)
-        return {'layer': nn.unbox(boxed)['params'], 'join': jnp.concatenate([jnp.eye(width), join])}
+        join = jnp.concatenate([jnp.eye(width, dtype=jnp.float32), join])
+        return {'layer': nn.unbox(boxed)['params'], 'join': join}
 
     def _best(self, feature_BXD, sequences, sampling, ahead: int):
         """The likeliest tokens so far `ahead` of each feature, and their log-probabilities."""

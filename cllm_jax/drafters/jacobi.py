@@ -138,7 +138,9 @@ def _after(said_BGn: jax.Array, token_B1: jax.Array, length: int) -> jax.Array:
     """The `length` tokens after the first mention of a token in each text, -1 where none is."""
     width = said_BGn.shape[2]
     found_BGn = said_BGn == token_B1[:, None]
-    begin_BG1 = jnp.where(found_BGn.any(-1), jnp.argmax(found_BGn, axis=-1), width)[..., None]
+    begin_BG1 = jnp.where(found_BGn.any(-1), jax.lax.argmax(found_BGn, 2, jnp.int32), width)[
+        ..., None
+    ]
     at_BGL = begin_BG1 + 1 + jnp.arange(length, dtype=begin_BG1.dtype)[None, None]
     tokens_BGL = jnp.take_along_axis(said_BGn, jnp.minimum(at_BGL, width - 1), axis=2)
     return jnp.where(at_BGL < width, tokens_BGL, -1)
@@ -154,7 +156,8 @@ def initial_guesses(sequences: Sequences) -> jax.Array:
 
     def row(key, tokens_S, prompt_len):
         key = jax.random.fold_in(key, GUESSES)
-        bits_S = jax.vmap(lambda slot: jax.random.bits(jax.random.fold_in(key, slot)))(slots_S)
+        key_S = jax.vmap(lambda slot: jax.random.fold_in(key, slot))(slots_S)
+        bits_S = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(key_S)
         return tokens_S[bits_S % prompt_len.astype(jnp.uint32)]
 
     return jax.vmap(row)(sequences.keys_B, sequences.tokens_BS, sequences.prompt_len_B)

@@ -54,7 +54,7 @@ class JacobiTree(Drafter):
 
     def init(self, sequences: Sequences) -> Choices:
         guess_BS = initial_guesses(sequences)
-        unknown = (jnp.full(guess_BS.shape, UNKNOWN) for _ in range(2))
+        unknown = (jnp.full(guess_BS.shape, UNKNOWN, jnp.float32) for _ in range(2))
         return Choices(guess_BS, jnp.zeros_like(guess_BS), *unknown)
 
     def draft(self, state: Choices, sequences: Sequences, sampling):
@@ -90,9 +90,10 @@ class JacobiTree(Drafter):
         logits_BnV = take_rows(verdict.logits_BNV, node_Bn)
         logits_BnV = perturbed(logits_BnV, sequences, ahead_n, sampling)
         best_Bn = take_rows(verdict.y_BN, node_Bn)
-        is_best_BnV = jnp.arange(logits_BnV.shape[2])[None, None] == best_Bn[:, :, None]
+        ids_V = jnp.arange(logits_BnV.shape[2], dtype=jnp.int32)
+        is_best_BnV = ids_V[None, None] == best_Bn[:, :, None]
         rest_BnV = jnp.where(is_best_BnV, -jnp.inf, logits_BnV)
-        second_Bn = jnp.argmax(rest_BnV, axis=2).astype(jnp.int32)
+        second_Bn = jax.lax.argmax(rest_BnV, 2, jnp.int32)
         total_Bn = jax.nn.logsumexp(logits_BnV, axis=2)
         logp = (x_BnV.max(axis=2) - total_Bn for x_BnV in (logits_BnV, rest_BnV))
         at_B, everywhere = sequences.length_B + 1, jnp.ones_like(best_Bn, bool)

@@ -112,7 +112,8 @@ class Medusa(TrainedDrafter):
     def new_weights(self, key, tables):
         """Heads that begin by saying what the target says about the next token (`mix` is 0)."""
         width = tables.embed_VD.shape[1]
-        own = {'mix': jnp.zeros((self.heads, width, width)), 'bias': jnp.zeros((self.heads, width))}
+        shapes = {'mix': (self.heads, width, width), 'bias': (self.heads, width)}
+        own = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
         if self.own_tables:
             table = tables.head_VD.astype(jnp.float32)
             own['out'] = jnp.broadcast_to(table[None], (self.heads, *table.shape))

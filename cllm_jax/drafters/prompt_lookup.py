@@ -64,7 +64,7 @@ class PromptLookup(Drafter):
             same_BS &= (jnp.roll(tokens_BS, back, axis=1) == last_B1) & (slots_1S >= back)
             matched_BS += same_BS.astype(jnp.int32)
         rank_BS = jnp.where(matched_BS > 0, matched_BS * tokens_BS.shape[1] + slots_1S, -1)
-        start_B1 = jnp.argmax(rank_BS, axis=1).astype(jnp.int32)[:, None]
+        start_B1 = jax.lax.argmax(rank_BS, 1, jnp.int32)[:, None]
         found_B1 = rank_BS.max(axis=1, keepdims=True) >= 0
 
         steps_1N = jnp.arange(self.block - 1, dtype=jnp.int32)[None]

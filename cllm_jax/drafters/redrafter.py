@@ -39,8 +39,9 @@ def pack(beams_BMC: jax.Array, capacity: int) -> tuple[jax.Array, ...]:
 def _pack(beams_MC: jax.Array, capacity: int) -> tuple[jax.Array, ...]:
     beams, length = beams_MC.shape
     same_MMC = (beams_MC[:, None] == beams_MC[None]).astype(jnp.int32)
-    first_MC = jnp.argmax(jnp.cumprod(same_MMC, axis=2), axis=1)  # the first beam with this prefix
-    new_MC = first_MC == jnp.arange(beams, dtype=first_MC.dtype)[:, None]
+    same_so_far_MMC = jnp.cumprod(same_MMC, axis=2)
+    first_MC = jax.lax.argmax(same_so_far_MMC, 1, jnp.int32)  # the first beam with this prefix
+    new_MC = first_MC == jnp.arange(beams, dtype=jnp.int32)[:, None]
     number_MC = jnp.cumsum(new_MC.ravel(), dtype=jnp.int32).reshape(beams, length) - 1
     unpack_MC = jnp.take_along_axis(number_MC, first_MC, axis=0)
     before_MC = jnp.pad(unpack_MC[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -99,13 +100,14 @@ class ReDrafter(TrainedDrafter):
         pending_B11 = sequences.window(1)[:, :, None]
         beams_BMC = jnp.broadcast_to(pending_B11, (batch, beams, self.length))
         context_BMD = jnp.broadcast_to(hidden_BD[:, None], (batch, beams, hidden_BD.shape[1]))
-        only_1M = jnp.where(jnp.arange(beams)[None] == 0, 0.0, NEVER)
+        only_1M = jnp.where(jnp.arange(beams, dtype=jnp.int32)[None] == 0, jnp.float32(0), NEVER)
 
         def step(carry, ahead):
             beams_BMC, state_BMD, score_BM = carry
             last_BM = jax.lax.dynamic_index_in_dim(beams_BMC, ahead - 1, 2, keepdims=False)
             state_BMD = self.cell(last_BM, state_BMD)
-            ahead_M, logits_BMV = jnp.full(beams, ahead), self.logits(context_BMD, state_BMD)
+            ahead_M = jnp.full(beams, ahead, jnp.int32)
+            logits_BMV = self.logits(context_BMD, state_BMD)
             logits_BMV = perturbed(logits_BMV, sequences, ahead_M, sampling)
             score_BMV = jax.nn.log_softmax(logits_BMV, axis=-1) + score_BM[:, :, None]
             # The best M over all are among the best M of each beam.
@@ -144,10 +146,10 @@ class ReDrafter(TrainedDrafter):
         """Random weights."""
         (vocab, width), keys = tables.embed_VD.shape, iter(jax.random.split(key, self.layers + 3))
         own = {name: normal(next(keys), (width, width), width) for name in 'wu'}
-        own['b'] = jnp.zeros(width)
+        own['b'] = jnp.zeros(width, jnp.float32)
         for i in range(self.layers):
             w = normal(next(keys), (2 * width, 2 * width), 2 * width)
-            own[f'layer_{i}'] = {'w': w, 'b': jnp.zeros(2 * width)}
+            own[f'layer_{i}'] = {'w': w, 'b': jnp.zeros(2 * width, jnp.float32)}
         if self.own_table:
             return own | {'out': normal(next(keys), (vocab, 2 * width), 2 * width)}
         return own | {'project': normal(next(keys), (2 * width, width), 2 * width)}

@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, setting
+from cllm_jax.decoding.request import check_ids
 from cllm_jax.decoding.tree import chains
 from cllm_jax.drafters.trained import TrainedDrafter, last_of
 from cllm_jax.errors import ConfigError, at_least
@@ -50,15 +51,16 @@ class Space(TrainedDrafter):
         if mask is None:
             rule = 'neither pad_token_id nor bos_token_id, one of which would be the mask of SPACE'
             raise ConfigError(f'{model.source}: {rule}; set pad_token_id in its config.json')
-        return cls(mask, sizes.ahead)
+        drafter = cls(mask, sizes.ahead)
+        drafter.check_model(model, f'{model.source}: pad_token_id, else bos_token_id')
+        return drafter
 
     @property
     def nodes(self) -> int:
         return (self.masks + 1) ** 2
 
     def check_model(self, model, where):
-        if self.mask_id >= model.config.vocab_size:
-            raise ConfigError(f'{where}: mask_id {self.mask_id} is not a token of the model')
+        check_ids(model, self.mask_id, f'{where}: mask ')
 
     def with_weights(self, own, params):
         return self  # the model's weights are all that it has
@@ -71,7 +73,9 @@ class Space(TrainedDrafter):
         chain_BN = jnp.concatenate([sequences.window(1), state.guess_BM], axis=1)
         rest = ((0, 0), (0, self.nodes - self.masks - 1))
         tokens_BN = jnp.pad(chain_BN, rest, constant_values=self.mask_id)
-        valid_BN = state.known_B[:, None] & (jnp.arange(self.nodes)[None] <= self.masks)
+        valid_BN = state.known_B[:, None] & (
+            jnp.arange(self.nodes, dtype=jnp.int32)[None] <= self.masks
+        )
         chain = self.masks + 1
         after = chains(0, [-1], chain), chains(chain, range(chain), self.masks)
         return Draft.tree(tokens_BN, valid_BN, np.concatenate(after)), state

@@ -149,7 +149,7 @@ class LastHidden:
     def unknown(cls, tables: TargetTables, sequences: Sequences) -> Self:
         """The state before the first forward."""
         rows, width = len(sequences.length_B), tables.embed_VD.shape[1]
-        return cls(jnp.zeros((rows, width)), jnp.zeros(rows, bool))
+        return cls(jnp.zeros((rows, width), jnp.float32), jnp.zeros(rows, bool))
 
     def after(self, verdict: Verdict) -> Self:
         """The state after a verification; that of a finished row is never used."""
@@ -170,7 +170,7 @@ def perturbed(
     With the noise of their positions the best guess is the one that the target is most likely to
     choose (`decoding/sampling.py`). At temperature 0 they stay as they are.
     """
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return logits_BTV
     positions_BT = sequences.length_B[:, None] + ahead_T[None]
     noise_BTV = gumbel(sequences.keys_B, positions_BT, logits_BTV.shape[-1])

@@ -120,7 +120,7 @@ def bandwidth(size: int, repeats: int = 7) -> float:
         def once(_, vector):
             return vector * (jnp.max(matrix @ vector) / width)
 
-        return jax.lax.fori_loop(0, passes, once, jnp.ones(width))
+        return jax.lax.fori_loop(0, passes, once, jnp.ones(width, jnp.float32))
 
     jax.block_until_ready(read(matrix))
     best = float('inf')

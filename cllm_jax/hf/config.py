@@ -27,6 +27,9 @@ SIZES = {
     'max_position_embeddings': 'max_positions',
 }
 """Hugging Face's names of the sizes, and ours."""
+BIASES = {'attention_bias': ('llama', 'qwen2', 'qwen3'), 'mlp_bias': ('llama',)}
+"""Hugging Face's switches of biases, and the families that have such biases at all. Qwen2 has those
+of q, k, v, and none of o, whatever its switch says."""
 OPTIONAL_SIZES = ('num_key_value_heads', 'head_dim')
 
 
@@ -76,12 +79,14 @@ def config_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     scaling = {'rope_type': kind, **dict(zip(ROPE_KEYS[kind], numbers, strict=False))}
     eos, sizes = list(config.eos_ids), {name: getattr(config, n) for name, n in SIZES.items()}
     positions = sizes.pop('max_position_embeddings')
+    biases = {'attention_bias': config.o_bias, 'mlp_bias': config.mlp_bias}
     return {  # in this order always, for runs note the sum of the file
         'architectures': [f'{config.family.capitalize()}ForCausalLM'],
         'model_type': config.family,
         **sizes,
         'hidden_act': 'silu',
         'rms_norm_eps': config.norm_eps,
+        **{key: True for key, on in biases.items() if on},
         'rope_parameters': {'rope_theta': config.rope_theta, **scaling},
         'rope_theta': config.rope_theta,  # this and the next are read by transformers before 5
         'rope_scaling': scaling if rule else None,
@@ -150,12 +155,21 @@ def _rope(hf: Any) -> tuple[float, RopeScaling | None]:
     return theta, None if kind == 'default' else RopeScaling(kind, *numbers)
 
 
+def _biases(family: Family, hf: Any) -> dict[str, bool]:
+    """Which products of a block have biases."""
+    asked = {key: getattr(hf, key, False) for key in BIASES}
+    for key, families in BIASES.items():
+        if asked[key] and family not in families:
+            _refuse(key, asked[key], f'a {family} model has no such biases, set it to false')
+    if family == 'qwen2':
+        return {'qkv_bias': True}
+    attention, mlp = (bool(value) for value in asked.values())
+    return {'qkv_bias': attention, 'o_bias': attention, 'mlp_bias': mlp}
+
+
 def _from_hf(family: Family, hf: Any, eos_ids: tuple[int, ...]) -> LlamaConfig:
     if hf.hidden_act != 'silu':
         _refuse('hidden_act', hf.hidden_act, 'it must be silu')
-    for key in ('mlp_bias', 'attention_bias'):
-        if getattr(hf, key, False):
-            _refuse(key, True, 'only the q, k, v biases of Qwen2 are')
     # transformers' LLaMA ignores the window, and its Qwen classes null it unless it is used.
     window = getattr(hf, 'sliding_window', None)
     if family != 'llama' and window is not None:
@@ -174,7 +188,7 @@ def _from_hf(family: Family, hf: Any, eos_ids: tuple[int, ...]) -> LlamaConfig:
         rope_scaling=scaling,
         norm_eps=hf.rms_norm_eps,
         tied=hf.tie_word_embeddings,
-        qkv_bias=family == 'qwen2',
+        **_biases(family, hf),
         qk_norm=family == 'qwen3',
         bos_id=bos,
         eos_ids=eos_ids,

@@ -16,7 +16,11 @@ from cllm_jax.errors import DataError, one_line
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
 INDEX_MIB = 64
+SET_NAME = re.compile(r'model(-\d+-of-\d+)?\.safetensors')
+"""What `transformers` calls the weights of a model, in one file or in several."""
 WEIGHTS_NAME = re.compile(r'[^/]+\.safetensors')
+STORED = ('F64', 'F32', 'F16', 'BF16')
+"""Number formats (as safetensors spells them) that hold plain weights."""
 LISTED = 10
 
 
@@ -52,11 +56,33 @@ def read_json(path: Path, most_mib: int = 1) -> dict[str, Any]:
     raise DataError(f'{path}: {wrong}; fetch the file again')
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds a model's weights, in whichever form."""
+    files = (p.name for p in directory.glob('*model*'))
+    return any(SET_NAME.fullmatch(n) or n == INDEX or n.startswith('pytorch_model') for n in files)
+
+
 def _weight_files(directory: Path) -> list[Path]:
-    if os.path.isfile(directory / INDEX):
-        return _indexed_files(directory, directory / INDEX)
-    if os.path.isfile(directory / SINGLE):
-        return [directory / SINGLE]
+    """The files of the one set of weights of a directory; two sets are refused by name."""
+    single, index = directory / SINGLE, directory / INDEX
+    here = {p.name for p in directory.glob('model*.safetensors') if SET_NAME.fullmatch(p.name)}
+    indexed = os.path.isfile(index)
+    names = _indexed_names(index) if indexed else [SINGLE] if SINGLE in here else []
+    stale = sorted(here.difference(names))
+    if names and stale and not (stale == [SINGLE] and _same_tensors(directory, names, stale)):
+        told = f'{listed(names)} of {INDEX}' if indexed else SINGLE
+        raise DataError(
+            f'{directory}: two sets of weights, {told} and {listed(stale)}; delete the stale one'
+        )
+    for name in names:
+        if not os.path.isfile(directory / name):
+            said = f'{index}: names {one_line(ascii(name))}, which is' if indexed else f'{single}:'
+            raise DataError(f'{said} not a file here, or a link to none; fetch that file too')
+        check_link(directory / name)
+    if names:
+        return [directory / name for name in names]
+    if stale:
+        raise DataError(f'{directory}: {listed(stale)} without {INDEX}; fetch that file too')
     pickles = sorted(p.name for s in ('*.bin', '*.pt', '*.pth') for p in directory.glob(s))
     if pickles:
         raise DataError(
@@ -66,31 +92,57 @@ def _weight_files(directory: Path) -> list[Path]:
     raise DataError(f'{directory}: no {SINGLE} and no {INDEX}; name a whole model directory')
 
 
-def _indexed_files(directory: Path, index: Path) -> list[Path]:
+def _indexed_names(index: Path) -> list[str]:
+    """The files that an index names, which may only be names: it comes from elsewhere."""
     try:
-        names = dict.fromkeys(read_json(index, INDEX_MIB)['weight_map'].values())
-    except (DataError, KeyError, TypeError, AttributeError):
+        names = list(dict.fromkeys(read_json(index, INDEX_MIB)['weight_map'].values()))
+        names[0]
+    except (DataError, KeyError, TypeError, AttributeError, IndexError):
         raise DataError(
             f'{index}: not a safetensors index of at most {INDEX_MIB} MiB; fetch the file again'
         ) from None
-    homes = [home := directory.resolve()]
-    if home.parent.name == 'snapshots':  # the hub's cache links every file into blobs/
-        homes.append(home.parents[1] / 'blobs')
     for name in names:
-        says = f'{index}: names {one_line(ascii(name))}'
         if not isinstance(name, str) or not WEIGHTS_NAME.fullmatch(name):
             raise DataError(
-                f'{says}; only a *.safetensors file of the same directory is opened, fetch the '
-                'index again'
+                f'{index}: names {one_line(ascii(name))}; only a *.safetensors file of the same '
+                'directory is opened, fetch the index again'
             )
-        path = directory / name
-        if not os.path.isfile(path):
-            raise DataError(f'{says}, which is not a file here; fetch that file too')
-        if not any(path.resolve().is_relative_to(h) for h in homes):
-            raise DataError(
-                f'{says}, a link that leads out of the directory; copy the file itself here'
-            )
-    return [directory / name for name in names]
+    return names
+
+
+def check_link(path: Path) -> None:
+    """Refuse a link of the hub's cache that leads elsewhere than to its own files.
+
+    There every file of `snapshots/REVISION` is a link into `blobs`, which may be a link itself.
+    In other directories links are the work of who uses them, and may lead anywhere.
+    """
+    home = path.parent.resolve()
+    blobs = home.parent.parent / 'blobs'
+    if home.parent.name != 'snapshots' or not blobs.is_dir():
+        return
+    here = home / path.name
+    while here.is_symlink() and here.is_relative_to(home):
+        here = here.parent / os.readlink(here)
+        here = here.parent.resolve() / here.name
+    if not any(here.is_relative_to(own) for own in (home, blobs.resolve())):
+        raise DataError(f'{path}: a link that leads out of the hub cache; fetch the file again')
+
+
+def _same_tensors(directory: Path, *sets: list[str]) -> bool:
+    """Whether two sets of files hold the same, bit for bit; a pair of tensors at a time is read."""
+    if not all(os.path.isfile(directory / name) for names in sets for name in names):
+        return False
+    one, other = (headers([directory / name for name in names]) for names in sets)
+    if {k: t[1:] for k, t in one.items()} != {k: t[1:] for k, t in other.items()}:
+        return False
+    if not all(tensor.dtype in STORED for tensor in one.values()):
+        return False  # NumPy may not know the format, and it will be refused
+    return all(_bits(tensor, name) == _bits(other[name], name) for name, tensor in one.items())
+
+
+def _bits(tensor: Stored, name: str) -> bytes:
+    with open_tensors(tensor.file) as f:
+        return f.get_tensor(name).tobytes()
 
 
 def explain(path: Path, error: Exception) -> DataError:
@@ -124,10 +176,18 @@ def open_tensors(path: Path) -> Iterator[Any]:
 def read_headers(directory: Path) -> dict[str, Stored]:
     """Every tensor of a model directory by name; reads no weights.
 
-    Raises DataError for absent, pickled or damaged files, or an index that points elsewhere.
+    Raises DataError for absent, pickled or damaged files, two sets of them, or an index that points
+    elsewhere.
     """
+    found = headers(_weight_files(directory))
+    # Old checkpoints store this constant of the architecture.
+    return {k: v for k, v in found.items() if not k.endswith('rotary_emb.inv_freq')}
+
+
+def headers(files: list[Path]) -> dict[str, Stored]:
+    """Every tensor of some files by name; DataError if two of them hold one of the same name."""
     found: dict[str, Stored] = {}
-    for path in _weight_files(directory):
+    for path in files:
         stored = {}
         with open_tensors(path) as f:
             for name in f.keys():  # noqa: SIM118
@@ -139,8 +199,7 @@ def read_headers(directory: Path) -> dict[str, Stored]:
                 'delete the stale one of the two files'
             )
         found |= stored
-    # Old checkpoints store this constant of the architecture.
-    return {k: v for k, v in found.items() if not k.endswith('rotary_emb.inv_freq')}
+    return found
 
 
 def make_readable(directory: Path) -> None:

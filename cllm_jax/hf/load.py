@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cllm_jax.errors import ConfigError, DataError, one_line
+from cllm_jax.hf.adapter import SETTINGS, TENSORS, Adapter, find_adapter
 from cllm_jax.hf.config import read_config
+from cllm_jax.hf.files import has_weights
+from cllm_jax.hf.tokenizer import VOCABULARIES, lacks_package, read_tokenizer
 from cllm_jax.hf.weights import DTYPES, read_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama
@@ -30,7 +32,13 @@ HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 # A repository may hold the same weights twice more, in subdirectories or as `consolidated`.
 HUB_FILES = ['*.json', '*.safetensors', 'tokenizer.model', '*.jinja', '*.txt']
 HUB_SKIP = ['*/*', 'consolidated*']
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json')
+PEEKED = ['config.json', SETTINGS]
+FORMER_SUMS = {
+    'cllm': 'a3815683a65bebaa2d731883feb19d1b0f2f34d323b0f5c83a2025f879f60d91',
+    'target': 'e47032b356a22ab1e65f94d1c290046aace0d1719df6917b457b2a48f1412f14',
+}
+"""`files_fingerprint` of the shipped models before their tokenizer_config.json was for every
+transformers: nothing that a run reads of them has changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +48,18 @@ class Model:
     config: LlamaConfig
     params: Any = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(repr=False)
-    """A `transformers` tokenizer, or None if the directory has none."""
+    """A `transformers` tokenizer, or None if the directory has none, or `lacks` says why."""
     source: str
     """What the user called it."""
+    adapter: str = ''
+    """Which adapter was merged into which weights, '' for none."""
+    lacks: str = ''
+    """The package without which its tokenizer cannot be read; token ids can be used without."""
+
+    @property
+    def title(self) -> str:
+        """What to call it in results."""
+        return f'{self.source} ({self.adapter})' if self.adapter else self.source
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -54,7 +71,8 @@ class Model:
         """The Linen module; equal for equal configs, so it shares compilations."""
         dtype, matrices = self.params['norm'].dtype, self.params['embed'].dtype
         compute = None if matrices == dtype else matrices
-        return Llama(self.config, dtype, compute, backend=self.backend)
+        ids = {'bos_id': None, 'eos_ids': (), 'pad_id': None}  # of which no computation depends
+        return Llama(dataclasses.replace(self.config, **ids), dtype, compute, backend=self.backend)
 
 
 def chosen(dtype: str) -> str:
@@ -84,7 +102,8 @@ def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
         path = Path(name).expanduser()
         if name and path.is_dir():
             run = path / 'model'
-            return run if run.is_dir() and not (path / 'config.json').exists() else path
+            own = any((path / file).exists() for file in PEEKED)
+            return run if run.is_dir() and not own else path
         if path.is_file():
             raise ConfigError(f'{shown}: is a file; name the directory that holds config.json')
     except (OSError, ValueError, RuntimeError) as e:  # too long, a NUL, an unknown ~user
@@ -106,27 +125,87 @@ def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
 
 def peek(name: str) -> LlamaConfig:
     """The config of the model that a name stands for, without its weights; raises as `load`."""
-    return read_config(resolve(name, ['config.json']))
+    directory = resolve(name, PEEKED)
+    if not (directory / 'config.json').exists():
+        directory = base_of(directory)[0]
+    return read_config(directory)
 
 
-def read_tokenizer(directory: Path) -> Any:
-    """The `transformers` tokenizer of a model directory, or None if it has no tokenizer files."""
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer  # slow to import
+def base_of(directory: Path) -> tuple[Path, Adapter | None]:
+    """Where the whole weights of a model directory lie, and the adapter to merge into them.
 
-    only_files = {'local_files_only': True, 'trust_remote_code': False}
+    An adapter that lies with weights is merged into these, unless it names another directory. One
+    by itself names its base: a directory, seen from here or from the adapter, or a hub id that was
+    fetched before.
+
+    Raises ConfigError if there is no such base, and what `find_adapter` raises.
+    """
+    adapter = find_adapter(directory)
+    if adapter is None:
+        return directory, adapter
+    if has_weights(directory):
+        bases = [p.resolve() for p in _local_bases(adapter) if (p / 'config.json').exists()]
+        if bases and directory.resolve() not in bases:
+            fault = f'{directory}: has weights and an adapter of those in {bases[0]}'
+            raise ConfigError(f'{fault}; delete the adapter if it was merged, or else the weights')
+        return directory, adapter
+    base = _named_base(adapter)
+    if find_adapter(base) is not None:
+        fault = f'{base}: is the base of an adapter, and has an adapter too'
+        raise ConfigError(f'{fault}; name a base of plain weights')
+    return base, adapter
+
+
+def _local_bases(adapter: Adapter) -> list[Path]:
+    """The directories that the name of its base may mean."""
+    name = adapter.base
     try:
-        return AutoTokenizer.from_pretrained(directory, **only_files)
-    except Exception as e:  # tokenizers raise bare Exceptions on malformed files
+        asked = (Path(name).expanduser(), adapter.directory / name) if name else ()
+        places = dict.fromkeys(path.resolve() for path in asked if path.is_dir())
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, an unknown ~user
+        return []
+    return [resolve(str(place)) for place in places]
+
+
+def _named_base(adapter: Adapter) -> Path:
+    name, found = adapter.base, _local_bases(adapter)
+    says = f'{adapter.directory / SETTINGS}: base_model_name_or_path = {one_line(ascii(name))}'
+    models = [path for path in found if (path / 'config.json').exists()]
+    if len(models) > 1:
+        raise ConfigError(f'{says} is a model here and next to it; write the whole path there')
+    if found:
+        return (models or found)[0]
+    if not HUB_ID.fullmatch(name):
+        raise ConfigError(f'{says}: no such directory; write that of the base there')
+    from huggingface_hub import snapshot_download
+
+    patterns = {'allow_patterns': HUB_FILES, 'ignore_patterns': HUB_SKIP}
+    try:
+        fetched = snapshot_download(
+            name, revision=adapter.revision, local_files_only=True, **patterns
+        )
+    except Exception:  # the hub client raises many types
         raise ConfigError(
-            f'{directory}: unreadable tokenizer ({type(e).__name__}: {one_line(e, 160)}); '
-            'copy the tokenizer files of the original model again'
+            f'{says}: not fetched yet, and nothing is fetched that only a file names; run '
+            'hf download with that name, or write the directory of the base there'
         ) from None
+    return Path(fetched)
+
+
+def open_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory; of an adapter without one that of its base."""
+    return read_tokenizer(_home_of_tokenizer(directory))
+
+
+def _home_of_tokenizer(directory: Path) -> Path:
+    own = any((directory / name).exists() for name in VOCABULARIES)
+    return directory if own else base_of(directory)[0]
 
 
 def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
     """Open a model: `embedded`, `embedded-target`, a model or run directory, or a hub id.
+
+    A LoRA adapter of PEFT is merged into its base (`base_of`), in float32.
 
     Args:
       name: see `resolve`; a run directory means its best exported checkpoint.
@@ -135,21 +214,31 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
       mesh: devices that share the weights (`runtime/mesh.py`); None for one device.
 
     Raises:
-      ConfigError, DataError: see `resolve`, `read_config` and `read_model`.
+      ConfigError, DataError: see `resolve`, `base_of`, `read_config` and `read_model`.
     """
     dtype = chosen(dtype)
     directory = resolve(name)
-    config, params = read_model(directory, storage(dtype), mesh)
+    base, adapter = base_of(directory)
+    config, params = read_model(base, storage(dtype), mesh, adapter)
     if dtype == MIXED:
         params = mixed(params)
-    return Model(config, params, read_tokenizer(directory), name)
+    merged = ''
+    if adapter is not None:
+        into = base if base == directory else one_line(adapter.base)
+        merged = f'{adapter.title} merged into {into}'
+    home = _home_of_tokenizer(directory)
+    lacks = lacks_package(home)
+    tokenizer = None if lacks else read_tokenizer(home)
+    return Model(config, params, tokenizer, name, merged, lacks)
 
 
-def with_tokenizer(model: Model) -> Model:
+def with_tokenizer(
+    model: Model, remedy: str = 'copy the tokenizer files of the original model into its directory'
+) -> Model:
     """The model, if texts can be learned or answered with it; ConfigError without a tokenizer."""
     if model.tokenizer is None:
-        remedy = 'copy the tokenizer files of the original model into its directory'
-        raise ConfigError(f'{model.source} has no tokenizer; {remedy}')
+        fault = f': {model.lacks}, or' if model.lacks else ' has no tokenizer;'
+        raise ConfigError(f'{model.source}{fault} {remedy}')
     return model
 
 
@@ -180,7 +269,18 @@ def fingerprint(model: Model) -> str:
 
 
 def files_fingerprint(directory: Path) -> str:
-    """sha256 of a model directory's sums, else of its config and the sizes of its weight files."""
+    """sha256 of a model directory's sums, else of its config and the sizes of its weight files.
+
+    Of an adapter: of all its bytes, and this of its base.
+    """
+    base, adapter = base_of(directory)
+    if adapter is not None:
+        files = [sha256(directory / name) for name in (SETTINGS, TENSORS)]
+        return hashlib.sha256(' '.join([_weights_fingerprint(base), *files]).encode()).hexdigest()
+    return _weights_fingerprint(directory)
+
+
+def _weights_fingerprint(directory: Path) -> str:
     if (directory / SUMS).exists():
         return sha256(directory / SUMS)
     digest = hashlib.sha256((directory / 'config.json').read_bytes())
@@ -189,7 +289,7 @@ def files_fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 of the vocabulary: token ids mean the same under equal fingerprints."""
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()
+def same_files(noted: Any, directory: Path) -> bool:
+    """Whether the first 16 digits of a `files_fingerprint` are those of a model directory."""
+    former = FORMER_SUMS.get(directory.name, '') if directory.parent == SHIPPED else ''
+    return noted in (files_fingerprint(directory)[:16], former[:16])

@@ -5,7 +5,7 @@ writing (`write.py`) is the inverse, bit for bit.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,24 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.hf.adapter import Adapter, read_deltas
 from cllm_jax.hf.config import read_config
-from cllm_jax.hf.files import Stored, listed, open_tensors, read_headers
+from cllm_jax.hf.files import STORED, Stored, listed, open_tensors, read_headers
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama, init_params, param_axes
 from cllm_jax.runs.checksums import check_sums
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.sharding import param_shardings
 
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
-STORED = ('F64', 'F32', 'F16', 'BF16')
-"""Number formats (as safetensors spells them) that hold plain weights."""
 BLOCK_NAMES = {
     'attn_norm': 'input_layernorm.weight',
     'mlp_norm': 'post_attention_layernorm.weight',
     **{name: f'self_attn.{name}_proj.weight' for name in ('q', 'k', 'v', 'o')},
-    **{f'{name}_bias': f'self_attn.{name}_proj.bias' for name in ('q', 'k', 'v')},
+    **{f'{name}_bias': f'self_attn.{name}_proj.bias' for name in ('q', 'k', 'v', 'o')},
     **{f'{name}_norm': f'self_attn.{name}_norm.weight' for name in ('q', 'k')},
     **{name: f'mlp.{name}_proj.weight' for name in ('gate', 'up', 'down')},
+    **{f'{name}_bias': f'mlp.{name}_proj.bias' for name in ('gate', 'up', 'down')},
 }
 EMBED, HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
 TOP_NAMES = {'embed': EMBED, 'norm': 'model.norm.weight', 'head': HEAD}
@@ -42,7 +43,7 @@ HEAD_AXES = {'q': 1, 'k': 1, 'v': 1, 'o': 0, 'q_bias': 0, 'k_bias': 0, 'v_bias':
 @functools.lru_cache(maxsize=16)
 def abstract_params(config: LlamaConfig, dtype: jnp.dtype = jnp.float32) -> Any:
     """Shapes and dtypes of the parameters, computing none; the tree is shared, do not change it."""
-    return jax.eval_shape(lambda: init_params(Llama(config, dtype), jax.random.key(0)))
+    return jax.eval_shape(lambda: init_params(Llama(config, dtype), prng_key(0)))
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -90,7 +91,10 @@ def cast(name: str, tensor: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
 
 
 def read_model(
-    directory: Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
+    directory: Path,
+    dtype: jnp.dtype = jnp.float32,
+    mesh: Mesh | None = None,
+    adapter: Adapter | None = None,
 ) -> tuple[LlamaConfig, Any]:
     """Read a model directory: its config and its parameters, cast to `dtype`.
 
@@ -102,9 +106,11 @@ def read_model(
       dtype: of the parameters.
       mesh: devices that share the weights; each process reads only what its own devices hold. None
         leaves the choice to JAX.
+      adapter: merged into the weights before they are cast.
 
     Raises:
-      DataError: a missing or damaged file; pickled weights; missing, extra or ill-shaped tensors.
+      DataError: a missing or damaged file; pickled weights; missing, extra or ill-shaped tensors,
+        those of an adapter too.
       ConfigError: an architecture that is not supported.
     """
     config = read_config(directory)
@@ -112,7 +118,13 @@ def read_model(
     _check(directory, config, found)
     if config.tied and HEAD in found:
         _check_tied(directory, found)
-    check_sums(directory)
+    deltas = {}
+    if adapter is not None:
+        matrices = {n: shape for n, shape in tensor_shapes(config).items() if len(shape) == 2}
+        modules = {n.removesuffix('.weight'): s for n, s in matrices.items() if n != EMBED}
+        deltas = read_deltas(adapter, modules)
+    for place in {directory, adapter.directory if adapter else directory}:
+        check_sums(place)
     abstract, places = abstract_params(config, dtype), {}
     wanted = named(abstract)
     if mesh is not None:
@@ -122,7 +134,8 @@ def read_model(
     for path in dict.fromkeys(stored.file for stored in found.values()):
         with open_tensors(path) as f:
             for hf_name in sorted(wanted.keys() & f.keys()):
-                arrays[hf_name] = _read(f, hf_name, *wanted[hf_name], places.get(hf_name))
+                add = deltas.get(hf_name.removesuffix('.weight'))
+                arrays[hf_name] = _read(f, hf_name, *wanted[hf_name], places.get(hf_name), add)
     return config, jax.tree.unflatten(jax.tree.structure(abstract), [arrays[n] for n in wanted])
 
 
@@ -149,14 +162,24 @@ def _check(directory: Path, config: LlamaConfig, found: dict[str, Stored]) -> No
         )
 
 
-def _read(file: Any, hf_name: str, name: str, leaf: Any, sharding: Sharding | None) -> jax.Array:
-    """One parameter, read part by part as its devices need it."""
+def _read(
+    file: Any,
+    hf_name: str,
+    name: str,
+    leaf: Any,
+    sharding: Sharding | None,
+    delta: Callable[[], np.ndarray] | None,
+) -> jax.Array:
+    """One parameter, read part by part as its devices need it; what is added to it is whole."""
     stored, parts = file.get_slice(hf_name), {}
+    added = delta and delta()
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         spans = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
         if spans not in parts:
-            tensor = cast(hf_name, stored[_hf_index(name, spans, leaf.shape)], leaf.dtype)
+            at = _hf_index(name, spans, leaf.shape)
+            tensor = stored[at] if added is None else stored[at].astype(np.float32) + added[at]
+            tensor = cast(hf_name, tensor, leaf.dtype)
             shape = [stop - start for start, stop in spans]
             parts[spans] = tensor if name in TOP_NAMES else tensor.T.reshape(shape)
         return parts[spans]

@@ -15,6 +15,7 @@ from cllm_jax.errors import ConfigError, DataError, one_line
 from cllm_jax.hf.config import config_json, parse_config
 from cllm_jax.hf.files import INDEX, listed, make_readable
 from cllm_jax.hf.load import Model
+from cllm_jax.hf.tokenizer import write_tokenizer
 from cllm_jax.hf.weights import DTYPES, abstract_params, cast, hf_tensor, named
 from cllm_jax.runs.atomic import recover_replacement, replace_directory, temporary
 from cllm_jax.runs.checksums import write_sums
@@ -47,8 +48,8 @@ def write_model(
       rewritten: files that the caller writes again, so they may be lost with the old model.
 
     Raises:
-      ConfigError: an unknown `dtype`, a config no supported family has, or parameters of another
-        config.
+      ConfigError: an unknown `dtype`, a config no supported family has, parameters of another
+        config, or a tokenizer that could not be read.
       DataError: the directory exists and is not an (old) model directory, or cannot be written.
     """
     config = model.config
@@ -57,6 +58,8 @@ def write_model(
     found, wanted = (jax.tree.map(jnp.shape, p) for p in (model.params, abstract_params(config)))
     if found != wanted:
         raise ConfigError(f'{directory}: the parameters do not belong to this config; pass its own')
+    if model.lacks:
+        raise ConfigError(f'{model.source}: {model.lacks}, or its tokenizer would be lost')
     directory = directory.resolve()
     raw = config_json(config, dtype)
     if parse_config(directory / 'config.json', raw) != config:
@@ -66,7 +69,7 @@ def write_model(
         _check_replaceable(directory, {'README.md', *rewritten} if card else rewritten)
         (temp / 'config.json').write_text(json.dumps(raw, indent=2) + '\n', 'utf-8')
         if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(temp)
+            write_tokenizer(temp, model.tokenizer)
         if card:
             (temp / 'README.md').write_text(card, 'utf-8')
         _write_weights(temp, model.params, jnp.dtype(dtype), shard_bytes)

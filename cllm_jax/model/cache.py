@@ -90,10 +90,10 @@ def compact(cache: Cache, start_B: jax.Array, path_BP: jax.Array) -> Cache:
 
 def _write(cache_RSH: jax.Array, new_RTH: jax.Array, start_B: jax.Array) -> jax.Array:
     if len(start_B) == 1:  # mapped over rows it is a scatter, which copies
-        return jax.lax.dynamic_update_slice(cache_RSH, new_RTH, (0, start_B[0], 0))
+        return jax.lax.dynamic_update_slice_in_dim(cache_RSH, new_RTH, start_B[0], 1)
 
     def row(cache_SH, new_TH, start):
-        return jax.lax.dynamic_update_slice(cache_SH, new_TH, (start, 0))
+        return jax.lax.dynamic_update_slice_in_dim(cache_SH, new_TH, start, 0)
 
     start_R = jnp.tile(start_B, len(cache_RSH) // len(start_B))
     return jax.vmap(row)(cache_RSH, new_RTH, start_R)

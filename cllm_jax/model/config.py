@@ -56,6 +56,11 @@ class LlamaConfig:
     """The output projection is the embedding table."""
     qkv_bias: bool = False
     """Biases on q, k, v (Qwen2)."""
+    o_bias: bool = dataclasses.field(default=False, repr=False)
+    """A bias on o, besides those on q, k, v (LLaMA and Qwen3 with `attention_bias`)."""
+    mlp_bias: bool = dataclasses.field(default=False, repr=False)
+    """Biases on gate, up, down (LLaMA). Both are absent from the repr, of which older fingerprints
+    of models are made; the parameters tell."""
     qk_norm: bool = False
     """RMS norm on each head of q and k (Qwen3)."""
     max_positions: int = 4096
@@ -71,6 +76,9 @@ class LlamaConfig:
                 raise ConfigError(
                     f'{field} = {reprlib.repr(size)}; choose a whole number from 1 to {most}'
                 )
+        if ends := [i for i in self.eos_ids if not 0 <= i < self.vocab_size]:
+            rule = f'outside the vocabulary 0..{self.vocab_size - 1}, so no answer ends with it'
+            raise ConfigError(f'eos_token_id {ends[0]}: {rule}; correct it, or leave it out')
         for field in ('rope_theta', 'norm_eps'):
             if not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(f'{field} = {getattr(self, field)}; choose a positive number')
@@ -86,6 +94,7 @@ class LlamaConfig:
         """Number of weights, embeddings included."""
         attention = self.dim * self.head_dim * 2 * (self.heads + self.kv_heads)
         bias = self.qkv_bias * self.head_dim * (self.heads + 2 * self.kv_heads)
+        bias += self.o_bias * self.dim + self.mlp_bias * (2 * self.mlp_dim + self.dim)
         norms = 2 * self.dim + self.qk_norm * 2 * self.head_dim
         block = attention + bias + 3 * self.dim * self.mlp_dim + norms
         return self.layers * block + (2 - self.tied) * self.vocab_size * self.dim + self.dim

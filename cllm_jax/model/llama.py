@@ -25,6 +25,7 @@ from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.packed_attention import PackedMask, attend_packed
 from cllm_jax.model.precision import linear
 from cllm_jax.runtime.backend import ANY, Backend
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.sharding import RULES, batch_sharding
 
 
@@ -65,6 +66,14 @@ class Block(nn.Module):
         gain = _parameter(self, name, nn.initializers.ones, (axis,), x.shape[-1])
         return rms_norm(x, gain, self.config.norm_eps)
 
+    def _biased(self, name: str, y: jax.Array, *axes: str) -> jax.Array:
+        shape = y.shape[y.ndim - len(axes) :]
+        return y + _parameter(self, f'{name}_bias', nn.initializers.zeros, axes, *shape)[None, None]
+
+    def _mlp(self, name: str, x: jax.Array, axes: tuple[str, str], outputs: int) -> jax.Array:
+        y = linear(x, self._weight(name, axes, x.shape[-1], outputs), self.compute)
+        return self._biased(name, y, axes[1]) if self.config.mlp_bias else y
+
     def _qkv(self, x_BTD, sin, cos, rows_BN):
         c, out = self.config, {}
         for name in ('q', 'k', 'v'):
@@ -74,8 +83,7 @@ class Block(nn.Module):
             y = linear(x, w.reshape(c.dim, -1), self.compute)
             y = y.reshape(*y.shape[:2], heads, c.head_dim)
             if c.qkv_bias:
-                shape, zeros = (heads, c.head_dim), nn.initializers.zeros
-                y = y + _parameter(self, f'{name}_bias', zeros, (axis, 'head'), *shape)[None, None]
+                y = self._biased(name, y, axis, 'head')
             out[name] = self._norm(f'{name}_norm', y, 'head') if c.qk_norm and name != 'v' else y
         turns = (sin, cos) if rows_BN is None else (take_rows(a, rows_BN) for a in (sin, cos))
         return rotate(out['q'], *turns), rotate(out['k'], sin, cos), out['v']
@@ -101,14 +109,13 @@ class Block(nn.Module):
             o_BTNH = attend(q_BTNH, *new, mask_BTS, *how)
         o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
         o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
-        x_BTD = x_BTD + linear(o_BTA, o.reshape(-1, c.dim), self.compute)
+        o_BTD = linear(o_BTA, o.reshape(-1, c.dim), self.compute)
+        x_BTD = x_BTD + (self._biased('o', o_BTD, 'embed') if c.o_bias else o_BTD)
 
         h_BTD = self._norm('mlp_norm', x_BTD, 'embed')
-        shape = ('embed', 'mlp'), c.dim, c.mlp_dim
-        gate, up = self._weight('gate', *shape), self._weight('up', *shape)
-        down = self._weight('down', ('mlp', 'embed'), c.mlp_dim, c.dim)
-        h_BTF = nn.silu(linear(h_BTD, gate, self.compute)) * linear(h_BTD, up, self.compute)
-        return x_BTD + linear(h_BTF, down, self.compute), kv
+        wide = h_BTD, ('embed', 'mlp'), c.mlp_dim
+        gate_BTF, up_BTF = self._mlp('gate', *wide), self._mlp('up', *wide)
+        return x_BTD + self._mlp('down', nn.silu(gate_BTF) * up_BTF, ('mlp', 'embed'), c.dim), kv
 
 
 class Llama(nn.Module):
@@ -227,7 +234,7 @@ def init_params(model: Llama, key: jax.Array) -> dict:
 
 def param_axes(config: LlamaConfig) -> dict:
     """The logical axis names of every parameter, a tree of PartitionSpecs."""
-    boxed = jax.eval_shape(partial(_boxed_params, Llama(config)), jax.random.key(0))
+    boxed = jax.eval_shape(partial(_boxed_params, Llama(config)), prng_key(0))
     return nn.get_partition_spec(boxed)
 
 

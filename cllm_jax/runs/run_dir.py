@@ -101,6 +101,13 @@ def _check(path: Path, settings: Mapping[str, Any], remedy: str) -> None:
             )
 
 
+def noted(path: Path, key: str) -> Any:
+    """What a JSON file of a run notes under a key; None if it does not, or is damaged."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads(path.read_text('utf-8')).get(key)
+    return None
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics file; what a crash cut or left as zeros is left out."""
     if not path.exists():

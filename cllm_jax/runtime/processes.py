@@ -5,9 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from cllm_jax.errors import ConfigError
 
@@ -65,17 +63,6 @@ def fetch(tree: Any) -> Any:
         return jax.device_get(x) if whole else multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(one, tree)
-
-
-def keys_for(params: Any, keys_B: jax.Array) -> jax.Array:
-    """PRNG keys, the same on every process, where a computation with `params` can use them."""
-    first = jax.tree.leaves(params)[0]
-    if first.is_fully_addressable:
-        return keys_B
-    data = np.asarray(jax.random.key_data(keys_B))
-    everywhere = NamedSharding(first.sharding.mesh, PartitionSpec())
-    placed = jax.make_array_from_callback(data.shape, everywhere, lambda index: data[index])
-    return jax.random.wrap_key_data(placed)
 
 
 def barrier(name: str) -> None:

@@ -8,25 +8,41 @@ from decimal import Decimal
 
 from cllm_jax.tasks.example import Example
 
-# The whole line must be the number: '#### 72 clips' or '#### 72/3' is not an answer.
-_FINAL_NUMBER = re.compile(r'^#### *(-?)\$?([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)[.%]?[ \t]*$', re.M)
+# What models write for a space between thousands, a minus and a plus sign.
+_PLAIN = str.maketrans(dict.fromkeys('\u00a0\u2007\u2009\u202f', ' ') | {'\uff0b': '+'})
+_PLAIN |= str.maketrans(dict.fromkeys('\u2010\u2011\u2012\u2013\u2212\uff0d', '-'))
+# Possessive: text that a model repeats without end is read once.
+_BEFORE = r'(?:\\boxed|[ \t*_`$€£¥₹~≈=:(\[{\\"\']|<<[^<>\n]*>>)*+'
+_GROUPED = r'[0-9]{1,3}(?:(?:[ ,]|\\,|\{,\})[0-9]{3})++(?![0-9])'
+_NUMBER = rf'((?:{_GROUPED}|[0-9][0-9,]*+)(?:\.[0-9]++)?+|\.[0-9]++)'
+_MARKED = re.compile(rf'####{_BEFORE}([-+]?){_BEFORE}{_NUMBER}')
+# What makes the number a part of another: '72/3', '5½', '5 1/2', '7:30', '1.2.3', '10²', '1e3'.
+_GOES_ON = re.compile(
+    r'[-+*^:._\u00d7\u00f7]?[0-9¹²³¼½¾⅓⅔]|[eE][-+]?[0-9]|[ \t]*+[/\u2044][ \t]*+[0-9]'
+    r'|[ \t](?:[0-9]++[/\u2044][0-9]|[¼½¾⅓⅔])'
+)
 _SQL_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|\w+|[^\w\s]""")
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number of the last line of the form `#### N`, or None if there is no such line.
+    """The number after the first `####` that has one, or None where there is none.
 
-    Thousands commas, a dollar or percent sign and a final full stop are allowed and ignored.
+    This is GSM8K's own rule (openai/grade-school-math), so neither a unit nor text that runs on
+    counts. Beyond it: signs, currencies, markup and `\\boxed` before the number, commas or spaces
+    between its thousands; and a number that is a part of another, as of a fraction or a time of
+    day, gives None, where that rule would read the part.
     """
-    found = _FINAL_NUMBER.findall(text.replace('\r', ''))
-    return Decimal(''.join(found[-1]).replace(',', '')) if found else None
+    text = text.translate(_PLAIN)
+    if not (found := _MARKED.search(text)) or _GOES_ON.match(text, found.end()):
+        return None
+    return Decimal(found[1] + re.sub(r'[^0-9.]', '', found[2]))
 
 
 def same_number(example: Example, text: str) -> bool:
-    """Do the `#### N` lines of the reference answer and of `text` give the same number?
+    """Do the reference answer and `text` give the same `#### N`, by the rule of `final_number`?
 
     Numbers are compared as exact decimals: 72, 72.0 and 72.00 are one number. This is GSM8K's
-    test@1; the steps before the last line are not judged.
+    test@1; the steps before `####` and all that comes after the number are not judged.
     """
     expected = final_number(example.answer)
     return expected is not None and final_number(text) == expected

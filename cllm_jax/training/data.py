@@ -12,20 +12,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cllm_jax.data.encoding import prompt_ids
 from cllm_jax.data.sources import Source, open_source
-from cllm_jax.data.tokenizer import encode_examples, train_tokenizer
+from cllm_jax.data.tokenizer import train_tokenizer
+from cllm_jax.decoding.request import check_ids
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import load as hf
 from cllm_jax.hf.load import DTYPES, Model
+from cllm_jax.hf.tokenizer import noted_or_new, read_tokenizer, same_tokenizer, write_tokenizer
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import replace_directory, temporary
-from cllm_jax.runs.run_dir import has_begun
+from cllm_jax.runs.run_dir import has_begun, noted
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig, architecture
 from cllm_jax.training.objective import objective_of
 from cllm_jax.trajectories.clean import clean
+from cllm_jax.trajectories.collector import encode_rows
 from cllm_jax.trajectories.store import read_manifest, read_records
 
 
@@ -53,7 +58,7 @@ def new_model(settings: TrainConfig, examples: list[Example], run: Path) -> Mode
         special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
     config = dataclasses.replace(config, **special)
     init = jax.jit(partial(init_params, Llama(config, DTYPES[settings.dtype])))
-    return Model(config, init(jax.random.key(settings.seed)), tokenizer, 'new')
+    return Model(config, init(prng_key(settings.seed)), tokenizer, 'new')
 
 
 def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> Any:
@@ -65,10 +70,10 @@ def own_tokenizer(settings: TrainConfig, examples: list[Example], run: Path) -> 
         rows = min(len(examples), TOKENIZER_ROWS)
         texts = [e.prompt + e.answer for e in random.Random(settings.seed).sample(examples, rows)]
         temp = temporary(places[0])
-        train_tokenizer(texts, settings.new.vocab_size).save_pretrained(temp)
+        write_tokenizer(temp, train_tokenizer(texts, settings.new.vocab_size))
         replace_directory(temp, places[0])
     barrier('tokenizer')
-    return hf.read_tokenizer(next(place for place in places if place.is_dir()))
+    return read_tokenizer(next(place for place in places if place.is_dir()))
 
 
 def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
@@ -76,7 +81,7 @@ def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
 
     Raises ConfigError if it has none, or its vocabulary has another size.
     """
-    config, tokenizer = hf.peek(name), hf.read_tokenizer(hf.resolve(name))
+    config, tokenizer = hf.peek(name), hf.open_tokenizer(hf.resolve(name))
     if tokenizer is None:
         raise ConfigError(f'{name} has no tokenizer; name a model that has one')
     if config.vocab_size != vocab_size:
@@ -88,16 +93,22 @@ def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
 
 
 def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) -> list[Trajectory]:
-    """The cleaned trajectories of a collection; refused if made with another tokenizer."""
+    """The cleaned trajectories of a collection.
+
+    Raises ConfigError if it was made with another tokenizer, DataError for ids outside the table.
+    """
     directory = Path(settings.data)
     made_with = read_manifest(directory)['identity'].get('tokenizer')
-    if made_with != hf.tokenizer_fingerprint(model.tokenizer):
+    if not same_tokenizer(made_with, model.tokenizer):
         raise ConfigError(
             f'{directory}: collected with another tokenizer than that of {model.source}; '
             'collect again with this model'
         )
     with listener.status(f'reading {directory}'):
         kept, counts = clean(read_records(directory), settings.cleaning)
+        for one in kept:
+            for ids in (one.prompt, one.answer, one.states):
+                check_ids(model, ids, f'{directory}: record {one.id}: ', DataError)
     listener.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
     return kept
 
@@ -122,8 +133,7 @@ def text_samples(
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
     with listener.status('tokenising'):
-        eos, bos = model.config.eos_ids[0], model.config.bos_id
-        pairs = encode_examples(model.tokenizer, examples, eos, bos)
+        pairs = encode_rows(model, examples)
     # An end token alone is not an answer: a model that learns it says nothing any more.
     kept = [without_states(block, *pair) for pair in pairs if len(pair[1]) > 1]
     if len(kept) < len(pairs):
@@ -146,17 +156,25 @@ def held_out_rows(settings: TrainConfig) -> Source:
 
 def trained_on_too(samples: list[Trajectory], source: Source, model: Model) -> int:
     """How many of the held-out prompts are prompts of samples as well."""
-    pairs = encode_examples(model.tokenizer, list(source.rows), 0, model.config.bos_id)
-    known = {sample.prompt.tobytes() for sample in samples}
-    return sum(prompt.tobytes() in known for prompt, _ in pairs)
+    texts = [row.prompt for row in source.rows]
+    known = {tuple(sample.prompt.tolist()) for sample in samples}
+    return sum(tuple(p) in known for p in prompt_ids(model.tokenizer, texts, model.config.bos_id))
 
 
-def inputs_of(settings: TrainConfig, model: Model, samples: list[Trajectory]) -> dict[str, str]:
-    """Names and fingerprints of what a run learns from; the same for a root that was moved."""
+def inputs_of(
+    settings: TrainConfig, model: Model, samples: list[Trajectory], run: Path
+) -> dict[str, str]:
+    """Names and fingerprints of what a run learns from; the same for a root that was moved.
+
+    What the run of that directory noted stays as it is where it means the same.
+    """
+    begun = run / 'inputs.json'
     inputs = {'model': settings.model.replace(f'{settings.root}/', 'ROOT/', 1)}
     if settings.model != 'new':
-        inputs['model_files'] = hf.files_fingerprint(hf.resolve(settings.model))[:16]
-    inputs['tokenizer'] = hf.tokenizer_fingerprint(model.tokenizer)[:16]
+        place, known = hf.resolve(settings.model), noted(begun, 'model_files')
+        new = hf.files_fingerprint(place)[:16]
+        inputs['model_files'] = known if hf.same_files(known, place) else new
+    inputs['tokenizer'] = noted_or_new(noted(begun, 'tokenizer'), model.tokenizer)[:16]
     digest = hashlib.sha256()
     for sample in samples:
         for array in (sample.prompt, sample.answer, sample.states, sample.start):

@@ -21,6 +21,7 @@ from cllm_jax.drafters.trained import AnswerBatch, TrainedDrafter, tables_of
 from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import DTYPES, Model
 from cllm_jax.model.llama import Llama, param_axes
+from cllm_jax.runtime.keys import prng_key
 from cllm_jax.training.config import TrainConfig, quick
 from cllm_jax.training.held_out import Trained
 from cllm_jax.training.losses import cross_entropy
@@ -207,7 +208,7 @@ class LearnDrafter(Objective):
     def learner(self, settings, model, samples, mesh=None):
         drafter, joint = self.drafter(settings, model), settings.heads.joint
         module, tables = module_of(settings, model, mesh), tables_of(model.params)
-        own = jax.jit(drafter.new_weights)(jax.random.key(settings.seed), tables)
+        own = jax.jit(drafter.new_weights)(prng_key(settings.seed), tables)
         axes = jax.tree.map(lambda leaf: PartitionSpec(*[None] * leaf.ndim), own)
         calibration = make_batch(samples, min(len(samples), CALIBRATION), settings.seed, 0, None)
 
@@ -305,4 +306,4 @@ def drafter_loss(drafter: TrainedDrafter, module: Llama, weights, params, frozen
         logits_BAV = module.apply({'params': now}, answers.hidden_BAD, method='logits')
         ar = cross_entropy(logits_BAV, answers.labels_BA, answers.weight_BA, totals['ar'])
         loss, metrics = weights[0] * ar + weights[1] * loss, metrics | {'ar_loss': ar}
-    return loss, metrics | {'loss': loss}
+    return loss, metrics

@@ -110,7 +110,7 @@ def text_loss(
     if weights.global_weight or weights.local_weight or weights.state_weight:
         for name, at_BW in _after_first_wrong(batch).items():
             metrics[name] = (right_BR[:, answers:] * at_BW).sum() / totals[name]
-    return loss, metrics | {'loss': loss}
+    return loss, metrics
 
 
 def _after_first_wrong(batch: Batch) -> dict[str, jax.Array]:
@@ -179,7 +179,8 @@ def make_step(
     Metrics are float32 scalars: the loss, its terms and what else it reports (`text_loss`:
     `ar_accuracy`, and `agreement`, argmax of state tokens against the fixed point, overall and at
     offsets 0, 3, 7 after the first wrong token), the gradient norm, and `skipped`, how many updates
-    in a row were not finite. `frozen`, () by default, is what the loss reads but does not train.
+    in a row were left out because the loss or the gradient was not finite. `frozen`, () by default,
+    is what the loss reads but does not train.
 
     Args:
       accumulate: parts in which a batch is computed, one after the other.
@@ -192,8 +193,8 @@ def make_step(
         totals = batch_totals(batch)
 
         def of_part(part):
-            (_, metrics), grads = gradient(state.params, frozen, part, totals)
-            return metrics, grads
+            (loss, metrics), grads = gradient(state.params, frozen, part, totals)
+            return metrics | {'loss': loss}, grads
 
         def add(sums, part):
             return jax.tree.map(jnp.add, sums, of_part(part)), None
@@ -209,11 +210,13 @@ def make_step(
             one = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], micro_batches))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
             (metrics, grads), _ = jax.lax.scan(add, zeros, micro_batches)
+        norm = optax.tree.norm(grads)
+        # What is not finite in the loss need not be in the gradient, and a norm may overflow.
+        sound = jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
+        grads = jax.tree.map(lambda grad: jnp.where(sound, grad, jnp.nan), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics |= {
-            'gradient_norm': optax.tree.norm(grads),
-            'skipped': opt_state.notfinite_count.astype(jnp.float32),
-        }
+        skipped = opt_state.notfinite_count.astype(jnp.float32)
+        metrics |= {'gradient_norm': norm, 'skipped': skipped}
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), metrics
 

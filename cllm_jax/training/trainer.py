@@ -27,7 +27,7 @@ from cllm_jax.training.packing import Samples, batches
 from cllm_jax.training.step import TrainState, make_step, new_state, state_places
 
 MAX_SKIPPED = 20
-"""Updates in a row that may be NaN or Inf before a run ends."""
+"""Updates in a row that may be left out, for NaN or Inf, before a run ends."""
 
 
 def train(
@@ -47,7 +47,8 @@ def train(
 
     Raises:
       DataError: the run was begun, but its checkpoints are damaged or gone; nothing is replaced.
-      NumericalError: too many updates in a row were not finite; no checkpoint is overwritten.
+      NumericalError: too many updates in a row were not finite (`_is_sound`); no checkpoint is
+        overwritten.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     log = directory / 'metrics.jsonl'
@@ -146,9 +147,9 @@ def _iterate(
         tested = step % settings.held_out.every == 0 or step == settings.steps
         if step % settings.log_every == 0 or tested:
             numbers = {k: round(float(v), 6) for k, v in metrics.items()}
-            _is_sound(run, step, metrics)
             speed = int(tokens) / (time.perf_counter() - begin)
             run.record(step, numbers | {'tokens_per_second': round(speed)})
+            _is_sound(run, step, metrics)
             if tested:
                 _test_and_keep(run, state, progress)
             begin, tokens = time.perf_counter(), 0
@@ -163,16 +164,20 @@ def _iterate(
 
 
 def _is_sound(run: _Run, step: int, metrics: dict) -> bool:
-    """Whether the last update was finite; raises NumericalError after too many that were not."""
-    skipped, directory = int(metrics['skipped']), run.directory
-    if skipped > MAX_SKIPPED:
+    """Whether the weights can be saved; raises NumericalError after too many updates left out.
+
+    At the end of a run a tenth of its steps is too many, and after fewer the weights are those
+    of the last update that was made.
+    """
+    skipped, directory, ends = int(metrics['skipped']), run.directory, step == run.settings.steps
+    if skipped > (min(MAX_SKIPPED, step // 10) if ends else MAX_SKIPPED):
         # The same settings end here again, and a run has one set of settings.
         start = f' and --model {directory}' if (directory / 'model').is_dir() else ''
         raise NumericalError(
-            f'step {step}: {skipped} updates in a row were NaN or Inf; begin another run (--root) '
-            f'with a lower learning rate{start}; what was saved here before is kept'
+            f'step {step}: {skipped} updates in a row left out for NaN or Inf; begin another run '
+            f'(--root) with a lower learning rate{start}; what was saved here before is kept'
         )
-    return skipped == 0
+    return skipped == 0 or ends
 
 
 def _test_and_keep(run: _Run, state: TrainState, progress: dict) -> None:
@@ -194,10 +199,12 @@ def _stop_signals() -> Iterator[Callable[[int], bool]]:
     """Yields what every process asks after each step: whether to stop, for SIGTERM or SIGINT.
 
     With several processes JAX's own service catches SIGTERM, and lets all of them stop after the
-    same step when one is told to.
+    same step when one is told to. What was ignored at the start, as SIGINT is by what a script runs
+    in the background, stays ignored.
     """
     came: list[int] = []
-    caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    asked = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    caught = [s for s in asked if signal.getsignal(s) != signal.SIG_IGN]
     old = {s: signal.signal(s, lambda number, _: came.append(number)) for s in caught}
     try:
         yield lambda step: bool(came) or multihost_utils.reached_preemption_sync_point(step)

@@ -136,7 +136,7 @@ def _iterate(fixed: Blocks, width: int, state: BlocksState) -> BlocksState:
     offset_11n, truth_BMn = _steps(fixed.block), fixed.truth_BMn
     at_BM1, live_BM = state.at_BM[..., None], state.at_BM < fixed.end_BM
     right_BMn = (state.guess_BMn == truth_BMn) | (offset_11n <= at_BM1)
-    right_BM = jnp.cumprod(right_BMn.astype(jnp.int32), axis=2).sum(2)
+    right_BM = jnp.cumprod(right_BMn.astype(jnp.int32), axis=2).sum(2, dtype=jnp.int32)
     at_BM = jnp.where(live_BM, jnp.minimum(right_BM, fixed.end_BM), state.at_BM)
     said_BMn, cache = truth_BMn, state.cache
     if width:

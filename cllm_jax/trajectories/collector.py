@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from cllm_jax.data.sources import Source
 from cllm_jax.data.tokenizer import encode_examples
-from cllm_jax.decoding.request import bucket
+from cllm_jax.decoding.request import bucket, check_ids
 from cllm_jax.decoding.result import UNKNOWN, Trajectory
 from cllm_jax.decoding.text import text_of
-from cllm_jax.errors import ConfigError
+from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.load import Model
 from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.runtime.threads import side_by_side
+from cllm_jax.tasks.example import Example
 from cllm_jax.tasks.quality import is_repetitive
 from cllm_jax.trajectories import store
 from cllm_jax.trajectories.sharded import mesh_of, prompt_keys, trajectories
@@ -39,7 +41,8 @@ def collect(
 
     Finished shards of an earlier call are kept. Prompts that leave no room for `max_tokens` in the
     model's positions are counted as `too long` and skipped, those without a token as `empty`.
-    Raises ConfigError for a directory with another collection, and a model without a stop token.
+    Raises ConfigError for a directory with another collection, and a model without a stop token;
+    DataError for a row with a token that the model does not have.
 
     Args:
       identity: what makes two collections the same (model, dataset, settings).
@@ -47,6 +50,8 @@ def collect(
     """
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
+    if len(model.tokenizer) > model.config.vocab_size:  # known before the first shard, not the last
+        encode_rows(model, list(source.rows))
     shards = -(-len(source) // settings.shard)
     mine = range(jax.process_index(), shards, jax.process_count())
     manifest = store.open_manifest(directory, identity, shards, mine)
@@ -84,7 +89,7 @@ def collect_rows(
     """
     room = model.config.max_positions - settings.max_tokens
     examples = [source[i] for i in rows]
-    pairs = encode_examples(model.tokenizer, examples, model.config.eos_ids[0], model.config.bos_id)
+    pairs = encode_rows(model, examples)
     left_out = {
         'too long': sum(len(prompt) > room for prompt, _ in pairs),
         'empty': sum(len(prompt) == 0 for prompt, _ in pairs),
@@ -110,6 +115,15 @@ def collect_rows(
             records[i] = dataclasses.replace(one, id=example.id, finished=finished, right=right)
         advance_by(len(chosen), sum(len(one.answer) for one in found))
     return [records[i] for i in sorted(records)], left_out
+
+
+def encode_rows(model: Model, rows: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What `encode_examples` makes of some rows; DataError for ids outside the model's table."""
+    pairs = encode_examples(model.tokenizer, rows, model.config.eos_ids, model.config.bos_id)
+    for row, arrays in zip(rows, pairs, strict=True):
+        for ids in arrays:
+            check_ids(model, ids, f'row {row.id}: ', DataError)
+    return pairs
 
 
 def _count(records: Sequence[Trajectory]) -> dict[str, int]:

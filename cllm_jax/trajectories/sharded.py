@@ -26,6 +26,8 @@ from cllm_jax.trajectories.store import Collection
 TOGETHER = 4096
 """Tokens of blocks in a device's forward: enough to keep it busy, and a bound on memory, unless one
 block of every row is more."""
+PROGRAMS = 16
+"""How many of each kind are kept: one for every length of prompts would be too many in the end."""
 FINDER = PromptLookup(block=4, ngram=8)
 """Finds the answers whose blocks are followed, by trying what the dataset says, which a model that
 was trained on it often says too. Four tokens cost little where it does not."""
@@ -93,7 +95,7 @@ def trajectories(
     return found
 
 
-@functools.cache
+@functools.lru_cache(PROGRAMS)
 def compiled_decoder(
     module: Llama, drafter: Jacobi | PromptLookup, mesh: Mesh, buffers: Buffers
 ) -> Callable:
@@ -107,7 +109,7 @@ def compiled_decoder(
     return _on_rows(decode, mesh)
 
 
-@functools.cache
+@functools.lru_cache(PROGRAMS)
 def compiled_follower(module: Llama, mesh: Mesh, sizes: BlockSizes) -> Callable:
     """A compiled `(params, first, sequences, cache) -> states and forwards`, see `follow`."""
 

@@ -103,7 +103,7 @@ def test_guard_returns_after_success_and_leaves_usage_errors_alone():
     assert caught.value.code == 2
 
 
-def test_an_interrupt_that_a_callback_swallows_comes_again(capsys, monkeypatch):
+def test_an_interrupt_that_a_callback_swallows_comes_again(usual_signals, capsys, monkeypatch):
     class Collected:
         def __del__(self):
             raise KeyboardInterrupt

@@ -32,7 +32,8 @@ def test_numbers_are_single_digits_and_words_are_not_letters():
 
 def test_examples_end_with_the_stop_token():
     rows = [ROWS[i] for i in range(10)]
-    for row, (prompt, answer) in zip(rows, encode_examples(TOKENIZER, rows, 7, None), strict=True):
+    pairs = encode_examples(TOKENIZER, rows, [7], None)
+    for row, (prompt, answer) in zip(rows, pairs, strict=True):
         assert answer[-1] == 7
         assert TOKENIZER.decode(prompt) == row.prompt
         assert TOKENIZER.decode(answer[:-1]) == row.answer
@@ -41,7 +42,7 @@ def test_examples_end_with_the_stop_token():
 def test_an_empty_prompt_is_the_first_token_of_a_text_if_there_is_one():
     rows = [Example('a', '', 'x'), Example('b', 'y', 'x')]
     for bos, wanted in ((5, [5]), (None, [])):
-        (empty, _), (other, _) = encode_examples(TOKENIZER, rows, 7, bos)
+        (empty, _), (other, _) = encode_examples(TOKENIZER, rows, [7], bos)
         assert empty.tolist() == wanted
         assert other.tolist() == TOKENIZER('y')['input_ids']
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,9 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.draft_model import DraftModel
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
+from cllm_jax.model.llama import forward as model_forward
 from tests.tiny import (
+    BIASES,
     byte_tokenizer,
     compilations,
     ragged_prompts,
@@ -25,6 +28,7 @@ from tests.tiny import (
     tiny_config,
 )
 
+BIASED = [random_model(config=tiny_config(layers=1, **BIASES[name])) for name in BIASES]
 MODEL = random_model(config=tiny_config(layers=1, eos_ids=(3, 7, 12, 20)))
 LENGTHS = (1, 9, 3, 14, 2, 5, 16, 8)
 TALKER = random_model(
@@ -34,6 +38,18 @@ ENDLESS = dataclasses.replace(TALKER, config=dataclasses.replace(TALKER.config, 
 TEXTS = ragged_prompts(2, (1, 9, 3, 14, 2), vocab=200)
 LONG = 90
 """Tokens of an answer: more than fit into 32 slots, or 64."""
+
+
+@pytest.mark.parametrize('model', BIASED, ids=BIASES)
+def test_models_with_every_bias_decode_as_their_plain_forward_says(model):
+    prompts, length = ragged_prompts(2, LENGTHS[:4]), 12
+    plain = decode_all(model, Request(AutoRegressive(), length), prompts)
+    assert decode_all(model, Request(Jacobi(6), length), prompts).tokens == plain.tokens
+    forward = jax.jit(model_forward, static_argnums=0)
+    for prompt, answer in zip(prompts, plain.tokens, strict=True):
+        text = jnp.asarray([[*prompt, *answer, *[0] * (40 - len(prompt) - len(answer))]])
+        says = jnp.argmax(forward(model.module, model.params, text)[0], axis=-1).tolist()
+        assert answer == says[len(prompt) - 1 : len(prompt) - 1 + len(answer)]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +150,12 @@ def growths(monkeypatch):
     """Slots of every longer cache, where a cache has room for 8 tokens of an answer at first."""
     slots, grow = [], engine.grow
     monkeypatch.setattr(engine, 'FIRST_ROOM', 8)
-    monkeypatch.setattr(engine, 'grow', lambda state, n: slots.append(n) or grow(state, n))
+
+    def counted(state, size):
+        slots.append(size)
+        return grow(state, size)
+
+    monkeypatch.setattr(engine, 'bounded', lambda run: counted if run is grow else run)
     return slots
 
 

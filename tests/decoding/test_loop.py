@@ -180,7 +180,8 @@ def cases(sampling: Sampling) -> list[Case]:
 
 
 def decoder_of(case: Case, drafter: Drafter, sampling: Sampling) -> Decoder:
-    return Decoder(MODULE, case.params, drafter, jnp.asarray(case.stop_ids), sampling)
+    decoder = Decoder(MODULE, case.params, drafter, case.stop_ids, sampling)
+    return jax.tree.map(jnp.asarray, decoder)
 
 
 def first(case: Case, drafter: Drafter, sampling: Sampling, trace=False) -> DecodeState:

@@ -14,7 +14,7 @@ from cllm_jax.errors import ConfigError
 
 ROWS, POSITIONS, VOCAB = 40, 500, 8
 LOGITS_V = np.array([1.2, -0.5, 0.3, 2.0, -1.5, 0.0, 0.9, -0.9], np.float32)
-choose_jit = jax.jit(choose, static_argnums=3)
+choose_jit = jax.jit(choose)
 gumbel_jit = jax.jit(gumbel, static_argnums=2)
 
 
@@ -100,6 +100,42 @@ def test_top_p_keeps_the_token_that_crosses_the_border():
     assert kept(np.log([0.125, 0.5, 0.125, 0.25]), top_p=0.6) == [1, 3]
     assert kept(logits, top_p=1e-40) == [0], 'which is 0 in float32'
     assert kept(np.log([0.5, 0.25, 0.125, 0.125]), top_k=2, top_p=0.66) == [0]
+
+
+@pytest.mark.parametrize('vocab', [1, 2, 7, 300])
+def test_what_is_kept_is_what_sorting_keeps(vocab):
+    """Random logits with ties, zeros of both signs and infinities, as traced numbers."""
+    rng, run = np.random.default_rng(vocab), jax.jit(truncate)
+    for top_k, top_p in itertools.product((0, 1, 2, 5, vocab, 10**12), (1.0, 0.9, 0.3, 1e-9)):
+        logits = np.round(rng.normal(0, 2, (3, 4, vocab)), 1).astype(np.float32)
+        logits[rng.random(logits.shape) < 0.1] = -0.0
+        logits[rng.random(logits.shape) < 0.1] = -np.inf
+        logits[:, :, 0] = 0.5
+        sampling = Sampling(1.0, top_k, top_p)
+        out = np.array(run(logits, sampling) if sampling.truncates else logits)
+        for row, result in zip(logits.reshape(-1, vocab), out.reshape(-1, vocab), strict=True):
+            expected = row.copy()
+            if 0 < top_k < vocab:
+                expected[row < np.sort(row)[-top_k]] = -np.inf
+            if top_p < 1:
+                p = np.exp(expected, dtype=np.float64)
+                p /= p.sum()
+                mass = np.array([p[expected > x].sum() for x in expected])  # before each
+                close = (mass > 0) & (np.abs(mass - top_p) < 1e-5)
+                expected[mass >= top_p] = -np.inf
+                expected[close], result[close] = 0, 0
+            assert (result == expected).all()
+
+
+def test_sampling_is_a_pytree_of_its_numbers():
+    for sampling in (Sampling(), Sampling(np.float64(0.7)), Sampling(0.7, np.int64(3), 0.9)):
+        leaves, form = jax.tree.flatten(sampling)
+        again = jax.tree.unflatten(form, leaves)
+        assert again == sampling and hash(again) == hash(sampling)
+        assert (again.greedy, again.truncates) == (sampling.greedy, sampling.truncates)
+        assert all(type(leaf) in (int, float) for leaf in leaves), 'which are weakly typed'
+    forms = {jax.tree.structure(Sampling(t, k)) for t in (0, 0.5, 2.0) for k in (0, 1, 9)}
+    assert len(forms) == 3
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ DRAFTERS = {
     'medusa, shared table': Medusa(3, tree_of(usual(3), 9), own_tables=False),
     'redrafter': ReDrafter(3, 4, 8),
     'redrafter, shared table': ReDrafter(4, 3, 16, layers=1, own_table=False),
-    'eagle': Eagle(MODEL.config, MODEL.backend, 3, 3, 10),
-    'eagle, chain': Eagle(MODEL.config, MODEL.backend, 4, 1, 5),
-    'eagle, two levels': Eagle(MODEL.config, MODEL.backend, 2, 4, 8),
+    'eagle': Eagle(MODEL.module.config, MODEL.backend, 3, 3, 10),
+    'eagle, chain': Eagle(MODEL.module.config, MODEL.backend, 4, 1, 5),
+    'eagle, two levels': Eagle(MODEL.module.config, MODEL.backend, 2, 4, 8),
     'space': Space(28, 2),
     'space, three masks': Space(28, 3),
 }

@@ -1,5 +1,6 @@
 """What is written of a trained drafter is what is read, and nothing else is taken for it."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,9 @@ import pytest
 
 from cllm_jax.drafters.checkpoint import copy_drafter, read_drafter, write_drafter
 from cllm_jax.errors import ConfigError, DataError
+from cllm_jax.hf.tokenizer import tokenizer_fingerprint, vocabulary_fingerprint
 from tests.drafters.examples import DRAFTERS, MODEL, with_random_weights
+from tests.kinds import tokenizer_of
 from tests.tiny import random_model, tiny_config
 
 
@@ -53,6 +56,25 @@ def test_a_drafter_that_is_damaged_or_anothers_is_refused(tmp_path, change, erro
     (tmp_path / 'drafter' / 'cllm_jax.sha256').unlink()
     with pytest.raises(error, match=words):
         read_drafter(tmp_path, MODEL)
+
+
+def test_a_drafter_is_for_the_tokenizer_that_it_was_made_with(tmp_path):
+    model = dataclasses.replace(MODEL, tokenizer=tokenizer_of('legacy'))
+    write_drafter(tmp_path, with_random_weights(DRAFTERS['redrafter']), model)
+    (tmp_path / 'cllm_jax.sha256').unlink()
+    path = tmp_path / 'drafter.json'
+    about = json.loads(path.read_text())
+    assert about['tokenizer'] == tokenizer_fingerprint(model.tokenizer)
+    other = dataclasses.replace(MODEL, tokenizer=tokenizer_of('first'))
+    with pytest.raises(ConfigError, match='another tokenizer than that of random'):
+        read_drafter(tmp_path, other)
+    older = vocabulary_fingerprint(model.tokenizer)  # the vocabulary of both
+    path.write_text(json.dumps(about | {'tokenizer': older}))
+    for one in (model, other, MODEL):
+        read_drafter(tmp_path, one)
+    path.write_text(json.dumps(about | {'tokenizer': older[::-1]}))
+    with pytest.raises(ConfigError, match='another tokenizer'):
+        read_drafter(tmp_path, model)
 
 
 def test_what_is_not_a_drafter_is_not_written_over(tmp_path):

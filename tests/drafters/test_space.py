@@ -41,5 +41,7 @@ def test_the_mask_is_the_padding_token_else_the_first_one():
     assert trained_for(pad_id=None, bos_id=5) == Space(5, 2)
     with pytest.raises(ConfigError, match='neither pad_token_id nor bos_token_id'):
         trained_for(pad_id=None, bos_id=None)
-    with pytest.raises(ConfigError, match='here: mask_id 29 is not a token of the model'):
+    with pytest.raises(ConfigError, match=r'pad_token_id, else .*: mask token id 29: outside'):
+        trained_for(pad_id=29)
+    with pytest.raises(ConfigError, match='here: mask token id 29: outside the vocabulary'):
         Space(29).check_model(MODEL, 'here')

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from cllm_jax.data.sources import FORMATS, open_source
 from cllm_jax.errors import CllmError
 from cllm_jax.hf.config import read_config
-from cllm_jax.hf.load import read_tokenizer
+from cllm_jax.hf.tokenizer import read_tokenizer
 from cllm_jax.hf.weights import read_model
 from cllm_jax.runs.recipe import from_mapping, read_recipe
 from cllm_jax.training.config import TrainConfig

@@ -18,7 +18,6 @@ import pytest
 
 from cllm_jax.hf.load import fingerprint, load
 
-ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get('CLLM_KILLS', '20'))
 COLLECT = shlex.split(
     '--model embedded-target --data sql+arithmetic --prompts 96 --max-tokens 64 --batch 8 --shard 8'
@@ -34,8 +33,7 @@ pytestmark = pytest.mark.faults
 
 def start(module: str, *arguments: str | Path) -> subprocess.Popen:
     command = [sys.executable, '-m', f'cllm_jax.{module}', *map(str, arguments)]
-    env = os.environ | {'PYTHONPATH': str(ROOT)}
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> None:

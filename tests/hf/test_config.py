@@ -1,6 +1,8 @@
 """Which config.json is not loaded, and how it is said; what is written is read back."""
 
+import itertools
 import json
+import math
 import os
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from cllm_jax.errors import CllmError, ConfigError, DataError
 from cllm_jax.hf.config import config_json, parse_config, read_config
-from cllm_jax.hf.weights import read_model
+from cllm_jax.hf.weights import read_model, tensor_shapes
 from cllm_jax.model.config import LlamaConfig, RopeScaling
 from tests.tiny_model import edit_config, refusal
 
@@ -29,9 +31,16 @@ UNSUPPORTED = {
     'code': ({'auto_map': {'AutoConfig': 'evil.Evil'}}, 'auto_map'),
     'quantised': ({'quantization_config': {'bits': 4}}, 'quantization_config'),
     'activation': ({'hidden_act': 'gelu'}, "hidden_act = 'gelu'"),
-    'attention bias': ({'attention_bias': True}, 'attention_bias'),
-    'mlp bias': ({'mlp_bias': True}, 'mlp_bias'),
-    'qwen3 bias': ({'model_type': 'qwen3', 'attention_bias': True}, 'attention_bias'),
+    'qwen2 mlp bias': ({'model_type': 'qwen2', 'mlp_bias': True}, 'mlp_bias'),
+    'qwen3 mlp bias': ({'model_type': 'qwen3', 'mlp_bias': True}, 'mlp_bias'),
+    'mistral bias': (
+        {'model_type': 'mistral', 'sliding_window': None, 'attention_bias': True},
+        'attention_bias',
+    ),
+    'mistral mlp bias': (
+        {'model_type': 'mistral', 'sliding_window': None, 'mlp_bias': True},
+        'mlp_bias',
+    ),
     'window': ({'model_type': 'mistral', 'sliding_window': 4096}, 'sliding_window = 4096'),
     'unused window': (
         # transformers' Mistral has no such switch and would apply the window
@@ -70,6 +79,8 @@ UNSUPPORTED = {
     'theta zero': ({'rope_theta': 0, 'rope_parameters': None}, 'rope_theta'),
     'eps': ({'rms_norm_eps': -1.0}, 'norm_eps'),
     'heads': ({'num_attention_heads': 2, 'num_key_value_heads': 3}, '2 query heads over 3'),
+    'end token': ({'eos_token_id': 16}, 'eos_token_id 16: outside the vocabulary 0..15'),
+    'end tokens': ({'eos_token_id': [1, 151645]}, 'eos_token_id 151645: outside the vocabulary'),
 }
 
 
@@ -89,6 +100,27 @@ def test_an_absent_window_is_mistrals_default(single):
     assert 'sliding_window = 4096' in refusal(read_model, single, of=ConfigError)
 
 
+def test_every_family_has_the_biases_that_transformers_gives_it(single):
+    torch = pytest.importorskip('torch')
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for family, switches in itertools.product(
+        ('llama', 'qwen2', 'qwen3', 'mistral'), itertools.product((False, True), repeat=2)
+    ):
+        keys = dict(zip(('attention_bias', 'mlp_bias'), switches, strict=True))
+        edit_config(single, model_type=family, sliding_window=None, **keys)
+        try:
+            config = read_config(single)
+        except ConfigError:
+            assert family != 'llama'
+            continue
+        with torch.device('meta'):
+            theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(single))
+        wanted = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
+        assert tensor_shapes(config) == wanted, (family, keys)
+        assert config.parameters == sum(math.prod(shape) for shape in wanted.values())
+
+
 # config.json: values
 
 WRONG = {
@@ -102,6 +134,8 @@ WRONG = {
     'max_position_embeddings': [None, 0],
     'rms_norm_eps': ['x', None],
     'tie_word_embeddings': ['yes', None, 1],
+    'attention_bias': ['yes', None, 1],
+    'mlp_bias': ['false', None, 0],
     'eos_token_id': ['</s>', [1, None], {}],
     'bos_token_id': [[1], 'x'],
     'rope_parameters': ['x', [1]],
@@ -153,6 +187,8 @@ def test_missing_config_and_odd_stop_ids_are_refused(single):
     (single / 'generation_config.json').write_text('{"eos_token_id": [1, "x"]}')
     message = refusal(read_model, single, of=DataError)
     assert 'generation_config.json' in message and 'eos_token_id' in message
+    (single / 'generation_config.json').write_text('{"eos_token_id": [1, 16]}')
+    assert 'eos_token_id 16: outside' in refusal(read_model, single, of=ConfigError)
     (single / 'generation_config.json').unlink()
     (single / 'config.json').unlink()
     assert 'config.json: no such file' in refusal(read_model, single, of=DataError)
@@ -228,9 +264,11 @@ ids = st.none() | st.integers(0, 99)
 @st.composite
 def configs(draw):
     family = draw(st.sampled_from(('llama', 'mistral', 'qwen2', 'qwen3')))
+    attention, mlp = draw(st.booleans()), draw(st.booleans())
     kv_heads, group, width = draw(st.integers(1, 8)), draw(st.integers(1, 8)), draw(sizes)
+    vocab = draw(sizes)
     return LlamaConfig(
-        vocab_size=draw(sizes),
+        vocab_size=vocab,
         dim=kv_heads * group * width,
         layers=draw(st.integers(1, 9)),
         heads=kv_heads * group,
@@ -241,11 +279,13 @@ def configs(draw):
         rope_scaling=draw(scalings),
         norm_eps=draw(st.floats(1e-9, 1e-2)),
         tied=draw(st.booleans()),
-        qkv_bias=family == 'qwen2',
+        qkv_bias=family == 'qwen2' or (attention and family != 'mistral'),
+        o_bias=attention and family in ('llama', 'qwen3'),
+        mlp_bias=mlp and family == 'llama',
         qk_norm=family == 'qwen3',
         max_positions=draw(st.integers(8193, 1 << 20)),
         bos_id=draw(ids),
-        eos_ids=tuple(draw(st.lists(st.integers(0, 99), max_size=3, unique=True))),
+        eos_ids=tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=3, unique=True))),
         pad_id=draw(ids),
         family=family,
     )

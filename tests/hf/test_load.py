@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import socket
 from pathlib import Path
 
 import jax
@@ -23,22 +22,8 @@ from tests.tiny_model import (
     tiny_tokenizer,
 )
 
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Any attempt to reach another machine fails the test, however it is handled."""
-    tried = []
-
-    def refuse(*args, **kwargs):
-        tried.append(args)
-        raise OSError('no network in tests')
-
-    for name in ('getaddrinfo', 'gethostbyname', 'create_connection'):
-        monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(socket.socket, 'connect', refuse)
-    monkeypatch.setattr(socket.socket, 'connect_ex', refuse)
-    yield
-    assert not tried
+OLD_FINGERPRINT = '8bfecf0368c1d86a3542f9c3a4298c457e84714595f6e90506a39fccbb68cd46'
+"""Of `model_of()`, as collections of the first version have noted it."""
 
 
 def test_a_path_never_touches_the_network(tmp_path, no_network, monkeypatch):
@@ -134,10 +119,14 @@ def test_dtypes(single):
     assert "'int8'" in refusal(load, str(single), 'int8', of=ConfigError)
 
 
-def test_mixed_lowers_matrices_and_nothing_else(single):
-    full, model = load(str(single), 'float32'), load(str(single), 'mixed')
+@pytest.mark.parametrize('biases', [False, True])
+def test_mixed_lowers_matrices_and_nothing_else(tmp_path, biases):
+    config = dataclasses.replace(TINY, qkv_bias=biases, o_bias=biases, mlp_bias=biases)
+    write_model(tmp_path / 'm', model_of(config), dtype='float32')
+    full, model = (load(str(tmp_path / 'm'), dtype) for dtype in ('float32', 'mixed'))
     types = jnp.dtype('float32'), jnp.dtype('bfloat16')
-    assert model.module == Llama(TINY, *types, backend=model.backend)
+    no_ids = dataclasses.replace(config, bos_id=None, eos_ids=(), pad_id=None)
+    assert model.module == Llama(no_ids, *types, backend=model.backend)
     lowered = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (leaf.dtype == jnp.bfloat16, path[-1].key), model.params
     )
@@ -147,6 +136,11 @@ def test_mixed_lowers_matrices_and_nothing_else(single):
     exact, low = (forward(m.module, m.params, tokens_BT) for m in (full, model))
     assert low.dtype == jnp.float32
     assert 0 < jnp.abs(exact - low).max() < 0.03 * jnp.abs(exact).max()
+
+
+def test_fingerprints_of_older_collections_stay():
+    """Collections name their model by it: what a config learns to say later must not change it."""
+    assert fingerprint(model_of()) == OLD_FINGERPRINT
 
 
 def test_a_fingerprint_sees_every_bit(single, sharded):

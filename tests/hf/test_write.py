@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import write
-from cllm_jax.hf.load import Model, read_tokenizer
+from cllm_jax.hf.load import Model
+from cllm_jax.hf.tokenizer import read_tokenizer
 from cllm_jax.hf.weights import read_model, tensor_shapes
 from cllm_jax.hf.write import write_model
 from cllm_jax.runs import atomic
@@ -122,9 +123,16 @@ def test_writing_refuses_what_could_not_be_read_back(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=pattern):
             write_model(tmp_path / 'm', dataclasses.replace(MODEL, config=wrong))
-    biased = dataclasses.replace(TINY, qkv_bias=True)
-    with pytest.raises(ConfigError, match='correct its family'):
-        write_model(tmp_path / 'm', model_of(biased))
+    for biases in (
+        {'qkv_bias': True},
+        {'o_bias': True},
+        {'family': 'qwen2', 'qkv_bias': True, 'o_bias': True},
+        {'family': 'qwen3', 'qk_norm': True, 'mlp_bias': True},
+        {'family': 'mistral', 'qkv_bias': True, 'o_bias': True},
+    ):
+        biased = dataclasses.replace(TINY, **biases)
+        with pytest.raises(ConfigError, match=r'correct its family|no such biases'):
+            write_model(tmp_path / 'm', model_of(biased))
     with pytest.raises(ConfigError, match=r'int8.*bfloat16'):
         write_model(tmp_path / 'm', MODEL, dtype='int8')
     assert not list(tmp_path.iterdir())
@@ -140,7 +148,7 @@ def test_a_model_card_is_written_again_with_its_model(tmp_path):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('name', ['gqa', 'qwen2', 'qwen3'])
+@pytest.mark.parametrize('name', ['gqa', 'qwen2', 'qwen3', 'biased', 'qwen3_bias'])
 def test_write_then_read_keeps_every_bit(tmp_path, name, dtype):
     config = golden(name)[0]
     params = model_of(config).params

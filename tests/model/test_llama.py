@@ -42,6 +42,9 @@ VARIANTS = {
     'linear': [('rope_scaling', RopeScaling('linear', 2.0))],
     'qwen2': [('qkv_bias', False)],
     'qwen3': [('qk_norm', False)],
+    'biased': [('qkv_bias', False), ('o_bias', False), ('mlp_bias', False)],
+    'attention_bias': [('o_bias', False)],
+    'qwen3_bias': [('qkv_bias', False), ('o_bias', False)],
 }
 
 
@@ -64,7 +67,7 @@ def test_logits_of_a_torch_checkpoint_equal(name):
     assert off(forward(Llama(config), params, tokens), torch_logits(model, tokens)) < 1e-4
 
 
-@pytest.mark.parametrize('name', ['llama3', 'gqa', 'qwen3'])
+@pytest.mark.parametrize('name', ['llama3', 'gqa', 'qwen3', 'biased'])
 def test_cached_chunks_equal_the_full_forward(name):
     """Each row advances by its own step; padding of the shorter one is overwritten later."""
     config, params, tokens, _ = golden(name)

@@ -1,4 +1,5 @@
-"""float32 means float32: every float32 product of every path asks for the highest precision.
+"""float32 means float32: every float32 product of every path asks for the highest precision, and
+none has 64 bits, also where JAX_ENABLE_X64 makes that the default.
 
 Chips multiply float32 in less than that unless asked (`model/precision.py`); a CPU does not, so
 results tell nothing here and the programs are read instead. Nothing is compiled.
@@ -146,18 +147,23 @@ HEADS = ('medusa', 'redrafter', 'eagle')
 """Drafters whose weights have a loss of their own; that of SPACE is the model's."""
 
 
-def decoding_products(dtype: str, name: str, temperature: float) -> list[bool]:
-    """The float32 products of a prefill and of the loop."""
+def decoding(dtype: str, name: str, sampling: Sampling) -> list[tuple]:
+    """A prefill and the loop, each with the arguments that it is called with."""
     module, params = model_of(dtype)
-    ids_E, sampling = jnp.asarray([-1], jnp.int32), Sampling(temperature)
+    ids_E = jnp.asarray([-1], jnp.int32)
     decoder = Decoder(module, params, drafters(dtype)[name], ids_E, sampling)
     tokens_BP, one_B = jnp.zeros((ROWS, WIDTH), jnp.int32), jnp.ones(ROWS, jnp.int32)
     prompts = Prompts(tokens_BP, one_B, one_B, row_keys(0, range(ROWS)))
     begin = functools.partial(prefill, buffers=Buffers(SLOTS, STEPS))
     state = jax.eval_shape(begin, decoder, prompts)
     bound = jnp.int32(STEPS)
-    found = float32_products(begin, decoder, prompts)
-    return found + float32_products(advance, decoder, bound, bound, state)
+    return [(begin, decoder, prompts), (advance, decoder, bound, bound, state)]
+
+
+def decoding_products(dtype: str, name: str, temperature: float) -> list[bool]:
+    """The float32 products of a prefill and of the loop."""
+    calls = decoding(dtype, name, Sampling(temperature))
+    return [product for call in calls for product in float32_products(*call)]
 
 
 def test_every_drafter_is_looked_at():
@@ -173,6 +179,28 @@ def test_every_drafter_is_looked_at():
 def test_decoding_asks_for_it(dtype, name):
     found = decoding_products(dtype, name, 0.7)
     assert found and all(found)
+
+
+def wide_numbers(function: Callable, *args: Any) -> set[str]:
+    """The operations of a program that make arrays of float64; 64-bit indices do no harm."""
+    with jax.enable_x64(True):
+        traced = jax.make_jaxpr(function)(*args)
+    made = (var.aval for equation in equations(traced.jaxpr) for var in equation.outvars)
+    return {str(aval) for aval in made if aval.dtype == np.float64 and aval.shape}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_decoding_has_no_numbers_of_64_bits(name):
+    for sampling in (Sampling(), Sampling(0.7, 5, 0.9)):
+        for call in decoding('float32', name, sampling):
+            assert not wide_numbers(*call)
+
+
+def test_numbers_of_64_bits_are_found_wherever_they_are():
+    x = jnp.ones(3)
+    assert wide_numbers(lambda x: (x, jnp.zeros(3)), x)
+    assert wide_numbers(lambda x: jax.lax.map(lambda _: jnp.ones(3), x), x)
+    assert not wide_numbers(lambda x: 2.0 * x + 1, x)
 
 
 def test_a_drafter_that_does_not_ask_is_found(monkeypatch):

@@ -1,6 +1,5 @@
 """The table of stages: it agrees with itself, with the recipes and with the launch scripts."""
 
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -71,10 +70,9 @@ def test_hosts_of_a_job_run_the_same_steps_up_to_the_export(tmp_path, refined):
 def test_the_command_prints_steps_or_one_line_of_error(tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     command = [sys.executable, '-m', 'cllm_jax.runs', str(recipe)]
-    env = os.environ | {'PYTHONPATH': str(ROOT)}
 
     def run():
-        return subprocess.run(command, env=env, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True)
 
     recipe.write_text('target: {}\n')
     steps = 'train --stage target\ncollect\ntrain --stage cllm\nexport\nevaluate\n'

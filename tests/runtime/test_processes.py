@@ -26,15 +26,14 @@ TRAIN = shlex.split(
     '--held-out.max-tokens 8 --stage target'
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('usual_signals')]
 
 
 def start(processes: int, devices: int, module: str, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, '-m', f'cllm_jax.{module}', *map(str, arguments)]
     launcher = ['bash', str(LAUNCHER), str(processes), str(devices)]
-    env = os.environ | {'PYTHONPATH': str(ROOT)}
     return subprocess.Popen(
-        launcher + command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        launcher + command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

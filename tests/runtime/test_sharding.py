@@ -39,9 +39,16 @@ from cllm_jax.training.memory import (
 from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cllm_jax.training.packing import Noise, make_batch
 from cllm_jax.training.step import LossWeights, make_step, new_state, state_places, text_loss
-from tests.tiny import ragged_prompts, random_model, tiny_config
+from tests.tiny import BIASES, ragged_prompts, random_model, tiny_config
 
 CONFIG = tiny_config(vocab=32, dim=32, heads=8, kv_heads=4, head_dim=8, mlp_dim=24)
+BIASED = dataclasses.replace(CONFIG, **BIASES['llama'])
+
+
+def label(value) -> str:
+    return {CONFIG: 'plain', BIASED: 'biased'}.get(value, str(value))
+
+
 MESHES = {
     'data 8': MeshConfig(),
     'fsdp 8': MeshConfig(data=1, fsdp=8),
@@ -76,21 +83,26 @@ def placed(config, params, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ('name', 'kind'),
-    [('data 8', 'adamw'), ('fsdp 8', 'adamw'), ('data 2 fsdp 2 tensor 2', 'muon')],
+    ('name', 'kind', 'config'),
+    [
+        ('data 8', 'adamw', CONFIG),
+        ('fsdp 8', 'adamw', CONFIG),
+        ('data 2 fsdp 2 tensor 2', 'muon', BIASED),
+    ],
+    ids=label,
 )
-def test_a_step_is_that_of_one_device(name, kind):
+def test_a_step_is_that_of_one_device(name, kind, config):
     """Parameters agree after three steps; the state comes back to its place, so it compiles once"""
-    mesh, params = make_mesh(MESHES[name]), random_model(config=CONFIG).params
+    mesh, params = make_mesh(MESHES[name]), random_model(config=config).params
     # Adam takes the sign of a gradient that is all but 0, which another order of sums can turn.
     rate = {'adamw': 2e-3, 'muon': 1e-2}[kind]
     optimizer = make_optimizer(OptimizerConfig(kind=kind, learning_rate=rate, warmup=0.0), 10)
-    everywhere = state_places(optimizer, param_axes(CONFIG), params, mesh)
+    everywhere = state_places(optimizer, param_axes(config), params, mesh)
     weights = LossWeights(ar_weight=1.0, global_weight=1.0)
     alone, spread = (new_state(optimizer, params, s) for s in (None, everywhere))
-    one = make_step(partial(text_loss, Llama(CONFIG), weights), optimizer)
+    one = make_step(partial(text_loss, Llama(config), weights), optimizer)
     many = make_step(
-        partial(text_loss, Llama(CONFIG, mesh=mesh), weights), optimizer, 2, everywhere
+        partial(text_loss, Llama(config, mesh=mesh), weights), optimizer, 2, everywhere
     )
     for step in range(3):
         batch = make_batch(samples(), 16, 0, step, Noise(windows=2))
@@ -124,10 +136,11 @@ def test_a_device_keeps_its_share_and_sends_no_activations():
         assert weights <= sent < times * weights + 4096
 
 
-def test_planned_bytes_are_those_of_a_real_state():
-    mesh, params = make_mesh(MESHES['data 2 fsdp 2 tensor 2']), random_model(config=CONFIG).params
+@pytest.mark.parametrize('config', [CONFIG, BIASED], ids=label)
+def test_planned_bytes_are_those_of_a_real_state(config):
+    mesh, params = make_mesh(MESHES['data 2 fsdp 2 tensor 2']), random_model(config=config).params
     optimizer = make_optimizer(SETTINGS.optimizer, 10)
-    places = state_places(optimizer, param_axes(CONFIG), params, mesh)
+    places = state_places(optimizer, param_axes(config), params, mesh)
     state = new_state(optimizer, params, places)
     here = jax.devices()[0]
     parts = [
@@ -136,8 +149,8 @@ def test_planned_bytes_are_those_of_a_real_state():
         for shard in leaf.addressable_shards
         if shard.device == here
     ]
-    planned = memory_per_device(SETTINGS, CONFIG, mesh)
-    assert bytes_here(abstract_state(SETTINGS, CONFIG, mesh)) == sum(parts)
+    planned = memory_per_device(SETTINGS, config, mesh)
+    assert bytes_here(abstract_state(SETTINGS, config, mesh)) == sum(parts)
     assert planned['weights'] + planned['optimiser state'] + state.step.nbytes == sum(parts)
 
 
@@ -164,22 +177,22 @@ def test_a_process_takes_the_rows_of_its_devices():
     assert rows_here(4, some) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize('temperature', [0.0, 0.8])
-def test_decoding_over_four_devices_returns_the_same_tokens(temperature):
-    model = random_model(config=CONFIG)
+@pytest.mark.parametrize(('config', 'temperature'), [(BIASED, 0.0), (CONFIG, 0.8)], ids=label)
+def test_decoding_over_four_devices_returns_the_same_tokens(config, temperature):
+    model = random_model(config=config)
     mesh = make_mesh(MeshConfig(data=1, tensor=4), jax.devices()[:4])
-    params = jax.device_put(model.params, placed(CONFIG, model.params, mesh))
+    params = jax.device_put(model.params, placed(config, model.params, mesh))
     prompts = ragged_prompts(1, (3, 17, 8), 32)
     for drafter in (AutoRegressive(), Jacobi(4)):
         request = Request(drafter, 12, Sampling(temperature))
         alone = decode_all(model, request, prompts)
-        spread = decode_all(Model(CONFIG, params, None, 'spread'), request, prompts)
+        spread = decode_all(Model(config, params, None, 'spread'), request, prompts)
         assert spread.tokens == alone.tokens and spread.accepted == alone.accepted
 
 
-def test_weights_are_read_straight_into_their_shards(tmp_path):
+@pytest.mark.parametrize('config', [CONFIG, BIASED], ids=label)
+def test_weights_are_read_straight_into_their_shards(tmp_path, config):
     """The same bits as reading all at once, in the places the rules say."""
-    config = tiny_config(vocab=32, dim=32, heads=8, kv_heads=4, head_dim=8, mlp_dim=24)
     write_model(tmp_path / 'm', random_model(config=config), dtype='float32')
     plain = load(str(tmp_path / 'm'), 'float32')
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))

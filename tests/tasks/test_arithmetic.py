@@ -230,9 +230,9 @@ def test_check_accepts_the_reference_and_its_other_spellings(examples):
     for example in examples[::10]:
         n = example.meta['answer']
         assert check(example, example.answer)
-        for text in (f'#### {n}.0', f'#### ${n}', f'####{n}', f'#### {n}%', f'#### {n}.'):
+        for text in (f'#### {n}.0', f'#### ${n}', f'####{n}', f'#### {n} of them'):
             assert check(example, text), text
-        assert check(example, f'#### {n + 1}\n#### {n}')
+        assert check(example, f'#### {n}\n\nQuestion: 1 + 1?\nAnswer:\n#### {n + 1}')
 
 
 def test_check_refuses_any_other_number(examples):
@@ -240,10 +240,10 @@ def test_check_refuses_any_other_number(examples):
         n = example.meta['answer']
         body = example.answer.rpartition('#### ')[0]
         for wrong in (
-            n + 1, n - 1, -n, n * 10, f'{n}5', f'{n}.5', f'1{n}', f'{n}/3', f'{n} of them', '',
+            n + 1, n - 1, -n, n * 10, f'{n}5', f'{n}.5', f'1{n}', f'{n}/3', f'{n}+0', '',
         ):  # fmt: skip
             assert not check(example, f'{body}#### {wrong}'), wrong
-        assert not check(example, f'#### {n}\n#### {n + 1}')
+        assert not check(example, f'#### {n + 1}\n#### {n}')
 
 
 def test_garbage_is_wrong_and_never_raises():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -9,11 +10,14 @@ import cllm_jax as cllm
 from cllm_jax.cli.console import Console
 from cllm_jax.data.tokenizer import train_tokenizer
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.load import tokenizer_fingerprint
+from cllm_jax.hf.tokenizer import tokenizer_fingerprint, vocabulary_fingerprint
+from cllm_jax.hf.write import write_model
 from cllm_jax.training.config import NewModel, TrainConfig, with_names
 from cllm_jax.training.data import prepare, trajectory_samples
 from cllm_jax.trajectories.collector import collect
-from tests.trajectories.examples import MODEL, SETTINGS, identity, source
+from cllm_jax.trajectories.store import finish, open_manifest, write_shard
+from tests.tiny import larger_tokenizer
+from tests.trajectories.examples import MODEL, SETTINGS, identity, source, trajectory
 
 
 def test_a_manifest_that_is_none_is_no_training_data(tmp_path):
@@ -23,13 +27,51 @@ def test_a_manifest_that_is_none_is_no_training_data(tmp_path):
 
 
 def test_trajectories_of_another_tokenizer_are_refused(tmp_path):
-    known = identity() | {'tokenizer': tokenizer_fingerprint(MODEL.tokenizer)}
-    collect(tmp_path, MODEL, source(2), SETTINGS, known)
     settings, console = TrainConfig(data=str(tmp_path)), Console()
-    assert len(trajectory_samples(settings, MODEL, console)) <= 2
+    for fingerprint in (vocabulary_fingerprint, tokenizer_fingerprint):  # of older versions, of now
+        shutil.rmtree(tmp_path)
+        known = identity() | {'tokenizer': fingerprint(MODEL.tokenizer)}
+        collect(tmp_path, MODEL, source(2), SETTINGS, known)
+        assert len(trajectory_samples(settings, MODEL, console)) <= 2
     other = train_tokenizer(['some other text'] * 9, len(MODEL.tokenizer))
     with pytest.raises(ConfigError, match='another tokenizer'):
         trajectory_samples(settings, dataclasses.replace(MODEL, tokenizer=other), console)
+
+
+@pytest.mark.parametrize('field', ['prompt', 'answer', 'states'])
+@pytest.mark.parametrize('bad', [-1, 261, 1 << 30])
+def test_trajectories_with_ids_outside_the_table_are_refused(field, bad, tmp_path):
+    good = [trajectory([4, 5, 6], [[4, 260]], id=f'row-{i}') for i in range(3)]
+    array = getattr(good[1], field).copy()
+    array.flat[-1] = bad
+    known = identity() | {'block': 2, 'tokenizer': tokenizer_fingerprint(MODEL.tokenizer)}
+    records = [good[0], dataclasses.replace(good[1], **{field: array}), good[2]]
+    for name, rows in (('good', good), ('bad', records)):
+        manifest = open_manifest(tmp_path / name, known, 1, [0])
+        write_shard(tmp_path / name, manifest, 0, rows, {})
+        finish(tmp_path / name)
+    settings = TrainConfig(data=str(tmp_path / 'good'))
+    assert len(trajectory_samples(settings, MODEL, Console())) == 3
+    settings = TrainConfig(data=str(tmp_path / 'bad'))
+    message = rf'bad: record row-1: token id {bad}: outside the vocabulary 0\.\.260'
+    with pytest.raises(DataError, match=message):
+        trajectory_samples(settings, MODEL, Console())
+
+
+@pytest.mark.parametrize('where', ['prompt', 'answer'])
+def test_texts_with_a_token_that_the_model_lacks_are_refused(where, tmp_path):
+    model = dataclasses.replace(MODEL, tokenizer=larger_tokenizer())
+    write_model(tmp_path / 'model', model, dtype='float32')
+    path = tmp_path / 'rows.jsonl'
+    settings = TrainConfig(objective='ar', model=str(tmp_path / 'model'), data=f'{path}#all')
+    rows = [{'prompt': f'a tool {i}', 'answer': 'the call'} for i in range(4)]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    assert len(prepare(settings, None, Console(), tmp_path)[1]) == 4
+    rows[2][where] += '<tool>'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    message = r"row jsonl-3: token id 261 \('<tool>'\): outside the vocabulary 0\.\.260"
+    with pytest.raises(DataError, match=message):
+        prepare(settings, None, Console(), tmp_path)
 
 
 def test_a_new_draft_model_takes_the_tokenizer_of_its_target(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What each objective trains, and what it makes of it."""
 
+import dataclasses
 from operator import attrgetter
 from typing import get_args, get_type_hints
 
@@ -13,16 +14,17 @@ from cllm_jax.drafters.trained import HeadsConfig, TrainedDrafter
 from cllm_jax.errors import ConfigError
 from cllm_jax.training.config import TrainConfig
 from cllm_jax.training.objective import OBJECTIVES, checked, objective_of
-from cllm_jax.training.optimizer import OptimizerConfig
+from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cllm_jax.training.packing import make_batch
-from cllm_jax.training.step import LossWeights, batch_totals
+from cllm_jax.training.step import LossWeights, batch_totals, make_step, new_state
 from tests.tiny_training import MODEL, samples
 
 
 def loss_of(learner, batch) -> dict:
-    """The metrics of a batch, before any step."""
+    """The loss and the metrics of a batch, before any step."""
     totals = batch_totals(batch)
-    return jax.jit(learner.loss)(learner.params, learner.frozen, batch, totals)[1]
+    loss, metrics = jax.jit(learner.loss)(learner.params, learner.frozen, batch, totals)
+    return metrics | {'loss': loss}
 
 
 def test_every_name_in_settings_is_an_objective():
@@ -54,6 +56,33 @@ def test_what_an_objective_trains_and_keeps(mixed_dtypes, name, joint):
     assert isinstance(trained.drafter, TrainedDrafter) == (name in TRAINED)
     assert (learner.noise is None) == (name not in ('consistency', 'space'))
     assert trained.model.params['norm'] is MODEL.params['norm']
+
+
+@pytest.mark.parametrize(
+    ('name', 'joint'),
+    [
+        *((name, False) for name in sorted(OBJECTIVES) if name != 'eagle'),
+        ('eagle', True),  # alone it learns hidden states, no label
+        ('medusa', True),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_a_step_left_out(mixed_dtypes, name, joint):
+    """Labels outside the table make the loss NaN, and have no gradient."""
+    sizes = HeadsConfig(nodes=4, ahead=2, beams=2, joint=joint)
+    settings = TrainConfig(objective=name, heads=sizes)
+    settings = dataclasses.replace(settings, loss=OBJECTIVES[name].loss_weights(settings))
+    data = samples()
+    learner = objective_of(settings).learner(settings, MODEL, data)
+    optimizer = make_optimizer(OptimizerConfig(warmup=0.0), 10)
+    step = make_step(learner.loss, optimizer)
+    batch = make_batch(data, 4, 0, 0, learner.noise)
+    state, metrics = step(new_state(optimizer, learner.params), batch, learner.frozen)
+    assert np.isfinite(metrics['loss']) and metrics['skipped'] == 0
+    before = jax.device_get(state.params)
+    foreign = batch.replace(labels_BR=np.full_like(batch.labels_BR, MODEL.config.vocab_size))
+    state, metrics = step(state, foreign, learner.frozen)
+    assert not np.isfinite(metrics['loss']) and metrics['skipped'] == 1
+    assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(state.params)))
 
 
 def test_the_mask_of_space_stands_for_every_guess():

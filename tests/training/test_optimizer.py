@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from cllm_jax.training.optimizer import OptimizerConfig, decayed, make_optimizer
+from tests.tiny import BIASES, shapes, tiny_config
 from tests.tiny_training import params_of
 
 
@@ -20,6 +21,14 @@ def test_vectors_do_not_decay(mixed_dtypes):
     assert {name: float(update.sum()) for name, update in updates.items()} == pytest.approx(
         {'q': -0.6, 'q_bias': 0.0, 'norm': 0.0}
     )
+
+
+@pytest.mark.parametrize('name', BIASES)
+def test_no_bias_or_norm_of_a_model_decays_and_every_matrix_does(name):
+    params = shapes(tiny_config(**BIASES[name]))
+    matrices = {'embed', 'head', 'q', 'k', 'v', 'o', 'gate', 'up', 'down'}
+    for path, decays in jax.tree_util.tree_leaves_with_path(decayed(params)):
+        assert decays == (path[-1].key in matrices), path
 
 
 def test_muon_orthogonalises_matrices_and_nothing_else(mixed_dtypes):

@@ -11,11 +11,14 @@ from cllm_jax.decoding.result import Trajectory
 from cllm_jax.model.llama import Llama, forward
 from cllm_jax.training.packing import Noise, batches, make_batch, samples_of_step
 from cllm_jax.training.step import hidden_states
-from tests.tiny_training import BLOCK, CONFIG, params_of, samples
+from tests.tiny import BIASES, random_model, text_config
+from tests.tiny_training import BLOCK, CONFIG, samples
+
+CONFIGS = {'plain': CONFIG} | {name: text_config(**BIASES[name]) for name in BIASES}
 
 
-def logits_of(params, batch):
-    model = Llama(CONFIG)
+def logits_of(config, params, batch):
+    model = Llama(config)
     hidden = hidden_states(model, params, batch)
     rows = jnp.take_along_axis(hidden, jnp.asarray(batch.rows_BR)[:, :, None], axis=1)
     return model.apply({'params': params}, rows, method='logits')
@@ -26,23 +29,24 @@ def jitted_forward(model, params, tokens_BT):
     return forward(model, params, tokens_BT)
 
 
-def plain_logits(params, tokens) -> np.ndarray:
+def plain_logits(config, params, tokens) -> np.ndarray:
     """Logits of a text by itself; what is padded on the right changes nothing before it."""
     padded = np.zeros((1, 64), np.int32)
     padded[0, : len(tokens)] = tokens
-    return np.asarray(jitted_forward(Llama(CONFIG), params, padded))[0, : len(tokens)]
+    return np.asarray(jitted_forward(Llama(config), params, padded))[0, : len(tokens)]
 
 
-def test_packed_rows_are_plain_causal_forwards():
+@pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
+def test_packed_rows_are_plain_causal_forwards(config):
     """A state sees exactly prompt + clean answer before it + itself; the clean part is clean."""
-    data, params = samples(), params_of()
+    data, params = samples(), random_model(config=config).params
     batch = make_batch(data, 4, 0, 0, Noise(windows=3))
-    logits = np.asarray(logits_of(params, batch))
+    logits = np.asarray(logits_of(config, params, batch))
     answers = batch.ar_weight_BA.shape[1]
     length = batch.tokens_BT.shape[1] - 3 * BLOCK
     for row, (_, sample) in enumerate(samples_of_step(data, 4, 0, 0)):
         text = np.concatenate([sample.prompt, sample.answer])
-        plain = plain_logits(params, text)
+        plain = plain_logits(config, params, text)
         first, size = len(sample.prompt) - 1, len(sample.answer)
         assert np.allclose(logits[row, :size], plain[first : first + size], atol=2e-5)
         for w in range(3):
@@ -50,7 +54,7 @@ def test_packed_rows_are_plain_causal_forwards():
             begin = batch.context_BT[row, at] - len(sample.prompt)
             state = batch.tokens_BT[row, at : at + BLOCK][: size - begin]
             whole = np.concatenate([sample.prompt, sample.answer[:begin], state])
-            plain = plain_logits(params, whole)
+            plain = plain_logits(config, params, whole)
             got = logits[row, answers + w * BLOCK :][: len(state)]
             assert np.allclose(got, plain[len(sample.prompt) + begin :], atol=2e-5)
 

@@ -1,6 +1,7 @@
 """One step: what it learns from, and micro-batches."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -41,3 +42,40 @@ def test_accumulation_changes_nothing(mixed_dtypes, noise):
     assert float(metrics['loss']) == pytest.approx(float(whole['loss']), rel=1e-5)
     norm = float(metrics['gradient_norm'])
     assert float(whole['gradient_norm']) == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_an_update_is_made_only_if_loss_and_gradient_are_finite(mixed_dtypes, accumulate):
+    """Whatever the other one says: a loss of NaN may have a finite gradient, or none at all."""
+
+    @jax.custom_jvp
+    def scaled(x, factors):
+        return x * factors[0]
+
+    @scaled.defjvp
+    def _(primals, tangents):
+        return scaled(*primals), tangents[0] * primals[1][1]
+
+    def loss(params, factors, batch, totals):
+        value = (params['w'] ** 2).sum()
+        return scaled(value, factors), {'value': value}
+
+    optimizer = make_optimizer(OptimizerConfig(warmup=0.0), 100)
+    batch = make_batch(samples(), 4, 0, 0, None)
+    step = make_step(loss, optimizer, accumulate)
+    state = new_state(optimizer, {'w': jnp.asarray([3.0, 4.0])})
+    losses, gradients = (1.0, jnp.nan, jnp.inf, -jnp.inf), (1.0, jnp.nan, jnp.inf, 1e30)
+    for of_loss, of_gradient in itertools.product(losses, gradients):
+        before = jax.device_get(state)
+        sound = of_loss == of_gradient == 1.0
+        for count in (1, 2):
+            state, metrics = step(state, batch, jnp.asarray([of_loss, of_gradient]))
+            assert int(metrics['skipped']) == (0 if sound else count), (of_loss, of_gradient)
+            assert np.isfinite(metrics['loss']) == (of_loss == 1.0)
+        now, then = (jax.tree.leaves((s.params, s.opt_state.inner_state)) for s in (state, before))
+        assert all(map(np.array_equal, now, then)) == (not sound)
+        assert int(state.step) == int(before.step) + 2
+        good, metrics = step(state, batch, jnp.ones(2))
+        assert metrics['skipped'] == 0 and np.isfinite(metrics['loss'])
+        assert not np.array_equal(before.params['w'], good.params['w'])
+        state = good

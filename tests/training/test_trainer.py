@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 
@@ -52,7 +53,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(mixed_dtypes, tmp_pat
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_go_on(usual_signals, mixed_dtypes, tmp_path, number):
     run = tiny_run()
 
     def stop(record):
@@ -65,6 +66,20 @@ def test_a_signal_saves_and_says_how_to_go_on(mixed_dtypes, tmp_path, number):
     train(tmp_path, *run)
     steps = [m['step'] for m in without_speed(tmp_path) if 'loss' in m]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_signals_that_were_ignored_stay_ignored(usual_signals, mixed_dtypes, tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+    def stop(record):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    train(tmp_path, *tiny_run(), report=stop)
+    assert [m['step'] for m in without_speed(tmp_path) if 'loss' in m] == [1, 2, 3, 4, 5, 6]
+    assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 2
 
 
 def damage(checkpoint) -> None:
@@ -135,9 +150,38 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(mixed_dtypes, tmp_
     # Noticed where a line is logged, and where a checkpoint would be saved.
     for step, every in ((7, {'log_every': 1}), (8, {'log_every': 40, 'save_every': 4})):
         longer = dataclasses.replace(settings, steps=40, held_out=test, **every)
-        with pytest.raises(NumericalError, match=rf'step {step}: .*NaN.*--model {tmp_path}'):
+        said = rf'step {step}: .*NaN.*--model {re.escape(str(tmp_path))}'
+        with pytest.raises(NumericalError, match=said):
             train(tmp_path, failing, data, source, longer)
         kept = newest()
         assert int(good.step) == int(kept.step) == 4
         for a, b in zip(jax.tree.leaves(good.params), jax.tree.leaves(kept.params), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ('broken', 'skipped'), [(range(6), 6), (range(2, 6), 4), (range(5, 6), 1), (range(1, 5), 0)]
+)
+def test_a_run_that_ends_in_nan_is_not_done(mixed_dtypes, broken, skipped, tmp_path, monkeypatch):
+    """Also one of fewer steps than may be left out, whose last ones are; some in between may be."""
+    make = trainer.make_step
+
+    def spoilt(loss, *arguments):
+        def nan(*given):
+            value, metrics = loss(*given)
+            return jax.lax.stop_gradient(value) * jnp.nan, metrics
+
+        good, bad = make(loss, *arguments), make(nan, *arguments)
+        return lambda state, *rest: (bad if int(state.step) in broken else good)(state, *rest)
+
+    monkeypatch.setattr(trainer, 'make_step', spoilt)
+    run = tiny_run()
+    if skipped:
+        with pytest.raises(NumericalError, match=rf'step 6: {skipped} updates in a row .* NaN'):
+            train(tmp_path, *run)
+    else:
+        train(tmp_path, *run)
+    logged = [line for line in read_metrics(tmp_path / 'metrics.jsonl') if 'skipped' in line]
+    assert [np.isnan(line['loss']) for line in logged] == [step in broken for step in range(6)]
+    assert logged[-1]['skipped'] == skipped
+    assert (tmp_path / 'checkpoints/6').exists() == (not skipped)

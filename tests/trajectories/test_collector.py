@@ -18,6 +18,7 @@ from cllm_jax.tasks.example import Example
 from cllm_jax.trajectories import collector
 from cllm_jax.trajectories.collector import collect, collect_rows
 from cllm_jax.trajectories.store import Collection, read_records
+from tests.tiny import larger_tokenizer
 from tests.trajectories.examples import MODEL, SETTINGS, collect_into, identity, source
 
 
@@ -88,6 +89,35 @@ def test_prompts_without_a_token_are_left_out_and_counted(tmp_path):
     records, left_out = collect_rows(MODEL, empty, SETTINGS, range(6))
     assert not any(left_out.values())
     assert records[0].prompt.tolist() == [MODEL.config.bos_id]
+
+
+@pytest.mark.parametrize('where', ['prompt', 'answer'])
+def test_rows_with_a_token_that_the_model_lacks_are_refused_before_any_work(where, tmp_path):
+    model, foreign = dataclasses.replace(MODEL, tokenizer=larger_tokenizer()), source(20)
+    foreign.rows[-1] = dataclasses.replace(foreign[19], **{where: 'a <call>'})
+    message = r"^row row-19: token id 262 \('<call>'\): outside the vocabulary 0\.\.260"
+    with pytest.raises(DataError, match=message):
+        collect_into(tmp_path / 'out', model=model, rows=foreign)
+    assert not (tmp_path / 'out').exists()
+    with pytest.raises(DataError, match=message):
+        collect_rows(model, foreign, SETTINGS, range(16, 20))
+
+
+def test_a_larger_tokenizer_collects_the_same_where_its_tokens_do_not_occur():
+    larger = dataclasses.replace(MODEL, tokenizer=larger_tokenizer())
+    found, wanted = (collect_rows(m, source(), SETTINGS, range(4))[0] for m in (larger, MODEL))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a.answer, b.answer)
+        np.testing.assert_array_equal(a.states, b.states)
+
+
+def test_a_bos_outside_the_table_is_refused_where_it_would_be_read():
+    config = dataclasses.replace(MODEL.config, bos_id=261)
+    model, two = dataclasses.replace(MODEL, config=config), source(2)
+    assert collect_rows(model, two, SETTINGS, range(2))[0]
+    empty = dataclasses.replace(two, rows=[dataclasses.replace(two[0], prompt='')])
+    with pytest.raises(DataError, match='row row-0: token id 261: outside'):
+        collect_rows(model, empty, SETTINGS, range(1))
 
 
 def test_a_model_without_an_end_token_is_refused(tmp_path):
