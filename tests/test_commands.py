@@ -596,6 +596,8 @@ def test_commands_name_the_adapter_that_they_merged(monkeypatch, capsys, tmp_pat
     save_file(dict(zip(names, factors, strict=True)), made / 'adapter_model.safetensors')
     whole = shutil.copytree(made, tmp_path / 'whole')
     shutil.copytree(base, whole, dirs_exist_ok=True)
+    about = json.loads((whole / 'adapter_config.json').read_text())
+    (whole / 'adapter_config.json').write_text(json.dumps(about | {'base_model_name_or_path': '.'}))
     short = ('--prompts', 'the', '--max-tokens', '2', '--no-compare')
     said = []
     for place, into in ((base, ''), (made, '../base'), (whole, whole)):
