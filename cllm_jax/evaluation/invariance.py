@@ -17,10 +17,11 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, Drafter, put, setting, windows
-from cllm_jax.decoding.engine import answers, decoder_of, start
+from cllm_jax.decoding.engine import decode_batch, decoder_of
 from cllm_jax.decoding.loop import Buffers, programs
 from cllm_jax.decoding.request import Request, cache_slots, pad_prompts, row_keys
 from cllm_jax.decoding.state import DecodeState
+from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.evaluation.forward_cost import endless
 from cllm_jax.hf.load import Model
 from cllm_jax.model.cache import read
@@ -68,16 +69,17 @@ class Scripted(Drafter):
     def nodes(self) -> int:
         return self.size
 
-    def init(self, sequences):
-        return jnp.zeros(sequences.tokens_BS.shape, jnp.uint32)
+    def init(self, sequences):  # the script too: the loop may go on with some of the rows
+        return self.script_BS, jnp.zeros(sequences.tokens_BS.shape, jnp.uint32)
 
     def draft(self, state, sequences, sampling):
-        known_BN = windows(self.script_BS, sequences.length_B, self.size)
+        known_BN = windows(state[0], sequences.length_B, self.size)
         return Draft.chain(jnp.concatenate([sequences.window(1), known_BN[:, 1:]], axis=1)), state
 
     def update(self, state, draft, verdict, sequences, sampling):
         is_new_BN = jnp.arange(self.size, dtype=jnp.int32)[None] < verdict.count_B[:, None]
-        return put(state, sequences.length_B + 1, checksum(verdict.logits_BNV), is_new_BN)
+        sums_BN = checksum(verdict.logits_BNV)
+        return state[0], put(state[1], sequences.length_B + 1, sums_BN, is_new_BN)
 
 
 def checksum(x: jax.Array) -> jax.Array:
@@ -129,7 +131,7 @@ def _bits(state: DecodeState, setup: Setup, size: int) -> Bits:
 
     layers = [of_row(x_RSH) for x_RSH in (*state.cache.k_RSH, *state.cache.v_RSH)]
     cache_XS = np.asarray(jnp.concatenate(layers))
-    scores_S = np.asarray(state.drafter[setup.place])
+    scores_S = np.asarray(state.drafter[1][setup.place])
     end = size + ANSWER
     # The last token of a prompt is the first pending one, and that of an answer is never cached.
     return Bits(scores_S[size:end], cache_XS[:, : size - 1], cache_XS[:, size - 1 : end - 1])
@@ -147,9 +149,8 @@ def probe(
     """
     model = endless(model)
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, 40).tolist()
-    begun = start(model, Request(Scripted(jnp.zeros((1, 512), jnp.int32), 16), ANSWER), [prompt],
-                  row_keys(0, [0]), to_the_end=True)  # fmt: skip
-    [answer] = answers(begun, 1)[0]
+    request = Request(AutoRegressive(), ANSWER, batch=1)
+    [answer] = decode_batch(model, request, [prompt], row_keys(0, [0])).tokens
     seen: dict[Setup, Bits] = {}
     found: dict[str, Any] = {}
     for name, some in varied.items():

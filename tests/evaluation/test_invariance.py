@@ -49,6 +49,13 @@ def test_bits_are_of_the_positions_and_of_nothing_else(answer):
     assert not any(one.equal_parts(other).values())
 
 
+def test_a_batch_that_goes_on_with_half_of_its_rows_is_looked_at_whole(answer):
+    """On a CPU the rows that end late go on by themselves (`Backend.narrowest`)."""
+    found = [bits_of(MODEL, PROMPT, answer, Setup(nodes=4, batch=16, place=i)) for i in (0, 9)]
+    assert all((bits.scores != 0).all() for bits in found)
+    assert all(found[0].equal_parts(found[1]).values())
+
+
 def test_what_rounds_otherwise_is_found_and_nothing_else(answer, monkeypatch):
     """A single row is multiplied as if in bfloat16."""
     exact = llama.linear
