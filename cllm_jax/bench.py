@@ -2,6 +2,7 @@
 
     python -m cllm_jax.bench --json bench.json
     python -m cllm_jax.bench --random-weights configs/shapes/1b.json --dtype bfloat16 --batches 1
+    python -m cllm_jax.bench --invariance --dtype bfloat16
 
 The cost of a forward with N tokens over one with a single token is c(N); tokens/forward over c(N)
 bounds the speed-up. In the tables `cost` is the time of an iteration, drafting included, over that
@@ -23,6 +24,7 @@ from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.sources import Source, open_source
 from cllm_jax.evaluation.comparison import BATCH, BenchConfig, compare_methods
 from cllm_jax.evaluation.forward_cost import bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.invariance import probe, setups
 from cllm_jax.evaluation.profile import milliseconds_by_part
 from cllm_jax.evaluation.throughput import collection_speed
 from cllm_jax.hf.config import read_config
@@ -71,6 +73,27 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
         'share_of_limit': weights / speed * 1e3 / first['forward_ms'],
         'parts': {str(n): milliseconds_by_part(model, n, settings.prompt) for n in settings.parts},
     }
+
+
+def invariance(settings: BenchConfig, model: Model, console: Console) -> dict[str, Any]:
+    """Which numbers of rows and sizes compute the same bits."""
+    varied = setups(settings.nodes, settings.batches, settings.slots)
+    with console.progress('the same answer', sum(1 + len(some) for some in varied.values())) as bar:
+        return probe(model, varied, bar)
+
+
+def report_invariance(console: Console, found: dict[str, Any]) -> None:
+    """What computes the bits of the reference, and what agrees with each other."""
+    console.result(f'model: {found["model"]}, {found["dtype"]}')
+    shown = {True: 'same', False: 'other'}
+    for name, part in found['invariance'].items():
+        columns = [name, 'scores', 'prompt in the cache', 'answer in the cache']
+        rows = [
+            [value, *(shown[bit] for bit in row.values())] for value, row in part['rows'].items()
+        ]
+        console.out.print(table('bits, against 16 tokens per forward, batch 1', columns, rows))
+        classes = '; '.join(', '.join(map(str, some)) for some in part['classes'])
+        console.result(f'{name}, classes: {classes}')
 
 
 def pipeline(
@@ -175,6 +198,14 @@ def run() -> None:
         print_plan(console, settings, {'dtype': dtype})
         return
     found = settings.environment()
+    if settings.invariance:
+        random = settings.random_weights
+        model = random_model(Path(random), dtype) if random else load(settings.model, dtype)
+        found |= {'model': model.title, 'dtype': dtype}
+        found['invariance'] = invariance(settings, model, console)
+        keep(settings, found)
+        report_invariance(console, found)
+        return
     if settings.random_weights:
         model = random_model(Path(settings.random_weights), dtype)
         found |= {'model': model.source, 'cost': forward_costs(settings, model, console)}

@@ -47,6 +47,11 @@ class BenchConfig(ComparisonConfig):
     """Batch sizes at which it is measured."""
     prompt: int = 64
     """Length of the random prompts of the cost measurement."""
+    slots: tuple[int, ...] = (128, 192, 256, 512, 1024)
+    """Sizes of the cache that --invariance compares."""
+    invariance: bool = False
+    """In place of all else: for which numbers of tokens (--nodes), batches, places, widths and
+    caches are a row's bits the same? Without a random model, those of --model."""
     parts: tuple[int, ...] = (1, 16)
     """Tokens per forward whose time is divided among the parts of the model."""
     blocks: tuple[int, ...] = (8, 16, 32)
@@ -66,7 +71,9 @@ class BenchConfig(ComparisonConfig):
 
     def __post_init__(self):
         at_least(self, limit=1, prompt=1, max_tokens=1, repeats=1, collected=0)
-        at_least(self, nodes=1, batches=1, blocks=1, **({'parts': 1} if self.parts else {}))
+        at_least(
+            self, nodes=1, batches=1, blocks=1, slots=1, **({'parts': 1} if self.parts else {})
+        )
         check_seed(self)
         for block in self.blocks:
             Jacobi(block)  # checks it
