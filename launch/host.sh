@@ -17,8 +17,8 @@ Runs the steps of the recipe CONFIG in order, with the Python $PYTHON (default: 
   -- OVERRIDE...  settings for the train steps, such as -- --mesh.fsdp 8
 
 SIGTERM and Ctrl-C end the running step with SIGTERM, so that it saves what it has. Exit codes:
-those of the step; 75 means interrupted, and the same line continues. With RESTART_CODE=N in the environment it ends
-with N wherever another start may help: with every code but 0, 2, 3 and 4.
+those of the step; 75 means interrupted, and the same line continues. With RESTART_CODE=N in the
+environment it ends with N wherever another start may help: with every code but 0, 2, 3 and 4.
 TEXT
 }
 
