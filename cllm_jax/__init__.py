@@ -33,6 +33,7 @@ from cllm_jax.errors import CllmError, ConfigError, DataError
 from cllm_jax.hf.load import Model, load
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import forward as _plain_forward
+from cllm_jax.runtime.backend import Exactness
 from cllm_jax.runtime.programs import bounded
 
 __all__ = [
@@ -71,13 +72,14 @@ def decode(
     batch: int = 32,
     trace: bool = False,
     typical: float = 0.0,
+    exact: Exactness = '',
 ) -> DecodeResult:
     """Decode prompts (texts or lists of token ids), in the given order, whatever the drafter.
 
     Args:
       drafter: how tokens are proposed, `Jacobi(block=16)` by default. It changes the number of
         forwards, never the answer: greedy and sampled, the tokens are those of `AutoRegressive()`
-        with the same seed (up to float rounding at ties).
+        with the same seed; `exact` says how far rounding can matter.
       max_tokens: longest answer.
       temperature, top_k, top_p: sampling; temperature 0 is greedy.
       seed: of the sampling noise and the initial guesses. Prompt i has its own noise, whatever
@@ -87,12 +89,17 @@ def decode(
       trace: report the Jacobi states of every iteration (`DecodeResult.trajectories`).
       typical: LOSSY, for Medusa and a temperature above 0: the epsilon of its typical acceptance
         (the paper has 0.09). The answer is then no longer that of `AutoRegressive()`.
+      exact: 'class', the default where it is known to hold: a token's bits do not depend on how
+        many are computed with it. 'off': each as fast as it can, equal up to rounding at near ties.
+        'program': nothing is filled up, for comparison with AR by the same program
+        (docs/exactness.md).
 
     Raises:
       ConfigError: a setting or a prompt that cannot be decoded.
     """
     sampling = Sampling(temperature, top_k, top_p, typical)
-    request = Request(drafter or Jacobi(), max_tokens, sampling, seed, _stops(stop), batch, trace)
+    how = (max_tokens, sampling, seed, _stops(stop), batch, trace, exact)
+    request = Request(drafter or Jacobi(), *how)
     return decode_all(model, request, prompts)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from cllm_jax.cli.console import Console, number, print_plan, size, table
 from cllm_jax.cli.guard import guard
@@ -24,14 +25,16 @@ from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.sources import Source, open_source
 from cllm_jax.evaluation.comparison import BATCH, BenchConfig, compare_methods
 from cllm_jax.evaluation.forward_cost import bandwidth, costs, weight_bytes
-from cllm_jax.evaluation.invariance import probe, setups
+from cllm_jax.evaluation.invariance import one_class, probe, setups
 from cllm_jax.evaluation.profile import milliseconds_by_part
 from cllm_jax.evaluation.throughput import collection_speed
 from cllm_jax.hf.config import read_config
-from cllm_jax.hf.load import MIXED, Model, chosen, load, mixed, storage
+from cllm_jax.hf.load import CLASS_NOTE, MIXED, Model, chosen, load, mixed, storage
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import write_json
+from cllm_jax.runs.notes import write_note
 from cllm_jax.runtime.keys import prng_key
+from cllm_jax.runtime.mesh import tensor_mesh
 from cllm_jax.training.step_cost import step_cost
 from cllm_jax.trajectories.store import Collection
 
@@ -76,17 +79,31 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
 
 
 def invariance(settings: BenchConfig, model: Model, console: Console) -> dict[str, Any]:
-    """Which numbers of rows and sizes compute the same bits."""
-    varied = setups(settings.nodes, settings.batches, settings.slots)
+    """Which numbers of rows and sizes compute the same bits, in a class or as `exact` says.
+
+    That all do is noted, and from then on 'class' is the default of this model on this machine.
+    """
+    varied = setups(settings.nodes, settings.batches, settings.slots, settings.tensor)
+    models = {1: model}
+    for devices in settings.tensor:
+        models[devices] = load(settings.model, settings.dtype, tensor_mesh(devices))
+    exact = settings.exact or ('class' if model.products == jnp.bfloat16 else 'off')
     with console.progress('the same answer', sum(1 + len(some) for some in varied.values())) as bar:
-        return probe(model, varied, bar)
+        found = probe(models, varied, exact, bar)
+    names = ('nodes', 'batches', 'slots')
+    whole = all(set(getattr(BenchConfig, n)) <= set(getattr(settings, n)) for n in names)
+    noted = None
+    if whole and exact == 'class' and one_class(found):
+        noted = write_note(CLASS_NOTE, model.rounding, True)
+    return {'exact': exact, 'noted': str(noted or ''), 'varied': found}
 
 
 def report_invariance(console: Console, found: dict[str, Any]) -> None:
     """What computes the bits of the reference, and what agrees with each other."""
-    console.result(f'model: {found["model"]}, {found["dtype"]}')
+    probed = found['invariance']
+    console.result(f'model: {found["model"]}, {found["dtype"]}, exact: {probed["exact"]}')
     shown = {True: 'same', False: 'other'}
-    for name, part in found['invariance'].items():
+    for name, part in probed['varied'].items():
         columns = [name, 'scores', 'prompt in the cache', 'answer in the cache']
         rows = [
             [value, *(shown[bit] for bit in row.values())] for value, row in part['rows'].items()
@@ -94,6 +111,9 @@ def report_invariance(console: Console, found: dict[str, Any]) -> None:
         console.out.print(table('bits, against 16 tokens per forward, batch 1', columns, rows))
         classes = '; '.join(', '.join(map(str, some)) for some in part['classes'])
         console.result(f'{name}, classes: {classes}')
+    is_one = one_class(probed['varied'])
+    verdict = 'one class' if is_one else 'not one class: some sizes round otherwise'
+    console.result(f'{verdict}; noted in {probed["noted"]}' if probed['noted'] else verdict)
 
 
 def pipeline(

@@ -20,8 +20,9 @@ from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.formats import read_jsonl
 from cllm_jax.data.sources import open_source
 from cllm_jax.decoding.engine import decode_all
+from cllm_jax.decoding.promise import reference
 from cllm_jax.decoding.request import Request
-from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
+from cllm_jax.decoding.result import DecodeResult, tokens_per_forward
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.stream import stream
 from cllm_jax.drafters.autoregressive import AutoRegressive
@@ -30,11 +31,12 @@ from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.forward_cost import weight_bytes
 from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
+from cllm_jax.evaluation.verdict import verdict
 from cllm_jax.hf.load import MIXED, Precision, load, mixed, peek, storage
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache
 from cllm_jax.runs.atomic import write_atomic
-from cllm_jax.runtime.backend import backend_for
+from cllm_jax.runtime.backend import Exactness, backend_for
 from cllm_jax.runtime.mesh import tensor_mesh
 
 DEMO_PROMPTS = 6
@@ -79,12 +81,16 @@ class DecodeConfig(DrafterConfig):
     """Devices that share every layer of the models."""
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
+    exact: Exactness = ''
+    """How drafts and AR round alike. class: every forward has at least 8 rows; program: AR runs the
+    drafter's program; off: each as fast as it can. By default class where that is known to hold."""
 
     def request(self) -> Request:
         """What is asked of AR: the drafter, and a lossy rule that it may have, come later."""
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         drafter = AutoRegressive()
-        return Request(drafter, self.max_tokens, sampling, self.seed, self.stop, self.batch)
+        how = (self.max_tokens, sampling, self.seed, self.stop, self.batch)
+        return Request(drafter, *how, exact=self.exact)
 
 
 def read_prompts(settings: DecodeConfig) -> list[str]:
@@ -126,7 +132,8 @@ def compare(
     result: DecodeResult,
 ) -> None:
     """Autoregressive decoding next to the result: identity, tokens/forward, speed-up."""
-    plain, timed = decode_many(console, 'AR', ar, prompts), prompts[:DEMO_PROMPTS]
+    asked = Method(ar.model, reference(drafted.request, ar.request.drafter))
+    plain, timed = decode_many(console, 'AR', asked, prompts), prompts[:DEMO_PROMPTS]
     with console.status(f'AR and {name}, timed in turn'):
         baselines = plain_methods('AR', ar)
         speed = tokens_per_second(baselines | {name: drafted}, timed)
@@ -136,9 +143,8 @@ def compare(
     columns = ['', 'tokens/forward', 'tokens/s', 'speed-up']
     which = f'the first {len(timed)} prompts' if len(timed) < len(prompts) else 'these prompts'
     console.out.print(table(f'tokens/s: {which}, one at a time', columns, rows))
-    same, lossy = share_identical(result, plain), drafted.request.sampling.typical
-    verdict = 'LOSSY' if lossy else 'IDENTICAL' if same == 1 else 'DIFFERENT'
-    console.result(f'{verdict}: {name} and AR agree token for token on {same:.0%} of the prompts')
+    for line in verdict(name, drafted, prompts, result, plain):
+        console.result(line)
 
 
 def show(console: Console, prompts: list[str], result: DecodeResult) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cllm_jax.decoding.loop import Buffers, Decoder, programs
+from cllm_jax.decoding.loop import Buffers, Decoder, Programs, programs
 from cllm_jax.decoding.request import (
     FIRST_ROOM,
     Request,
@@ -48,10 +48,16 @@ Progress = Callable[[int], None]
 """Is told how many more prompts are finished."""
 
 
+def programs_of(model: Model, request: Request) -> Programs:
+    """The compiled functions that decode a request with a model."""
+    return programs(model.backend.exactly(request.exact))
+
+
 def decoder_of(model: Model, request: Request) -> Decoder:
     """What decodes a request with a model."""
-    ends = stop_ids(model)
-    return Decoder(model.module, model.params, request.drafter, ends, request.sampling)
+    module = model.module_on(model.backend.exactly(request.exact))
+    most = np.int32(request.commit or ENDLESS)
+    return Decoder(module, model.params, request.drafter, stop_ids(model), request.sampling, most)
 
 
 def start(
@@ -76,9 +82,11 @@ def start(
     batch = batch.replace(keys_B=keys_for(model.params, batch.keys_B))
     steps, nodes = bucket(request.max_tokens), request.drafter.nodes
     slots, room = (cache_slots(width, size, nodes) for size in (steps, min(steps, FIRST_ROOM)))
-    buffers = Buffers(slots, steps, room, request.trace)
-    run = programs(model.backend).prefill
-    return run(decoder_of(model, request), batch, buffers=buffers, to_the_end=to_the_end)
+    if request.exact == 'program':
+        room = slots  # growing would be another program, and not at the same token for all drafts
+    buffers, decoder = Buffers(slots, steps, room, request.trace), decoder_of(model, request)
+    run = programs_of(model, request).prefill
+    return run(decoder, batch, buffers=buffers, to_the_end=to_the_end)
 
 
 def answers(state: DecodeState, rows: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -98,7 +106,7 @@ def run_until(
     A cache that is full becomes twice as long.
     """
     bounds = np.int32(until), np.int32(idle or state.rows)
-    decoder, run = decoder_of(model, request), programs(model.backend).advance
+    decoder, run = decoder_of(model, request), programs_of(model, request).advance
     state = run(decoder, *bounds, state)
     while lacks_room(request, state):
         state = run(decoder, *bounds, with_more_room(state))

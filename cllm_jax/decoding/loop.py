@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from cllm_jax.decoding import tree
@@ -41,6 +42,8 @@ class Decoder:
     stop_ids_E: jax.Array
     """int32 token ids that end a row; -1, which is not a token, if there are none."""
     sampling: Sampling = Sampling()
+    most: int | jax.Array = np.int32(np.iinfo(np.int32).max)
+    """Most tokens that a forward commits. Traced: AR by a drafter's own program has 1."""
 
 
 @struct.dataclass
@@ -83,7 +86,7 @@ def programs(backend: Backend) -> Programs:
 
 
 @functools.cache
-def _programs(compiler_options: tuple[tuple[str, str], ...]) -> Programs:
+def _programs(compiler_options: tuple[tuple[str, Any], ...]) -> Programs:
     # Compiler options belong to the outermost jit.
     compiled = functools.partial(jax.jit, compiler_options=dict(compiler_options))
     run = compiled(prefill, static_argnames=('buffers', 'to_the_end'))
@@ -122,12 +125,14 @@ def prefill(
     tokens_BT = put(tokens_BT, length_B, draft.tokens_BN, everywhere)
     steps_T = jnp.arange(width + nodes - 1, dtype=jnp.int32)
     positions_BT = jnp.broadcast_to(steps_T[None], tokens_BT.shape)
-    mask_BTS = tree.causal_mask(positions_BT, len(steps_T))
+    # What a prompt leaves in the cache must not depend on how wide it is padded.
+    seen = state.cache.slots if decoder.model.backend.exact else len(steps_T)
+    mask_BTS = tree.causal_mask(positions_BT, seen)
     at_BN = length_B[:, None] + jnp.arange(nodes, dtype=jnp.int32)[None]
     if where.sees_BNN is not None:
         positions_BT = put(positions_BT, length_B, length_B[:, None] + where.depth_BN, everywhere)
         each_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        mask_BTS = mask_BTS.at[each_B1, at_BN].set(tree.mask(where, length_B, len(steps_T)))
+        mask_BTS = mask_BTS.at[each_B1, at_BN].set(tree.mask(where, length_B, seen))
     rows = (tokens_BT, positions_BT, mask_BTS, state.cache, jnp.zeros_like(length_B))
     state = _verify(decoder, state, draft, where, rows, at_BN)
     if not to_the_end:
@@ -195,6 +200,7 @@ def _commit(
     if sampling.lossy:
         liked_BN = likely_enough(tree.at_parent(draft, logits_BNV), draft.tokens_BN, sampling)
     accepted_B, chosen_BP, path_BP = tree.accept(draft, where, y_BN, liked_BN)
+    accepted_B = jnp.minimum(accepted_B, decoder.most - 1)
     length = chosen_BP.shape[1]
     stop_BP = (chosen_BP[:, :, None] == decoder.stop_ids_E[None, None]).any(-1)
     until_stop_B = jnp.where(stop_BP.any(1), jax.lax.argmax(stop_BP, 1, jnp.int32) + 1, length + 1)

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from cllm_jax.decoding.loop import Prompts
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.errors import CllmError, ConfigError, at_least, check_seed, one_line
 from cllm_jax.hf.load import Model, with_tokenizer
+from cllm_jax.runtime.backend import Exactness
 from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.processes import fetch
 
@@ -36,14 +37,22 @@ class Request:
     batch: int = 32
     trace: bool = False
     """Report the drafts of every iteration."""
+    exact: Exactness = ''
+    """How drafts round like AR (`Backend.exactly`); '' is 'class' where that is known to hold."""
+    commit: int = 0
+    """Most tokens that a forward commits, 0 for all that are right. With 1 a drafter's own program
+    decodes autoregressively, whose answers are those of 'program'."""
 
     def __post_init__(self):
         if not isinstance(self.drafter, Drafter):
             raise ConfigError(f'drafter {self.drafter!r}: must be one, such as Jacobi(block=16)')
-        for name in ('max_tokens', 'batch', 'seed'):
+        for name in ('max_tokens', 'batch', 'seed', 'commit'):
             if not isinstance(value := getattr(self, name), int | np.integer):
                 raise ConfigError(f'{name} {value}: must be a whole number')
-        at_least(self, max_tokens=1, batch=1)
+        at_least(self, max_tokens=1, batch=1, commit=0)
+        if self.exact not in get_args(Exactness):
+            rule = "must be 'class', 'program' or 'off'"
+            raise ConfigError(f'exact {self.exact!r}: {rule}; leave it out')
         check_seed(self)
         if self.sampling.typical and not self.drafter.typical:
             rule = f'a lossy rule of Medusa, not of {type(self.drafter).__name__}'
@@ -68,9 +77,14 @@ FIRST_ROOM = 128
 forward, the empty ones too, so an answer that ends early should not find many."""
 
 
+SLOTS = 64
+"""Caches have a multiple of so many slots: sums over 64 keys are taken in one order, whatever else
+there is (docs/exactness.md), and there are fewer programs than lengths of prompts."""
+
+
 def cache_slots(width: int, steps: int, nodes: int) -> int:
-    """Slots for a padded prompt, an answer and a draft: fewer sizes than prompts have."""
-    return -(-(width + steps + nodes) // 32) * 32
+    """Slots for a padded prompt, an answer and a draft."""
+    return -(-(width + steps + nodes) // SLOTS) * SLOTS
 
 
 def encode_each(model: Model, prompts: Texts, name: str = 'prompts') -> list[list[int]]:

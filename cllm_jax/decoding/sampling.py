@@ -127,16 +127,23 @@ def heated(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
 def choose(
     logits_BTV: jax.Array, keys_B: jax.Array, positions_BT: jax.Array, sampling: Sampling
 ) -> jax.Array:
-    """The token for each absolute position (prompt included), int32 `[B, T]`.
+    """The token for each absolute position (prompt included), int32 `[B, T]`; see `scores`."""
+    scores_BTV = scores(logits_BTV, keys_B, positions_BT, sampling)
+    return jax.lax.argmax(scores_BTV, scores_BTV.ndim - 1, jnp.int32)
+
+
+def scores(
+    logits_BTV: jax.Array, keys_B: jax.Array, positions_BT: jax.Array, sampling: Sampling
+) -> jax.Array:
+    """Of which the largest is chosen: the logits, for a temperature divided by it, and the noise.
 
     Args:
       logits_BTV: float32 scores for the tokens at `positions_BT`.
       keys_B: one PRNG key per row.
     """
-    if not sampling.greedy:
-        logits_BTV = heated(logits_BTV, sampling)
-        logits_BTV = logits_BTV + gumbel(keys_B, positions_BT, logits_BTV.shape[-1])
-    return jax.lax.argmax(logits_BTV, logits_BTV.ndim - 1, jnp.int32)
+    if sampling.greedy:
+        return logits_BTV
+    return heated(logits_BTV, sampling) + gumbel(keys_B, positions_BT, logits_BTV.shape[-1])
 
 
 def likely_enough(logits_BTV: jax.Array, tokens_BT: jax.Array, sampling: Sampling) -> jax.Array:

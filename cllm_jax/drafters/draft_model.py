@@ -103,4 +103,6 @@ def draft_model(target: Model, small: Model, block: int = 5) -> DraftModel:
         remedy = 'where only the padding differs, put the tokenizer into both directories'
         raise ConfigError(f'{other}: a draft model shares the vocabulary of its target; {remedy}')
     known = [1 + max(tokenizer.get_vocab().values()) for tokenizer in both]
-    return DraftModel(small.module, small.params, block, min(*sizes, *known))
+    # What is only drafted need not round like anything.
+    module = small.module_on(small.backend.exactly('off'))
+    return DraftModel(module, small.params, block, min(*sizes, *known))

@@ -148,10 +148,10 @@ class Eagle(TrainedDrafter):
         e_BXD = self.tables.embed_VD[tokens_BX].astype(jnp.float32)
         both_BXE = jnp.concatenate([feature_BXD.astype(jnp.float32), e_BXD], axis=-1)
         angles = rope_tables(positions_BX, c.head_dim, c.rope_theta, c.rope_scaling)
-        kv = None if cache is None else (cache.k_RSH[0], cache.v_RSH[0])
-        x_BXD, kv = Block(c, backend=self.backend).apply(
-            {'params': own['layer']}, linear(both_BXE, own['join']), *angles, mask_BXS, kv, start_B
-        )
+        into = cache and ((cache.k_RSH[0], cache.v_RSH[0]), start_B, feature_BXD.shape[1])
+        # What is only drafted need not round like anything.
+        layer, params = Block(c, backend=self.backend.exactly('off')), {'params': own['layer']}
+        x_BXD, kv = layer.apply(params, linear(both_BXE, own['join']), *angles, mask_BXS, into)
         return x_BXD, None if cache is None else Cache((kv[0],), (kv[1],))
 
     def logits(self, feature_BXD: jax.Array) -> jax.Array:

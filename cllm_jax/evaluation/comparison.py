@@ -10,8 +10,9 @@ import jax
 from cllm_jax.cli.console import Console
 from cllm_jax.data.sources import Source
 from cllm_jax.decoding.drafter import Drafter
+from cllm_jax.decoding.promise import reference
 from cllm_jax.decoding.request import Request
-from cllm_jax.decoding.result import share_identical, tokens_per_forward
+from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.checkpoint import read_drafter
 from cllm_jax.drafters.draft_model import draft_model
@@ -19,9 +20,15 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.drafters.trained import TrainedDrafter
-from cllm_jax.errors import at_least, check_seed
+from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.evaluation.settings import ComparisonConfig
-from cllm_jax.evaluation.speed import Method, one_by_one, plain_methods, tokens_per_second
+from cllm_jax.evaluation.speed import (
+    IN_CLASS,
+    Method,
+    one_by_one,
+    plain_methods,
+    tokens_per_second,
+)
 from cllm_jax.evaluation.torch_generate import generate_speed
 from cllm_jax.hf.load import Model, load
 from cllm_jax.runs.stages import STAGES, output_of
@@ -47,8 +54,10 @@ class BenchConfig(ComparisonConfig):
     """Batch sizes at which it is measured."""
     prompt: int = 64
     """Length of the random prompts of the cost measurement."""
-    slots: tuple[int, ...] = (128, 192, 256, 512, 1024)
+    slots: tuple[int, ...] = (192, 256, 512, 1024, 4096)
     """Sizes of the cache that --invariance compares."""
+    tensor: tuple[int, ...] = ()
+    """Numbers of devices that share every layer, which --invariance compares too."""
     invariance: bool = False
     """In place of all else: for which numbers of tokens (--nodes), batches, places, widths and
     caches are a row's bits the same? Without a random model, those of --model."""
@@ -74,6 +83,9 @@ class BenchConfig(ComparisonConfig):
         at_least(
             self, nodes=1, batches=1, blocks=1, slots=1, **({'parts': 1} if self.parts else {})
         )
+        at_least(self, **({'tensor': 1} if self.tensor else {}))
+        if self.tensor and (self.random_weights or not self.invariance):
+            raise ConfigError('tensor: is compared with --invariance, of a model that is loaded')
         check_seed(self)
         for block in self.blocks:
             Jacobi(block)  # checks it
@@ -81,7 +93,7 @@ class BenchConfig(ComparisonConfig):
 
 def methods_of(settings: BenchConfig, target: Model, cllm: Model) -> dict[str, Method]:
     """Every method that is compared; a name begins with its model's."""
-    ar = Request(AutoRegressive(), settings.max_tokens)
+    ar = Request(AutoRegressive(), settings.max_tokens, exact=settings.exact)
     plain, own = Method(target, ar), Method(cllm, ar)
     methods = plain_methods('target, AR', plain) | {'CLLM, AR': own}
     for block in settings.blocks:
@@ -134,7 +146,7 @@ def compare_methods(
         batched = tokens_per_second(together, prompts, settings.repeats, batch=BATCH)
     rows = {}
     for name, result in results.items():
-        same = results[f'{name.split(",")[0]}, AR']
+        same = _reference(name, methods, results, prompts)
         forward = tokens_per_forward(result)
         rows[name] = {
             'extra_parameters': extra_parameters(methods[name].request.drafter),
@@ -153,6 +165,18 @@ def compare_methods(
             others = generate_speed(target, prompts, settings.max_tokens, BATCH)
             batched |= {f'transformers, {name}': value for name, value in others.items()}
     return found
+
+
+def _reference(
+    name: str, methods: dict[str, Method], results: dict[str, DecodeResult], prompts: list[str]
+) -> DecodeResult:
+    """What AR says to which a method's answers are compared."""
+    method, model = methods[name], name.split(',')[0]
+    if method.request.exact == 'program':
+        by_program = reference(method.request, AutoRegressive())
+        return one_by_one(Method(method.model, by_program), prompts)
+    in_class = results.get(f'{model}, AR, {IN_CLASS}')
+    return in_class or results[f'{model}, AR']
 
 
 def extra_parameters(drafter: Drafter) -> int:

@@ -8,7 +8,7 @@ and of the keys and values that each leaves in the cache.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +17,15 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.drafter import Draft, Drafter, put, setting, windows
-from cllm_jax.decoding.engine import decode_batch, decoder_of
-from cllm_jax.decoding.loop import Buffers, programs
+from cllm_jax.decoding.engine import decode_batch, decoder_of, programs_of
+from cllm_jax.decoding.loop import Buffers
 from cllm_jax.decoding.request import Request, cache_slots, pad_prompts, row_keys
 from cllm_jax.decoding.state import DecodeState
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.evaluation.forward_cost import endless
 from cllm_jax.hf.load import Model
 from cllm_jax.model.cache import read
+from cllm_jax.runtime.backend import Exactness
 
 ANSWER = 48
 """Tokens of the answer that are compared."""
@@ -43,6 +44,13 @@ class Setup:
     """Columns to which prompts are padded."""
     slots: int = 256
     """Slots of the cache."""
+    wrong: int = 0
+    """1 if all guesses are wrong, so that a forward keeps one token; they are those of the answer
+    otherwise."""
+    commit: int = 0
+    """Most tokens that a forward keeps (`Request.commit`)."""
+    tensor: int = 1
+    """Devices that share every layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,8 @@ class Scripted(Drafter):
     """Drafts an answer that is known, and carries a checksum of the scores at each position."""
 
     script_BS: jax.Array
+    wrong: jax.Array
+    """1 to draft what is certainly not the answer."""
     size: int = setting()
 
     @property
@@ -74,7 +84,8 @@ class Scripted(Drafter):
 
     def draft(self, state, sequences, sampling):
         known_BN = windows(state[0], sequences.length_B, self.size)
-        return Draft.chain(jnp.concatenate([sequences.window(1), known_BN[:, 1:]], axis=1)), state
+        guesses_BN = known_BN[:, 1:] ^ self.wrong
+        return Draft.chain(jnp.concatenate([sequences.window(1), guesses_BN], axis=1)), state
 
     def update(self, state, draft, verdict, sequences, sampling):
         is_new_BN = jnp.arange(self.size, dtype=jnp.int32)[None] < verdict.count_B[:, None]
@@ -90,25 +101,44 @@ def checksum(x: jax.Array) -> jax.Array:
     return (mixed * weight.reshape((1,) * (x.ndim - 1) + (-1,))).sum(axis=-1, dtype=jnp.uint32)
 
 
+WIDTHS = (48, 64, 80, 96, 112, 160, 256)
+
+
 def setups(
-    nodes: Iterable[int], batches: Iterable[int], slots: Iterable[int]
+    nodes: Iterable[int],
+    batches: Iterable[int],
+    slots: Iterable[int],
+    tensor: Iterable[int] = (),
 ) -> dict[str, list[Setup]]:
     """What is varied, one thing at a time, by its name; the first of each is the reference."""
-    first = Setup()
-    several = dataclasses.replace(first, batch=max(4, *batches))
+
+    def each(name: str, values: Iterable[int], base: Setup = Setup()) -> list[Setup]:
+        return [dataclasses.replace(base, **{name: value}) for value in values]
+
+    several = Setup(batch=max(4, *batches))
     places = sorted({0, 1, several.batch // 2, several.batch - 1})
-    return {
-        'nodes': [dataclasses.replace(first, nodes=n) for n in nodes],
-        'batch': [dataclasses.replace(first, batch=b) for b in batches],
-        'batch of one token each': [dataclasses.replace(first, nodes=1, batch=b) for b in batches],
-        'place in the batch': [dataclasses.replace(several, place=p) for p in places],
-        'prompt width': [dataclasses.replace(first, width=w) for w in (48, 64, 96, 160)],
-        'slots of the cache': [dataclasses.replace(first, slots=s) for s in slots],
+    varied = {
+        'nodes': each('nodes', nodes),
+        'batch': each('batch', batches),
+        'batch of one token each': each('batch', batches, Setup(nodes=1)),
+        'batch of 64 tokens each': each('batch', batches, Setup(nodes=64)),
+        'place in the batch': each('place', places, several),
+        'prompt width': each('width', WIDTHS),
+        'slots of the cache': each('slots', slots),
+        'wrong guesses': each('wrong', (0, 1)),
+        'devices': each('tensor', tensor),
     }
+    return {name: some for name, some in varied.items() if some}
 
 
-def bits_of(model: Model, prompt: Sequence[int], answer: Sequence[int], setup: Setup) -> Bits:
-    """What a setup computes while it writes `answer` after `prompt`."""
+def bits_of(
+    model: Model,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    setup: Setup,
+    exact: Exactness = '',
+) -> Bits:
+    """What a setup computes while it writes `answer` after `prompt`; see `Request.exact`."""
     rng, size = np.random.default_rng(1), len(prompt)
     others = rng.integers(0, model.config.vocab_size, (setup.batch, size)).tolist()
     prompts = [*others[: setup.place], list(prompt), *others[setup.place + 1 :]]
@@ -116,10 +146,11 @@ def bits_of(model: Model, prompt: Sequence[int], answer: Sequence[int], setup: S
     buffers = Buffers(max(setup.slots, room), ANSWER)
     script_BS = np.zeros((setup.batch, buffers.slots), np.int32)
     script_BS[setup.place, : size + ANSWER] = [*prompt, *answer]
-    request = Request(Scripted(jnp.asarray(script_BS), setup.nodes), ANSWER, batch=setup.batch)
+    drafter = Scripted(jnp.asarray(script_BS), jnp.int32(setup.wrong), setup.nodes)
+    request = Request(drafter, ANSWER, batch=setup.batch, exact=exact, commit=setup.commit)
     keys = row_keys(0, range(setup.batch))
     batch = pad_prompts(prompts, setup.batch, setup.width, ANSWER, keys)
-    run = programs(model.backend).prefill
+    run = programs_of(model, request).prefill
     state = run(decoder_of(model, request), batch, buffers=buffers, to_the_end=True)
     return _bits(state, setup, size)
 
@@ -138,35 +169,48 @@ def _bits(state: DecodeState, setup: Setup, size: int) -> Bits:
 
 
 def probe(
-    model: Model,
+    models: Mapping[int, Model],
     varied: dict[str, list[Setup]],
+    exact: Exactness = '',
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """For everything that is varied: which values compute the same bits.
 
+    Args:
+      models: the model by the number of devices that share it; on one there has to be.
+
     Returns, by name, `rows` (a value, and for each kind of bits whether it is the reference's) and
     `classes`, the values that agree with each other in everything.
     """
-    model = endless(model)
+    models = {devices: endless(model) for devices, model in models.items()}
+    model = models[1]
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, 40).tolist()
-    request = Request(AutoRegressive(), ANSWER, batch=1)
+    request = Request(AutoRegressive(), ANSWER, batch=1, exact=exact)
     [answer] = decode_batch(model, request, [prompt], row_keys(0, [0])).tokens
     seen: dict[Setup, Bits] = {}
     found: dict[str, Any] = {}
     for name, some in varied.items():
         for setup in (Setup(), *some):
             if setup not in seen:
-                seen[setup] = bits_of(model, prompt, answer, setup)
+                seen[setup] = bits_of(models[setup.tensor], prompt, answer, setup, exact)
             progress(1)
         rows = {_value(name, s): seen[Setup()].equal_parts(seen[s]) for s in some}
         found[name] = {'rows': rows, 'classes': _classes(name, some, seen)}
     return found
 
 
+VARIED = {
+    'nodes': 'nodes',
+    'place in the batch': 'place',
+    'prompt width': 'width',
+    'slots of the cache': 'slots',
+    'wrong guesses': 'wrong',
+    'devices': 'tensor',
+}
+
+
 def _value(name: str, setup: Setup) -> int:
-    fields = {'nodes': setup.nodes, 'place in the batch': setup.place}
-    fields |= {'prompt width': setup.width, 'slots of the cache': setup.slots}
-    return fields.get(name, setup.batch)
+    return getattr(setup, VARIED.get(name, 'batch'))
 
 
 def _classes(name: str, some: list[Setup], seen: dict[Setup, Bits]) -> list[list[int]]:
@@ -179,3 +223,8 @@ def _classes(name: str, some: list[Setup], seen: dict[Setup, Bits]) -> list[list
         else:
             classes.append([setup])
     return [[_value(name, setup) for setup in known] for known in classes]
+
+
+def one_class(found: Mapping[str, Any]) -> bool:
+    """Whether all that was varied on one device computes the same bits."""
+    return all(len(part['classes']) == 1 for name, part in found.items() if name != 'devices')

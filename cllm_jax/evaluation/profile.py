@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cllm_jax.decoding.engine import decoder_of, run_until, start
-from cllm_jax.decoding.loop import programs
+from cllm_jax.decoding.engine import decoder_of, programs_of, run_until, start
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.evaluation.forward_cost import ITERATIONS, NeverRight, endless
 from cllm_jax.hf.load import Model
@@ -38,7 +37,10 @@ OPERATION = re.compile(r'op_name="([^"]*)"')
 
 def milliseconds_by_part(model: Model, nodes: int, prompt: int = 64) -> dict[str, float]:
     """Milliseconds per iteration of the loop, batch 1, by part; `whole` is their sum."""
-    model, request = endless(model), Request(NeverRight(nodes), ITERATIONS + 1)
+    model, request = (
+        endless(model),
+        Request(NeverRight(nodes), ITERATIONS + 1, exact='off' if nodes == 1 else ''),
+    )
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, prompt)).tolist()
 
     def begin() -> Any:
@@ -46,7 +48,7 @@ def milliseconds_by_part(model: Model, nodes: int, prompt: int = 64) -> dict[str
 
     state = begin()
     bound = (np.int32(ITERATIONS + 1), np.int32(1))
-    lowered = programs(model.backend).advance.lower(decoder_of(model, request), *bound, state)
+    lowered = programs_of(model, request).advance.lower(decoder_of(model, request), *bound, state)
     program = lowered.compile().as_text()
     jax.block_until_ready(run_until(model, request, state, ITERATIONS + 1))
     state = begin()

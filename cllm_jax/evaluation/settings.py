@@ -9,6 +9,7 @@ import jax
 
 from cllm_jax.hf.load import Precision, chosen
 from cllm_jax.runs.stages import EMBEDDED_ROOT, pair_of
+from cllm_jax.runtime.backend import Exactness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,9 @@ class ComparisonConfig:
     """Longest answer."""
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
+    exact: Exactness = ''
+    """How drafts and AR round alike: class, program or off (docs/exactness.md); by default class
+    where that is known to hold."""
     quick: bool = False
     """A tiny version, to see that it works."""
 

@@ -17,6 +17,9 @@ from cllm_jax.decoding.request import Request, Texts, encode, row_keys
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.hf.load import Model, load
 
+IN_CLASS = 'in its class'
+"""What is said of AR with as many rows as it takes to round like a draft."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -31,19 +34,23 @@ class Method:
 
 
 def plain_methods(name: str, plain: Method) -> dict[str, Method]:
-    """Autoregressive decoding, in each precision in which it may be the fastest.
+    """Autoregressive decoding, in each way in which it may be the fastest.
 
     A speed-up counts from the fastest (`Backend.float32_may_be_faster`).
 
     Args:
-      name: of the method as it is; the other has the precision added.
+      name: of AR with as few rows as is fastest; others have added what they are.
       plain: a model with `AutoRegressive()` as its drafter.
     """
-    methods, model = {name: plain}, plain.model
+    model, request = plain.model, plain.request
+    fastest = Method(model, dataclasses.replace(request, exact='off'))
+    methods = {name: fastest}
+    if request.exact == 'class' or (model.backend.exact and not request.exact):
+        methods[f'{name}, {IN_CLASS}'] = plain
     if model.module.compute is not None and model.backend.float32_may_be_faster:
         mesh = getattr(model.params['norm'].sharding, 'mesh', None)  # None on a single device
         wide = load(model.source, 'float32', mesh)
-        methods[f'{name}, float32'] = dataclasses.replace(plain, model=wide)
+        methods[f'{name}, float32'] = dataclasses.replace(fastest, model=wide)
     return methods
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,11 +24,13 @@ from cllm_jax.hf.weights import DTYPES, read_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama
 from cllm_jax.runs.checksums import SUMS, sha256
-from cllm_jax.runtime.backend import Backend, backend_for, backend_of
+from cllm_jax.runs.notes import read_note
+from cllm_jax.runtime.backend import ANY, Backend, backend_for, backend_of, hardware
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
 MIXED = 'mixed'
+CLASS_NOTE = 'class'
 Precision = Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16']
 HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 # A repository may hold the same weights twice more, in subdirectories or as `consolidated`.
@@ -63,16 +67,45 @@ class Model:
 
     @functools.cached_property
     def backend(self) -> Backend:
-        """What suits the devices that the weights live on."""
-        return backend_of(self.params)
+        """What suits the devices that the weights live on; exact where that is known to hold."""
+        backend = backend_of(self.params)
+        return backend.exactly('class') if self.has_class else backend
+
+    @functools.cached_property
+    def has_class(self) -> bool:
+        """Whether it is known that a token's bits do not depend on how many are computed with it.
+
+        From the table of docs/exactness.md, or because `bench --invariance` has seen it here.
+        """
+        if not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(self.params)):
+            return False
+        classed = str(self.products) in backend_of(self.params).classed
+        return classed or read_note(CLASS_NOTE, self.rounding) is True
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """All that the rounding of its forwards hangs on: sizes, dtypes, hardware and versions."""
+        versions = [version(name) for name in ('jax', 'jaxlib', 'cllm_jax')]
+        flags = os.environ.get('XLA_FLAGS', '')
+        module = repr(self.module_on(ANY))
+        return {'module': module, 'on': list(hardware()), 'versions': versions, 'flags': flags}
+
+    @property
+    def products(self) -> jnp.dtype:
+        """The dtype of what is multiplied."""
+        return self.params['embed'].dtype
 
     @property
     def module(self) -> Llama:
         """The Linen module; equal for equal configs, so it shares compilations."""
+        return self.module_on(self.backend)
+
+    def module_on(self, backend: Backend) -> Llama:
+        """The module for another way to compute."""
         dtype, matrices = self.params['norm'].dtype, self.params['embed'].dtype
         compute = None if matrices == dtype else matrices
         ids = {'bos_id': None, 'eos_ids': (), 'pad_id': None}  # of which no computation depends
-        return Llama(dataclasses.replace(self.config, **ids), dtype, compute, backend=self.backend)
+        return Llama(dataclasses.replace(self.config, **ids), dtype, compute, backend=backend)
 
 
 def chosen(dtype: str) -> str:

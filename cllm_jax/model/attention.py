@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cllm_jax.model.config import RopeScaling
-from cllm_jax.model.precision import product, rounded, transposed
+from cllm_jax.model.precision import filled_up, product, rounded, transposed
 from cllm_jax.runtime.backend import ANY, Backend
 
 NEVER = -1e30
@@ -32,6 +32,9 @@ def attend(
     keys and values have been rounded to it already, and are multiplied in the dtype they come in. A
     query without a visible key (padding) averages all values; its result is never used.
     """
+    asked, heads = q_BTNH.shape[1:3]
+    least = -(-backend.exact_rows * math.prod(k_KBSH.shape[:-2]) // (heads * len(q_BTNH)))
+    q_BTNH, mask_BTS = (filled_up(x, 1, least) for x in (q_BTNH, mask_BTS))
     batch, queries, _, width = q_BTNH.shape
     groups = math.prod(k_KBSH.shape[:-2]) // batch
     q_BTKGH = (q_BTNH * width**-0.5).reshape(batch, queries, groups, -1, width)
@@ -42,7 +45,7 @@ def attend(
     q_KBXH = q_KBXH if multiplied == compute else rounded(q_KBXH, compute).astype(multiplied)
     o_KBXH = _attend(multiplied, compute, backend, q_KBXH, k_KBSH, v_KBSH, mask_BTS)
     o_KBGTH = o_KBXH.astype(q_BTNH.dtype).reshape(groups, batch, -1, queries, width)
-    return o_KBGTH.transpose(1, 3, 0, 2, 4).reshape(q_BTNH.shape)
+    return o_KBGTH.transpose(1, 3, 0, 2, 4).reshape(q_BTNH.shape)[:, :asked]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -23,7 +23,7 @@ from cllm_jax.model.attention import attend, rope_tables, rotate
 from cllm_jax.model.cache import Cache, init_cache, read, write
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.packed_attention import PackedMask, attend_packed
-from cllm_jax.model.precision import linear
+from cllm_jax.model.precision import filled_up, linear
 from cllm_jax.runtime.backend import ANY, Backend
 from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.sharding import RULES, batch_sharding
@@ -71,7 +71,9 @@ class Block(nn.Module):
         return y + _parameter(self, f'{name}_bias', nn.initializers.zeros, axes, *shape)[None, None]
 
     def _mlp(self, name: str, x: jax.Array, axes: tuple[str, str], outputs: int) -> jax.Array:
-        y = linear(x, self._weight(name, axes, x.shape[-1], outputs), self.compute)
+        y = linear(
+            x, self._weight(name, axes, x.shape[-1], outputs), self.compute, backend=self.backend
+        )
         return self._biased(name, y, axes[1]) if self.config.mlp_bias else y
 
     def _qkv(self, x_BTD, sin, cos, rows_BN):
@@ -80,7 +82,7 @@ class Block(nn.Module):
             heads, axis = (c.heads, 'heads') if name == 'q' else (c.kv_heads, 'kv_heads')
             w = self._weight(name, ('embed', axis, 'head'), c.dim, heads, c.head_dim)
             x = x_BTD if rows_BN is None or name != 'q' else take_rows(x_BTD, rows_BN)
-            y = linear(x, w.reshape(c.dim, -1), self.compute)
+            y = linear(x, w.reshape(c.dim, -1), self.compute, 'IO', self.backend)
             y = y.reshape(*y.shape[:2], heads, c.head_dim)
             if c.qkv_bias:
                 y = self._biased(name, y, axis, 'head')
@@ -89,27 +91,29 @@ class Block(nn.Module):
         return rotate(out['q'], *turns), rotate(out['k'], sin, cos), out['v']
 
     @nn.compact
-    def __call__(self, x_BTD, sin, cos, mask_BTS, kv_RSH=None, start_B=None, rows_BN=None):
+    def __call__(self, x_BTD, sin, cos, mask_BTS, into=None, rows_BN=None):
         c = self.config
         h_BTD = self._norm('attn_norm', x_BTD, 'embed')
         q_BTNH, *kv_BTKH = self._qkv(h_BTD, sin, cos, rows_BN)
         if rows_BN is not None:  # what follows is computed for these alone
             x_BTD, mask_BTS = (take_rows(a, rows_BN) for a in (x_BTD, mask_BTS))
         new = kv = [x_BTKH.transpose(2, 0, 1, 3) for x_BTKH in kv_BTKH]  # heads first, as the cache
-        if kv_RSH is not None:
+        if into is not None:
+            kv_RSH, start_B, count = into
+            kept = [x_KBTH[:, :, :count] for x_KBTH in new]  # what follows fills up the rows
             dtype = self.compute or self.dtype
-            kv = [write(*pair, start_B, dtype) for pair in zip(kv_RSH, new, strict=True)]
+            kv = [write(*pair, start_B, dtype) for pair in zip(kv_RSH, kept, strict=True)]
         how = (self.compute, self.backend)
         if isinstance(mask_BTS, PackedMask):
             o_BTNH = attend_packed(q_BTNH, *new, mask_BTS, *how)
-        elif kv_RSH is not None and mask_BTS.shape[2] == kv_RSH[0].shape[1]:
+        elif into is not None and mask_BTS.shape[2] == kv[0].shape[1]:
             seen = [read(cache_RSH) for cache_RSH in kv]
             o_BTNH = attend(q_BTNH, *seen, mask_BTS, *how, rounded_kv=True)
         else:
             o_BTNH = attend(q_BTNH, *new, mask_BTS, *how)
         o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
         o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
-        o_BTD = linear(o_BTA, o.reshape(-1, c.dim), self.compute)
+        o_BTD = linear(o_BTA, o.reshape(-1, c.dim), self.compute, 'IO', self.backend)
         x_BTD = x_BTD + (self._biased('o', o_BTD, 'embed') if c.o_bias else o_BTD)
 
         h_BTD = self._norm('mlp_norm', x_BTD, 'embed')
@@ -181,6 +185,12 @@ class Llama(nn.Module):
         if mask_BTS is None:
             causal_TT = jnp.tril(jnp.ones((length, length), bool))
             mask_BTS = jnp.broadcast_to(causal_TT[None], (batch, length, length))
+        asked = length if rows_BN is None else rows_BN.shape[1]
+        if cache is not None:  # a few rows might round otherwise than more
+            given = (tokens_BT, positions_BT, mask_BTS, rows_BN)
+            least = -(-self.backend.exact_rows // batch)
+            filled = jax.tree.map(lambda x: filled_up(x, 1, least), given)
+            tokens_BT, positions_BT, mask_BTS, rows_BN = filled
         if cache is None:
             sin, cos = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling)
         else:  # looked up: the table of all slots is computed once, outside the decoding loop
@@ -190,14 +200,14 @@ class Llama(nn.Module):
         x_BTD = self._own_rows(self._lookup(tokens_BT, cache is None).astype(self.dtype))
         kv_L = []
         for i, layer in enumerate(self.layers):
-            old = None if cache is None else (cache.k_RSH[i], cache.v_RSH[i])
+            into = cache and ((cache.k_RSH[i], cache.v_RSH[i]), start_B, length)
             rows = rows_BN if i == c.layers - 1 else None
-            x_BTD, kv = layer(x_BTD, sin, cos, mask_BTS, old, start_B, rows)
+            x_BTD, kv = layer(x_BTD, sin, cos, mask_BTS, into, rows)
             x_BTD = self._own_rows(x_BTD)
             kv_L.append(kv)
         if cache is not None:
             cache = Cache(*(tuple(column) for column in zip(*kv_L, strict=True)))
-        return rms_norm(x_BTD, self.norm, c.norm_eps), cache
+        return rms_norm(x_BTD, self.norm, c.norm_eps)[:, :asked], cache
 
     def _own_rows(self, x_BTD: jax.Array) -> jax.Array:
         if self.mesh is None:
@@ -218,8 +228,9 @@ class Llama(nn.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Vocabulary scores of the given hidden states, float32 `[B, T, V]`."""
         table_VD = self.embed if self.config.tied else self.head
-        hidden_BTD = hidden_BTD.astype(jnp.float32)
-        return linear(hidden_BTD, table_VD, self.products, 'OI')
+        asked, hidden_BTD = hidden_BTD.shape[1], hidden_BTD.astype(jnp.float32)
+        filled_BTD = filled_up(hidden_BTD, 1, -(-self.backend.exact_rows // len(hidden_BTD)))
+        return linear(filled_BTD, table_VD, self.products, 'OI', self.backend)[:, :asked]
 
 
 def _boxed_params(model: Llama, key: jax.Array) -> dict:

@@ -4,6 +4,7 @@ float32 means float32: accelerators multiply float32 operands in bfloat16 (TPU) 
 GPUs) unless the precision is asked for, so every float32 product here asks for the highest.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -13,11 +14,15 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cllm_jax.runtime.backend import Backend
+from cllm_jax.runtime.backend import ANY, Backend
 
 
 def linear(
-    x: jax.Array, weight: jax.Array, compute: jnp.dtype | None = None, axes: str = 'IO'
+    x: jax.Array,
+    weight: jax.Array,
+    compute: jnp.dtype | None = None,
+    axes: str = 'IO',
+    backend: Backend = ANY,
 ) -> jax.Array:
     """`x` `[..., I]` times `weight`, summed in float32; result `[..., O]` in the dtype of x.
 
@@ -26,7 +31,19 @@ def linear(
         which folds that into the product and then lacks bfloat16).
       compute: dtype of the operands (see `product`); None for x's own.
     """
-    return product(f'...I,{axes}->...O', x, weight, compute or x.dtype).astype(x.dtype)
+    low, rows = jnp.dtype(compute or x.dtype), math.prod(x.shape[:-1])
+    if low == jnp.bfloat16 and rows < backend.fast_rows:
+        filled = filled_up(x.reshape(rows, -1), 0, backend.fast_rows)
+        return linear(filled, weight, low, axes)[:rows].reshape(*x.shape[:-1], -1)
+    return product(f'...I,{axes}->...O', x, weight, low).astype(x.dtype)
+
+
+def filled_up(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """`x` with at least `size` entries along an axis: copies of the last one follow."""
+    more = size - x.shape[axis]
+    if more <= 0:
+        return x
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)], mode='edge')
 
 
 def product(spec: str, a: jax.Array, b: jax.Array, compute: jnp.dtype = jnp.float32) -> jax.Array:

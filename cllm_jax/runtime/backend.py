@@ -6,15 +6,27 @@ decided it: a benchmark (docs/benchmarks.md, docs/log.md), or what a compiler do
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import jaxlib
 
 from cllm_jax.errors import ConfigError
+
+Exactness = Literal['', 'class', 'program', 'off']
+CLASS_ROWS = 8
+"""In the decoding loop of one model (SmolLM2-135M on Zen 4) 1 to 7 rows round alike, and 8 and
+more; elsewhere fewer would do."""
+AS_WRITTEN = ('xla_allow_excess_precision', False)
+"""Else XLA leaves out roundings to bfloat16 where it fuses what surrounds them, and what it fuses
+hangs on sizes: with 24 rows of the embedded model other roundings are left out than with 16."""
+CLASSED = {('amx_bf16', '0.10'): ('bfloat16',), ('amx_bf16', '0.12'): ('bfloat16',)}
+"""Dtypes of products with a class, by what a CPU multiplies bfloat16 with and the jax version."""
 
 CACHED = 32 << 20
 """Bytes that a CPU's last cache holds. Larger weights come from memory, whose bandwidth the threads
@@ -51,15 +63,47 @@ class Backend:
     threads: int = 1
     """How many threads decode parts of a batch side by side. XLA divides single operations among
     cores; those of a small model are too small for that."""
-    compiler_options: tuple[tuple[str, str], ...] = ()
+    compiler_options: tuple[tuple[str, Any], ...] = ()
     """How the decoding loop is compiled. With 16 float32 rows, weights that lie in a CPU's cache
     are multiplied a quarter faster by Eigen (docs/benchmarks.md)."""
+
+    fast_rows: int = 1
+    """Fewest rows that a bfloat16 product has when it is fastest; fewer are filled up with copies.
+    XLA's CPU backend multiplies a single row by a loop of its own, nine times as slow as two rows
+    (docs/benchmarks.md)."""
+    exact_rows: int = 1
+    """Fewest rows of a forward of the decoding loop: 1, or those with which a row's bits depend on
+    nothing but the row (`exactly`)."""
+    classed: tuple[str, ...] = ()
+    """Dtypes of products for which that has been seen on this hardware (docs/exactness.md)."""
+
+    @property
+    def exact(self) -> bool:
+        return self.exact_rows > 1
+
+    def exactly(self, how: Exactness) -> 'Backend':
+        """The backend under which AR and drafts of any width round alike, see docs/exactness.md.
+
+        Args:
+          how: 'class': rows are filled up until their number does not matter. 'program': nothing is
+            filled up, and the rows of a batch stay together, so that AR runs what the drafter runs.
+            'off': each at its fastest. '': as it is.
+        """
+        if not how:
+            return self
+        others = tuple(option for option in self.compiler_options if option != AS_WRITTEN)
+        if how == 'class':
+            return dataclasses.replace(
+                self, exact_rows=CLASS_ROWS, compiler_options=(*others, AS_WRITTEN)
+            )
+        narrowest = None if how == 'program' else self.narrowest
+        return dataclasses.replace(self, exact_rows=1, compiler_options=others, narrowest=narrowest)
 
     def cache_dtype(self, values: jnp.dtype, one_query: bool = False) -> jnp.dtype:
         """The dtype of a KV cache that holds `values`, and is read by one or several queries."""
         if values != jnp.bfloat16:
             return values
-        if one_query and self.wide_cache_for_one_query:
+        if one_query and self.wide_cache_for_one_query and not self.exact:
             return jnp.float32
         return jnp.uint16 if self.bfloat16_as_bits else values
 
@@ -69,6 +113,7 @@ CPU = Backend(
     default_dtype='float32',
     bfloat16_as_bits=True,
     wide_cache_for_one_query=True,
+    fast_rows=2,
     transposes_in_memory=True,
     narrowest=8,
     float32_may_be_faster=True,
@@ -89,11 +134,31 @@ def backend_of(weights: Any) -> Backend:
     leaves = [leaf for leaf in jax.tree.leaves(weights) if isinstance(leaf, jax.Array)]
     devices = {device for leaf in leaves for device in leaf.devices()} or {jax.devices()[0]}
     backend = backend_for(devices)
+    if backend is not CPU:
+        return backend
+    backend = dataclasses.replace(CPU, classed=CLASSED.get(hardware(), ()))
     small = 4 * sum(leaf.size for leaf in leaves) <= CACHED
-    if backend is not CPU or len(devices) > 1 or not leaves or not small:
+    if len(devices) > 1 or not leaves or not small:
         return backend
     narrow = all(leaf.dtype == jnp.float32 for leaf in leaves)
-    return dataclasses.replace(CPU, threads=_cores(), compiler_options=EIGEN if narrow else ())
+    return dataclasses.replace(backend, threads=_cores(), compiler_options=EIGEN if narrow else ())
+
+
+@functools.cache
+def hardware() -> tuple[str, str]:
+    """What multiplies bfloat16 here, and the version of jax: what the rounding of rows hangs on.
+
+    Of a CPU its widest instructions for it, '' if it has none or does not tell.
+    """
+    kind, version = jax.devices()[0], '.'.join(jax.__version__.split('.')[:2])
+    if kind.platform != 'cpu':
+        return kind.device_kind, version
+    try:
+        known = Path('/proc/cpuinfo').read_text().split()
+    except OSError:
+        known = []
+    best = next((name for name in ('amx_bf16', 'avx512_bf16') if name in known), '')
+    return best, version
 
 
 def _cores() -> int:

@@ -106,7 +106,7 @@ def compiled_decoder(
         state = prefill(Decoder(module, params, own, stop_ids_E), prompts, buffers, to_the_end=True)
         return state.sequences, state.cache, state.forwards_B, state.trace
 
-    return _on_rows(decode, mesh)
+    return _on_rows(decode, module, mesh)
 
 
 @functools.lru_cache(PROGRAMS)
@@ -117,16 +117,16 @@ def compiled_follower(module: Llama, mesh: Mesh, sizes: BlockSizes) -> Callable:
         state_IBMn, forwards_BM = follow(module, params, sequences, cache, first, sizes)
         return state_IBMn.transpose(1, 2, 0, 3), forwards_BM
 
-    return _on_rows(run, mesh)
+    return _on_rows(run, module, mesh)
 
 
-def _on_rows(function: Callable, mesh: Mesh) -> Callable:
+def _on_rows(function: Callable, module: Llama, mesh: Mesh) -> Callable:
     """Compiled, each device with all of the first two arguments and its rows of the last two."""
     data, everything = PartitionSpec('data'), PartitionSpec()
     specs = {'in_specs': (everything, everything, data, data), 'out_specs': data}
     # What shares a model is left to the compiler.
     own_rows = jax.shard_map(function, mesh=mesh, **specs, axis_names={'data'}, check_vma=False)
-    return jax.jit(own_rows)
+    return jax.jit(own_rows, compiler_options=dict(module.backend.compiler_options))
 
 
 def _blocks(model: Model, sequences, cache, answers, block: int, width: int):

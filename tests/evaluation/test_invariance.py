@@ -10,7 +10,15 @@ from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.evaluation import invariance
-from cllm_jax.evaluation.invariance import Bits, Setup, bits_of, checksum, probe, setups
+from cllm_jax.evaluation.invariance import (
+    Bits,
+    Setup,
+    bits_of,
+    checksum,
+    one_class,
+    probe,
+    setups,
+)
 from cllm_jax.model import llama
 from tests.tiny import random_model, tiny_config
 
@@ -60,8 +68,8 @@ def test_what_rounds_otherwise_is_found_and_nothing_else(answer, monkeypatch):
     """A single row is multiplied as if in bfloat16."""
     exact = llama.linear
 
-    def coarse(x, weight, *rest):
-        y = exact(x, weight, *rest)
+    def coarse(x, weight, *rest, **more):
+        y = exact(x, weight, *rest, **more)
         return y.astype(jnp.bfloat16).astype(y.dtype) if y.size == y.shape[-1] else y
 
     usual = [bits_of(MODEL, PROMPT, answer, Setup(nodes=n)) for n in (2, 4)]
@@ -75,18 +83,21 @@ def test_what_rounds_otherwise_is_found_and_nothing_else(answer, monkeypatch):
 
 
 def test_values_that_agree_are_one_class(monkeypatch):
-    def pretended(model, prompt, answer, setup):
-        assert len(prompt) == 40 and len(answer) == invariance.ANSWER
-        kind = np.array([setup.nodes > 4, setup.slots > 500])
+    def pretended(model, prompt, answer, setup, exact):
+        assert model.config.eos_ids == ()
+        assert exact == 'off' and len(prompt) == 40 and len(answer) == invariance.ANSWER
+        kind = np.array([setup.nodes > 4, setup.slots > 500, setup.tensor > 1])
         return Bits(kind, kind[:1], kind[:1])
 
     monkeypatch.setattr(invariance, 'bits_of', pretended)
-    varied = setups((1, 2, 8, 16), (1, 4), (128, 256, 512, 1024))
+    varied = setups((1, 2, 8, 16), (1, 4), (128, 256, 512, 1024), (1, 2))
     seen = []
-    found = probe(MODEL, varied, seen.append)
+    found = probe({1: MODEL, 2: MODEL}, varied, 'off', seen.append)
     assert sum(seen) == sum(1 + len(some) for some in varied.values())
     assert found['nodes']['classes'] == [[1, 2], [8, 16]]
     assert found['slots of the cache']['classes'] == [[128, 256], [512, 1024]]
+    assert found['devices']['classes'] == [[1], [2]] and not one_class(found)
+    assert one_class({'devices': found['devices'], 'batch': found['batch']})
     assert found['place in the batch']['classes'] == [[0, 1, 2, 3]]
     assert found['batch']['rows'][4] == {'scores': True, 'prompt_cache': True, 'answer_cache': True}
     assert not found['nodes']['rows'][1]['scores']

@@ -38,14 +38,33 @@ def test_speed_is_measured_on_the_same_tokens():
 
 
 def test_ar_is_also_tried_in_float32_where_that_may_be_faster():
-    plain = Method(cllm.load('embedded', 'mixed'), Request(AutoRegressive(), 8, seed=5))
+    request = Request(AutoRegressive(), 8, seed=5, exact='off')
+    plain = Method(cllm.load('embedded', 'mixed'), request)
     methods = plain_methods('AR', plain)
-    assert list(methods) == ['AR', 'AR, float32'] and methods['AR'] is plain
-    wide = methods['AR, float32']
-    assert wide.request == plain.request
+    assert list(methods) == ['AR', 'AR, float32']
+    wide, off = methods['AR, float32'], dataclasses.replace(plain.request, exact='off')
+    assert methods['AR'].model is plain.model and wide.request == methods['AR'].request == off
     assert {leaf.dtype.name for leaf in jax.tree.leaves(wide.model.params)} == {'float32'}
     assert list(plain_methods('AR', wide)) == ['AR']
     quick = dataclasses.replace(plain.model)
     backend = dataclasses.replace(plain.model.backend, float32_may_be_faster=False)
     vars(quick)['backend'] = backend  # in the place of what its devices suggest
     assert list(plain_methods('AR', Method(quick, plain.request))) == ['AR']
+
+
+def test_ar_is_timed_at_its_best_and_in_the_class_that_its_text_is_of():
+    model = cllm.load('embedded', 'bfloat16')
+    for has_class, asked, named in (
+        (True, '', True),
+        (True, 'off', False),
+        (True, 'program', False),
+        (False, '', False),
+        (False, 'class', True),
+    ):
+        other = dataclasses.replace(model)
+        vars(other)['has_class'] = has_class
+        plain = Method(other, Request(AutoRegressive(), 8, exact=asked))
+        methods = plain_methods('AR', plain)
+        assert methods['AR'].request.exact == 'off'
+        assert ('AR, in its class' in methods) == named
+        assert not named or methods['AR, in its class'] is plain

@@ -1,0 +1,47 @@
+"""Whether a drafter returned AR's tokens, under which promise, and how near a tie was if not."""
+
+from collections.abc import Sequence
+
+from cllm_jax.decoding.promise import first_difference, promise
+from cllm_jax.decoding.request import encode_each, row_keys
+from cllm_jax.decoding.result import DecodeResult, share_identical
+from cllm_jax.evaluation.speed import Method
+from cllm_jax.hf.load import Model
+
+
+def _shown(model: Model, token: int | None) -> str:
+    if token is None:
+        return 'no more'
+    return str(token) if model.tokenizer is None else repr(model.tokenizer.decode([token]))
+
+
+def verdict(
+    name: str, drafted: Method, prompts: Sequence[str], result: DecodeResult, plain: DecodeResult
+) -> list[str]:
+    """The lines to print, of which the first begins with IDENTICAL, DIFFERENT or LOSSY.
+
+    Args:
+      name: of the method that gave `result`.
+      plain: what its `reference` gave.
+    """
+    model, request = drafted.model, drafted.request
+    same = share_identical(result, plain)
+    said = f'{name} and AR agree token for token on {same:.0%} of the prompts'
+    if request.sampling.typical:
+        return [f'LOSSY: {said}']
+    how, reason = promise(model, request)
+    word = 'IDENTICAL' if same == 1 else 'DIFFERENT'
+    lines = [f'{word} by {how}: {said}' if how else f'{word}, without a guarantee: {said}']
+    if not how:
+        lines.append(f'({reason}; see docs/exactness.md)')
+    keys_B = row_keys(request.seed, range(len(prompts)))
+    ids, both = encode_each(model, prompts), (plain.tokens, result.tokens)
+    if found := first_difference(model, request, ids, keys_B, both):
+        said = [_shown(model, i) for i in found.ids]
+        place = f'first in prompt {found.prompt + 1}, token {found.token + 1}'
+        line = f'{place}: AR has {said[0]}, {name} {said[1]}'
+        if found.units is not None:
+            unit = f'units in the last place of {model.products}'
+            line += f'; their scores are {found.units:.2g} {unit} apart'
+        lines.append(line)
+    return lines

@@ -1,0 +1,133 @@
+"""Run by test_exactness.py with the flags that users have: whose bits depend on what, as JSON.
+
+The model is the embedded one. `bits_of` decodes a known answer with one thing changed at a time;
+what is reported is which of the setups compute exactly the bits of the first.
+"""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+
+import cllm_jax as cllm
+from cllm_jax.data.sources import open_source
+from cllm_jax.decoding.engine import decode_all, programs_of
+from cllm_jax.decoding.promise import promise, reference
+from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.evaluation.forward_cost import endless
+from cllm_jax.evaluation.invariance import ANSWER, Setup, bits_of
+from cllm_jax.runtime.backend import Backend
+
+FIRST = Setup()
+CHANGED = {
+    'one node': {'nodes': 1},
+    'two nodes': {'nodes': 2},
+    '24 nodes': {'nodes': 24},
+    '64 nodes': {'nodes': 64},
+    'worst guesses': {'wrong': 1},
+    'worst guesses of 64 nodes': {'nodes': 64, 'wrong': 1},
+    'in a batch': {'batch': 4},
+    'in a batch, rolled': {'batch': 4, 'place': 3},
+    'AR in a batch that shrinks': {'batch': 16, 'nodes': 1, 'place': 9},
+    'wider prompts': {'width': 160},
+    'longer cache': {'slots': 1024},
+    'one token by the program': {'commit': 1},
+}
+
+
+def with_backend(model, change):
+    other = dataclasses.replace(model)
+    vars(other)['backend'] = change(model.backend)
+    return other
+
+
+def without_a_least_number(backend: Backend) -> Backend:
+    return dataclasses.replace(backend.exactly('class'), exact_rows=1)
+
+
+def without_roundings(backend: Backend) -> Backend:
+    """The compiler may leave out roundings to bfloat16."""
+    options = backend.exactly('off').compiler_options
+    return dataclasses.replace(backend.exactly('class'), compiler_options=options)
+
+
+def same_bits(model, exact: str, some: dict[str, Setup]) -> dict[str, bool]:
+    """Which setups compute the bits of the first."""
+    rng, size = np.random.default_rng(0), model.config.vocab_size
+    prompt, answer = (rng.integers(0, size, n).tolist() for n in (40, ANSWER))
+    first, *rest = (bits_of(model, prompt, answer, setup, exact) for setup in some.values())
+    return {
+        name: all(first.equal_parts(bits).values())
+        for name, bits in zip(list(some)[1:], rest, strict=True)
+    }
+
+
+def changed(*names: str) -> dict[str, Setup]:
+    return {'': FIRST} | {name: dataclasses.replace(FIRST, **CHANGED[name]) for name in names}
+
+
+def in_class(model) -> dict[str, bool]:
+    return same_bits(model, 'class', changed(*list(CHANGED)[:-1]))
+
+
+def broken(model) -> dict[str, bool]:
+    """The class with one of its parts taken out."""
+    single = same_bits(with_backend(model, without_a_least_number), '', changed('one node'))
+    some = changed('24 nodes', '64 nodes')
+    return single | same_bits(with_backend(model, without_roundings), '', some)
+
+
+def by_program(model) -> dict[str, bool]:
+    """AR by the program of a draft; in a batch too, at another place, with other neighbours."""
+    name, found = 'one token by the program', {}
+    for batch, place in ((1, 0), (4, 2)):
+        first = dataclasses.replace(FIRST, batch=batch, place=place)
+        both = {'': first, f'{name}, {batch}': dataclasses.replace(first, commit=1)}
+        found |= same_bits(model, 'program', both)
+    return found
+
+
+def programs_compiled(model, prompts: list[str]) -> list[int]:
+    """Entries in the cache of jit after the draft, and after AR by its program."""
+    request = Request(Jacobi(16), 24, exact='program')
+    counts = []
+    for asked in (request, reference(request, AutoRegressive())):
+        decode_all(model, asked, prompts)
+        counts.append(sum(run._cache_size() for run in programs_of(model, request)))
+    return counts
+
+
+def answers(model, prompts: list[str]) -> dict[str, bool]:
+    """Whether whole answers are AR's: greedy and sampled, in batches that are refilled."""
+    found = {}
+    for temperature in (0.0, 0.8):
+        for batch in (1, 4):
+            request = Request(Jacobi(16), 40, Sampling(temperature), batch=batch, exact='class')
+            plain = dataclasses.replace(reference(request, AutoRegressive()), batch=1)
+            both = [decode_all(model, asked, prompts).tokens for asked in (request, plain)]
+            found[f'T {temperature}, batch {batch}'] = both[0] == both[1]
+    return found
+
+
+def main() -> None:
+    rows = open_source('sql+arithmetic', split='heldout', limit=8).rows
+    prompts, found = [row.prompt for row in rows], {}
+    for dtype in ('float32', 'bfloat16', 'mixed'):
+        model = endless(cllm.load('embedded', dtype))
+        found[dtype] = part = {'program': by_program(model)}
+        if dtype == 'float32':
+            continue
+        part['promise'] = promise(model, Request(Jacobi(16), exact='class'))[0]
+        part['class'] = in_class(model)
+        part['broken'] = broken(model)
+        part['answers'] = answers(model, prompts)
+    found['programs'] = programs_compiled(model, prompts[:2])
+    json.dump(found, sys.stdout)
+
+
+if __name__ == '__main__':
+    main()

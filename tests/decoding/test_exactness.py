@@ -1,0 +1,196 @@
+"""A row's bits depend on nothing but the row: in a class of shapes, and within one program.
+
+The programs are compiled in a process of its own with the flags that users have: tests turn
+optimisations off, on which rounding hangs (`rounding.py`).
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cllm_jax as cllm
+from cllm_jax.decoding import loop
+from cllm_jax.decoding.engine import decode_all
+from cllm_jax.decoding.promise import drafts_chains, first_difference, promise, reference
+from cllm_jax.decoding.request import Request, row_keys
+from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.drafters.autoregressive import AutoRegressive
+from cllm_jax.drafters.draft_model import DraftModel
+from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.jacobi_tree import JacobiTree
+from cllm_jax.drafters.prompt_lookup import PromptLookup
+from cllm_jax.errors import ConfigError
+from cllm_jax.runtime.backend import CPU
+from tests.drafters.examples import DRAFTERS, with_random_weights
+from tests.tiny import ragged_prompts, random_model, tiny_config
+
+MODEL = random_model(config=tiny_config(layers=1))
+PROMPTS = ragged_prompts(5, (3, 7, 4))
+
+
+@pytest.fixture(scope='module')
+def found() -> dict:
+    ours = ('JAX_DISABLE_MOST_OPTIMIZATIONS', 'XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')
+    users = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [sys.executable, '-m', 'tests.decoding.rounding']
+    done = subprocess.run(command, env=users, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'mixed'])
+def test_ar_by_a_draft_s_program_has_its_bits(found, dtype):
+    assert all(found[dtype]['program'].values()), found[dtype]['program']
+
+
+@pytest.mark.slow
+def test_both_sides_of_a_program_are_one_compilation(found):
+    before, after = found['programs']
+    assert before == after > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['bfloat16', 'mixed'])
+def test_in_a_class_bits_depend_on_nothing_but_the_row(found, dtype):
+    part = found[dtype]
+    if part['promise'] != 'class':
+        pytest.skip('docs/exactness.md has no class for this hardware and jax version')
+    assert all(part['class'].values()), part['class']
+    assert all(part['answers'].values()), part['answers']
+    assert not any(part['broken'].values()), 'each part of the class is needed'
+
+
+@pytest.mark.slow
+def test_each_part_of_the_class_is_needed(found):
+    """Single rows come back; roundings to bfloat16 may be left out, of which mixed has few."""
+    if found['bfloat16']['promise'] != 'class':
+        pytest.skip('docs/exactness.md has no class for this hardware and jax version')
+    for dtype in ('bfloat16', 'mixed'):
+        assert not found[dtype]['broken']['one node']
+    assert not any(found['bfloat16']['broken'].values())
+
+
+CHAINS = (AutoRegressive(), Jacobi(5), Jacobi(5, 'block'), PromptLookup(4))
+TREES = (Jacobi(5, recycle=2), Jacobi(5, lookup=True), JacobiTree(6, 2), cllm.Lookahead(3, 4, 3))
+
+
+@pytest.mark.parametrize('drafter', CHAINS, ids=repr)
+def test_what_drafts_chains_is_known_without_running_it(drafter):
+    assert drafts_chains(drafter)
+    assert drafts_chains(DraftModel(MODEL.module, MODEL.params, 3))
+
+
+@pytest.mark.parametrize('drafter', TREES, ids=repr)
+def test_trees_are_promised_nothing(drafter):
+    assert not drafts_chains(drafter)
+    how, reason = promise(MODEL, Request(drafter, exact='program'))
+    assert how == '' and 'tree' in reason
+
+
+@pytest.mark.parametrize('name', DRAFTERS)
+def test_every_drafter_is_known_for_a_chain_or_a_tree(name):
+    drafter, seen = with_random_weights(DRAFTERS[name], MODEL), []
+
+    class Watched(type(drafter)):
+        def draft(self, *rest):
+            made = super().draft(*rest)
+            seen.append(made[0].parent_BN is None)
+            return made
+
+    watched = object.__new__(Watched)
+    vars(watched).update(vars(drafter))
+    assert drafts_chains(watched) == seen[-1]
+
+
+def test_a_class_is_promised_only_where_one_is_known():
+    def said(exact, **known):
+        model = dataclasses.replace(MODEL)
+        vars(model).update(known)
+        return promise(model, Request(Jacobi(4), exact=exact))[0]
+
+    classed = CPU.exactly('class')
+    assert said('', has_class=True, backend=classed) == 'class'
+    assert said('class', has_class=True, backend=CPU) == 'class'
+    assert said('class', has_class=False, backend=CPU) == ''
+    assert said('off', has_class=True, backend=classed) == ''
+    assert said('', has_class=False, backend=CPU) == ''
+    assert said('program', has_class=False, backend=CPU) == 'program'
+
+
+def test_ways_to_be_exact_replace_each_other():
+    ways = ('class', 'program', 'off')
+    once = {how: CPU.exactly(how) for how in ways}
+    for first in ways:
+        for then in ways:
+            assert once[first].exactly(then).exact == once[then].exact
+            assert once[first].exactly(then).compiler_options == once[then].compiler_options
+        assert once[first].exactly('') is once[first]
+    assert once['class'].exact and once['class'].exactly('class') == once['class']
+    assert once['off'] == CPU and not CPU.exact
+
+
+@pytest.mark.parametrize('how', ['class', 'program', 'off'])
+@pytest.mark.parametrize('batch', [1, 4])
+def test_all_ways_give_the_answers_and_the_forwards_of_each_other(how, batch):
+    plain = decode_all(MODEL, Request(Jacobi(5), 20, batch=1), PROMPTS)
+    found = decode_all(MODEL, Request(Jacobi(5), 20, batch=batch, exact=how), PROMPTS)
+    assert (found.tokens, found.accepted) == (plain.tokens, plain.accepted)
+
+
+@pytest.mark.parametrize('sampling', [Sampling(), Sampling(0.9)], ids=['greedy', 'sampled'])
+@pytest.mark.parametrize('name', DRAFTERS)
+def test_every_drafter_s_program_decodes_a_token_at_a_time(name, sampling):
+    request = Request(with_random_weights(DRAFTERS[name], MODEL), 16, sampling, exact='program')
+    one = decode_all(MODEL, reference(request, AutoRegressive()), PROMPTS)
+    assert {n for accepted in one.accepted for n in accepted} == {1}
+    assert one.tokens == decode_all(MODEL, request, PROMPTS).tokens
+
+
+def test_a_prompt_attends_to_the_slots_of_its_cache_in_a_class(monkeypatch):
+    """What it leaves there then does not depend on the width of the draft after it."""
+    seen, verify = [], loop._verify
+
+    def watching(decoder, state, draft, where, rows, at_BN=None):
+        if at_BN is not None:
+            seen.append((rows[2].shape[2], state.cache.slots))
+        return verify(decoder, state, draft, where, rows, at_BN)
+
+    monkeypatch.setattr(loop, '_verify', watching)
+    other = dataclasses.replace(MODEL.config, max_positions=257)  # nothing compiled before
+    model = dataclasses.replace(MODEL, config=other)
+    for how in ('class', 'off'):
+        decode_all(model, Request(Jacobi(6), 8, exact=how), PROMPTS)
+    (of_class, slots), (own, _) = seen
+    assert of_class == slots > own
+
+
+def test_where_answers_part_and_how_near_they_were():
+    prompts, keys_B = [[1, 2], [3, 4, 5]], row_keys(0, [0, 1])
+    request = Request(Jacobi(4), 6)
+    tokens = decode_all(MODEL, request, prompts).tokens
+    assert first_difference(MODEL, request, prompts, keys_B, (tokens, tokens)) is None
+    other = [tokens[0], [*tokens[1][:3], (tokens[1][3] + 1) % 29, *tokens[1][4:]]]
+    found = first_difference(MODEL, request, prompts, keys_B, (tokens, other))
+    assert (found.prompt, found.token) == (1, 3)
+    assert found.ids == (tokens[1][3], other[1][3])
+    text = jnp.asarray([[*prompts[1], *tokens[1][:3]]])
+    logits_V = np.asarray(cllm.forward(MODEL, text))[0, -1]
+    a, b = (float(logits_V[i]) for i in found.ids)
+    assert found.units * np.spacing(np.float32(max(abs(a), abs(b)))) == pytest.approx(
+        a - b, rel=1e-3
+    )
+    shorter = [tokens[0], tokens[1][:4]]
+    found = first_difference(MODEL, request, prompts, keys_B, (tokens, shorter))
+    assert (found.token, found.ids) == (4, (tokens[1][4], None)) and found.units is None
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ConfigError, match="exact 'always': must be 'class', 'program' or 'off'"):
+        Request(Jacobi(4), exact='always')
