@@ -54,7 +54,7 @@ class BenchConfig(ComparisonConfig):
     """Batch sizes at which it is measured."""
     prompt: int = 64
     """Length of the random prompts of the cost measurement."""
-    slots: tuple[int, ...] = (192, 256, 512, 1024, 4096)
+    slots: tuple[int, ...] = (128, 192, 256, 512, 1024, 4096)
     """Sizes of the cache that --invariance compares."""
     tensor: tuple[int, ...] = ()
     """Numbers of devices that share every layer, which --invariance compares too."""
