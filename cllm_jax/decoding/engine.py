@@ -81,7 +81,8 @@ def start(
     batch = pad_prompts(prompts, rows, width, request.max_tokens, keys)
     batch = batch.replace(keys_B=keys_for(model.params, batch.keys_B))
     steps, nodes = bucket(request.max_tokens), request.drafter.nodes
-    slots, room = (cache_slots(width, size, nodes) for size in (steps, min(steps, FIRST_ROOM)))
+    exact, sizes = model.backend.exactly(request.exact).exact, (steps, min(steps, FIRST_ROOM))
+    slots, room = (cache_slots(width, size, nodes, exact) for size in sizes)
     if request.exact == 'program':
         room = slots  # growing would be another program, and not at the same token for all drafts
     buffers, decoder = Buffers(slots, steps, room, request.trace), decoder_of(model, request)

@@ -77,14 +77,13 @@ FIRST_ROOM = 128
 forward, the empty ones too, so an answer that ends early should not find many."""
 
 
-SLOTS = 64
-"""Caches have a multiple of so many slots: sums over 64 keys are taken in one order, whatever else
-there is (docs/exactness.md), and there are fewer programs than lengths of prompts."""
+def cache_slots(width: int, steps: int, nodes: int, exact: bool = False) -> int:
+    """Slots for a padded prompt, an answer and a draft: fewer sizes than prompts have.
 
-
-def cache_slots(width: int, steps: int, nodes: int) -> int:
-    """Slots for a padded prompt, an answer and a draft."""
-    return -(-(width + steps + nodes) // SLOTS) * SLOTS
+    With `exact` (`Backend.exact`) a multiple of 64, of which sums are taken in one order.
+    """
+    unit = 64 if exact else 32
+    return -(-(width + steps + nodes) // unit) * unit
 
 
 def encode_each(model: Model, prompts: Texts, name: str = 'prompts') -> list[list[int]]:

@@ -142,7 +142,7 @@ def bits_of(
     rng, size = np.random.default_rng(1), len(prompt)
     others = rng.integers(0, model.config.vocab_size, (setup.batch, size)).tolist()
     prompts = [*others[: setup.place], list(prompt), *others[setup.place + 1 :]]
-    room = cache_slots(setup.width, ANSWER, setup.nodes)
+    room = cache_slots(setup.width, ANSWER, setup.nodes, exact=True)
     buffers = Buffers(max(setup.slots, room), ANSWER)
     script_BS = np.zeros((setup.batch, buffers.slots), np.int32)
     script_BS[setup.place, : size + ANSWER] = [*prompt, *answer]

@@ -76,7 +76,7 @@ def trajectories(
         texts = [[*p[-drafter.ngram :], *reference[:longest]] for p, reference in both]
         references_BR = reference_rows(texts, rows, bucket(drafter.ngram + longest + 1))
     # Guesses are looked up in the same buffer as tokens: the last block's have to be in it too.
-    slots = cache_slots(width, steps, max(drafter.nodes, block))
+    slots = cache_slots(width, steps, max(drafter.nodes, block), model.backend.exact)
     buffers = Buffers(slots, steps, trace=drafter is not FINDER)
     run = compiled_decoder(model.module, drafter, mesh, buffers)
     sequences, cache, forwards_B, trace = run(model.params, stop_ids(model), batch, references_BR)

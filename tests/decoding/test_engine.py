@@ -150,7 +150,6 @@ def growths(monkeypatch):
     """Slots of every longer cache, where a cache has room for 8 tokens of an answer at first."""
     slots, grow = [], engine.grow
     monkeypatch.setattr(engine, 'FIRST_ROOM', 8)
-    monkeypatch.setattr('cllm_jax.decoding.request.SLOTS', 32)
 
     def counted(state, size):
         slots.append(size)

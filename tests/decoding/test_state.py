@@ -162,7 +162,6 @@ def test_half_of_a_batch_goes_on_as_it_would_in_the_whole(widths, drafter, sampl
 def test_a_batch_whose_cache_is_full_too_early_for_that_loses_nothing(widths, monkeypatch):
     """More than half of the rows wait for a longer cache; then they go on together."""
     monkeypatch.setattr('cllm_jax.decoding.engine.FIRST_ROOM', 2)
-    monkeypatch.setattr('cllm_jax.decoding.request.SLOTS', 32)
     request, keys = Request(Jacobi(5), LONGEST), row_keys(3, range(16))
     full = start(MODEL, request, PROMPTS[:16], keys, to_the_end=True)
     assert widths == [8] and (~full.finished_B).sum() > 8
