@@ -84,9 +84,11 @@ def invariance(settings: BenchConfig, model: Model, console: Console) -> dict[st
     That all do is noted, and from then on 'class' is the default of this model on this machine.
     """
     varied = setups(settings.nodes, settings.batches, settings.slots, settings.tensor)
-    models = {1: model}
-    for devices in settings.tensor:
-        models[devices] = load(settings.model, settings.dtype, tensor_mesh(devices))
+    models = {1: model} | {
+        devices: load(settings.model, settings.dtype, tensor_mesh(devices))
+        for devices in settings.tensor
+        if devices > 1
+    }
     exact = settings.exact or ('class' if model.products == jnp.bfloat16 else 'off')
     with console.progress('the same answer', sum(1 + len(some) for some in varied.values())) as bar:
         found = probe(models, varied, exact, bar)

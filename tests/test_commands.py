@@ -79,7 +79,8 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
     quality = found['quality']
     assert quality['cllm'] == quality['cllm_ar'] and quality['target'] == quality['target_jacobi']
     speed, single = found['tokens_per_second'], found['ar_tokens_per_second']
-    assert single.keys() == {'mixed', 'float32'} and speed['ar'] == max(single.values())
+    assert single.keys() - {'in its class'} == {'mixed', 'float32'}
+    assert speed['ar'] == max(single.values())
     assert found['speedup'] == speed['jacobi'] / speed['ar']
     for name in ('target', 'cllm'):
         assert 'held-out test' in (tmp_path / 'export' / name / 'README.md').read_text()

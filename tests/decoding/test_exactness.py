@@ -26,6 +26,7 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.errors import ConfigError
+from cllm_jax.model.llama import forward
 from cllm_jax.runtime.backend import CPU
 from tests.drafters.examples import DRAFTERS, with_random_weights
 from tests.tiny import ragged_prompts, random_model, tiny_config
@@ -178,7 +179,7 @@ def test_where_answers_part_and_how_near_they_were():
     assert (found.prompt, found.token) == (1, 3)
     assert found.ids == (tokens[1][3], other[1][3])
     text = jnp.asarray([[*prompts[1], *tokens[1][:3]]])
-    logits_V = np.asarray(cllm.forward(MODEL, text))[0, -1]
+    logits_V = np.asarray(forward(MODEL.module, MODEL.params, text))[0, -1]
     a, b = (float(logits_V[i]) for i in found.ids)
     assert found.units * np.spacing(np.float32(max(abs(a), abs(b)))) == pytest.approx(
         a - b, rel=1e-3
