@@ -69,8 +69,8 @@ class Backend:
 
     fast_rows: int = 1
     """Fewest rows that a bfloat16 product has when it is fastest; fewer are filled up with copies.
-    XLA's CPU backend multiplies a single row by a loop of its own, nine times as slow as two rows
-    (docs/benchmarks.md)."""
+    XLA's CPU backend multiplies a single row by a loop of its own, on Zen 4 nine times as slow as
+    two rows, on AMX a tenth (docs/exactness.md)."""
     exact_rows: int = 1
     """Fewest rows of a forward of the decoding loop: 1, or those with which a row's bits depend on
     nothing but the row (`exactly`)."""
