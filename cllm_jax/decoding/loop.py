@@ -82,7 +82,7 @@ class Programs(NamedTuple):
 
 def programs(backend: Backend) -> Programs:
     """`prefill` and `advance` as they are compiled for a backend."""
-    return Programs(*map(bounded, _programs(backend.compiler_options)))
+    return Programs(*map(bounded, _programs(backend.compiler_options + backend.roundings)))
 
 
 @functools.cache

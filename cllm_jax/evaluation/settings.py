@@ -30,7 +30,7 @@ class ComparisonConfig:
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
     exact: Exactness = ''
     """How drafts and AR round alike: class, program or off (docs/exactness.md); by default class
-    where that is known to hold."""
+    where that is known to hold, and of bfloat16 with bench --invariance."""
     quick: bool = False
     """A tiny version, to see that it works."""
 

@@ -70,7 +70,7 @@ class Backend:
     fast_rows: int = 1
     """Fewest rows that a bfloat16 product has when it is fastest; fewer are filled up with copies.
     XLA's CPU backend multiplies a single row by a loop of its own, on Zen 4 nine times as slow as
-    two rows, on AMX a tenth (docs/exactness.md)."""
+    two rows; on AMX all of AR is a tenth slower by it (docs/exactness.md)."""
     exact_rows: int = 1
     """Fewest rows of a forward of the decoding loop: 1, or those with which a row's bits depend on
     nothing but the row (`exactly`)."""
@@ -80,6 +80,11 @@ class Backend:
     @property
     def exact(self) -> bool:
         return self.exact_rows > 1
+
+    @property
+    def roundings(self) -> tuple[tuple[str, Any], ...]:
+        """Compiler options without which it is not exact."""
+        return (AS_WRITTEN,) if self.exact else ()
 
     def exactly(self, how: Exactness) -> 'Backend':
         """The backend under which AR and drafts of any width round alike, see docs/exactness.md.
@@ -91,13 +96,9 @@ class Backend:
         """
         if not how:
             return self
-        others = tuple(option for option in self.compiler_options if option != AS_WRITTEN)
-        if how == 'class':
-            return dataclasses.replace(
-                self, exact_rows=CLASS_ROWS, compiler_options=(*others, AS_WRITTEN)
-            )
+        rows = CLASS_ROWS if how == 'class' else 1
         narrowest = None if how == 'program' else self.narrowest
-        return dataclasses.replace(self, exact_rows=1, compiler_options=others, narrowest=narrowest)
+        return dataclasses.replace(self, exact_rows=rows, narrowest=narrowest)
 
     def cache_dtype(self, values: jnp.dtype, one_query: bool = False) -> jnp.dtype:
         """The dtype of a KV cache that holds `values`, and is read by one or several queries."""
