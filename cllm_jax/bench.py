@@ -23,8 +23,9 @@ from cllm_jax.cli.console import Console, number, print_plan, size, table
 from cllm_jax.cli.guard import guard
 from cllm_jax.cli.settings import can_write, parse
 from cllm_jax.data.sources import Source, open_source
+from cllm_jax.evaluation.bandwidth import bytes_per_token, memory_bandwidth
 from cllm_jax.evaluation.comparison import BATCH, BenchConfig, compare_methods
-from cllm_jax.evaluation.forward_cost import bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.forward_cost import costs
 from cllm_jax.evaluation.invariance import one_class, probe, setups
 from cllm_jax.evaluation.profile import milliseconds_by_part
 from cllm_jax.evaluation.throughput import collection_speed
@@ -65,8 +66,7 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
             }
             for n, cost in measured.items()
         }
-    weights = weight_bytes(model.params)
-    speed = bandwidth(weights)
+    weights, speed = bytes_per_token(model.params), memory_bandwidth(model.backend)
     first = found['per_batch'][str(settings.batches[0])]['1']
     return found | {
         'prompt': settings.prompt,

@@ -29,10 +29,10 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import ConfigError
-from cllm_jax.evaluation.forward_cost import weight_bytes
+from cllm_jax.evaluation.bandwidth import bytes_per_token, memory_bandwidth, weight_bytes
 from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
 from cllm_jax.evaluation.verdict import verdict
-from cllm_jax.hf.load import MIXED, Precision, load, mixed, peek, storage
+from cllm_jax.hf.load import MIXED, Model, Precision, load, mixed, peek, storage
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache
 from cllm_jax.runs.atomic import write_atomic
@@ -137,14 +137,27 @@ def compare(
     with console.status(f'AR and {name}, timed in turn'):
         baselines = plain_methods('AR', ar)
         speed = tokens_per_second(baselines | {name: drafted}, timed)
-    base = max(speed[baseline] for baseline in baselines)
+    best = max(baselines, key=lambda baseline: speed[baseline])
+    base = speed[best]
     rows = [[baseline, 1.0, speed[baseline], speed[baseline] / base] for baseline in baselines]
     rows.append([name, tokens_per_forward(result), speed[name], speed[name] / base])
     columns = ['', 'tokens/forward', 'tokens/s', 'speed-up']
     which = f'the first {len(timed)} prompts' if len(timed) < len(prompts) else 'these prompts'
     console.out.print(table(f'tokens/s: {which}, one at a time', columns, rows))
+    console.result(read_per_second(best, baselines[best].model, base))
     for line in verdict(name, drafted, prompts, result, plain):
         console.result(line)
+
+
+def read_per_second(name: str, model: Model, tokens_per_second: float) -> str:
+    """How near autoregressive decoding comes to its limit, which is to read all weights."""
+    weights, limit = bytes_per_token(model.params), memory_bandwidth(model.backend)
+    read = weights * tokens_per_second
+    share = f'{read / limit:.0%}' if read < limit else 'less, for they lie in a cache'
+    return (
+        f'{name} reads {size(weights)} of weights per token, {size(read)}/s, prefills included in '
+        f"the time; this machine's memory gives {size(limit)}/s: {share}"
+    )
 
 
 def show(console: Console, prompts: list[str], result: DecodeResult) -> None:

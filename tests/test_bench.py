@@ -68,7 +68,7 @@ def test_costs_count_from_a_forward_with_one_token(monkeypatch):
     settings = BenchConfig(nodes=(4, 2), batches=(1,), parts=(), prompt=5, repeats=1)
     monkeypatch.setattr(bench, 'costs', lambda model, nodes, *_: {n: Cost(n, 1, 1) for n in nodes})
     for speed, words in ((1e9, '0% of the time of'), (1e-9, 'this is no limit here')):
-        monkeypatch.setattr(bench, 'bandwidth', lambda size, speed=speed: speed)
+        monkeypatch.setattr(bench, 'memory_bandwidth', lambda backend, speed=speed: speed)
         cost = bench.forward_costs(settings, random_model(), Console())
         assert {n: row['c'] for n, row in cost['per_batch']['1'].items()} == {
             '1': 1,

@@ -19,7 +19,7 @@ from cllm_jax.cli.console import size
 from cllm_jax.cli.guard import guard
 from cllm_jax.drafters.checkpoint import drafter_arrays
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.evaluation.forward_cost import weight_bytes
+from cllm_jax.evaluation.bandwidth import weight_bytes
 from cllm_jax.hf.load import SHIPPED
 from cllm_jax.hf.tokenizer import read_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 from cllm_jax.hf.write import write_model

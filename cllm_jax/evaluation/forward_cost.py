@@ -1,4 +1,4 @@
-"""What a forward costs on this machine: c(N), prefill, compilation, and the bandwidth limit.
+"""What a forward costs on this machine: c(N), prefill and compilation.
 
 Jacobi pays for `n` tokens per forward and keeps a few of them, so that its speed-up is about
 tokens/forward over c(n), the time of a forward with n tokens over that with one. All of it is
@@ -9,7 +9,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,35 +100,3 @@ def _once(model: Model, request: Request, prompts: list[list[int]]) -> tuple[flo
     end = time.perf_counter()
     assert int(state.iteration) == ITERATIONS + 1
     return middle - begin, end - middle
-
-
-def weight_bytes(params: Any) -> int:
-    """Bytes of all arrays of a tree, or of those that its shapes stand for."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-
-
-def bandwidth(size: int, repeats: int = 7) -> float:
-    """Bytes per second at which this device reads a matrix of `size` bytes over and over.
-
-    The fastest of `repeats` runs: a limit. It is multiplied with a vector, as the weights are: on a
-    CPU, sums and maxima of that size are slower than such products. Each pass depends on the one
-    before, so that none is left out.
-    """
-    width = 1024
-    matrix = jnp.ones((max(size // (4 * width), 1), width), jnp.float32)
-    passes = max(1, min(200, (1 << 30) // max(size, 1)))
-
-    @jax.jit
-    def read(matrix):
-        def once(_, vector):
-            return vector * (jnp.max(matrix @ vector) / width)
-
-        return jax.lax.fori_loop(0, passes, once, jnp.ones(width, jnp.float32))
-
-    jax.block_until_ready(read(matrix))
-    best = float('inf')
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(read(matrix))
-        best = min(best, time.perf_counter() - begin)
-    return matrix.nbytes * passes / best

@@ -60,6 +60,8 @@ class Backend:
     """Whether one token at a time may decode faster in float32 than in mixed precision. Then both
     are timed: the baseline is AR at its best. On a CPU bfloat16 matrices are half as much to read,
     but are converted before a single row is multiplied with them."""
+    weights_in_host_memory: bool = False
+    """Whether the weights lie in the memory that NumPy reads, whose bandwidth it can measure."""
     threads: int = 1
     """How many threads decode parts of a batch side by side. XLA divides single operations among
     cores; those of a small model are too small for that."""
@@ -118,6 +120,7 @@ CPU = Backend(
     transposes_in_memory=True,
     narrowest=8,
     float32_may_be_faster=True,
+    weights_in_host_memory=True,
 )
 
 
@@ -142,7 +145,7 @@ def backend_of(weights: Any) -> Backend:
     if len(devices) > 1 or not leaves or not small:
         return backend
     narrow = all(leaf.dtype == jnp.float32 for leaf in leaves)
-    return dataclasses.replace(backend, threads=_cores(), compiler_options=EIGEN if narrow else ())
+    return dataclasses.replace(backend, threads=cores(), compiler_options=EIGEN if narrow else ())
 
 
 @functools.cache
@@ -162,7 +165,7 @@ def hardware() -> tuple[str, str]:
     return best, version
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 

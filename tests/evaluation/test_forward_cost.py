@@ -3,7 +3,8 @@
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
-from cllm_jax.evaluation.forward_cost import NeverRight, bandwidth, costs, weight_bytes
+from cllm_jax.evaluation.bandwidth import weight_bytes
+from cllm_jax.evaluation.forward_cost import NeverRight, costs
 from tests.tiny import ragged_prompts, random_model, tiny_config
 
 
@@ -26,4 +27,3 @@ def test_costs_run_to_the_end_whatever_the_model_says():
     for cost in found.values():
         assert min(cost.forward, cost.prefill) > 0
     assert weight_bytes(model.params) == 4 * model.config.parameters
-    assert bandwidth(1 << 16, repeats=1) > 0
