@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import decode_all
+from cllm_jax.decoding.promise import promise as _promise
 from cllm_jax.decoding.request import Request, bucket, token_array
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.sampling import Sampling
@@ -39,7 +40,8 @@ from cllm_jax.runtime.programs import bounded
 __all__ = [
     'AutoRegressive', 'CllmError', 'ConfigError', 'DataError', 'DecodeResult', 'Drafter', 'Jacobi',
     'JacobiTree', 'LlamaConfig', 'Lookahead', 'Model', 'PromptLookup', 'Sampling', 'Trajectory',
-    'decode', 'draft_model', 'forward', 'load', 'load_drafter', 'stream', 'with_references',
+    'decode', 'draft_model', 'forward', 'load', 'load_drafter', 'promise',
+    'stream', 'with_references',
 ]  # fmt: skip
 
 _forward = jax.jit(_plain_forward, static_argnums=0)
@@ -72,7 +74,8 @@ def decode(
     batch: int = 32,
     trace: bool = False,
     typical: float = 0.0,
-    exact: Exactness = '',
+    exact: Exactness = 'auto',
+    commit: int = 0,
 ) -> DecodeResult:
     """Decode prompts (texts or lists of token ids), in the given order, whatever the drafter.
 
@@ -89,18 +92,30 @@ def decode(
       trace: report the Jacobi states of every iteration (`DecodeResult.trajectories`).
       typical: LOSSY, for Medusa and a temperature above 0: the epsilon of its typical acceptance
         (the paper has 0.09). The answer is then no longer that of `AutoRegressive()`.
-      exact: 'class', the default where it is known to hold: a token's bits do not depend on how
-        many are computed with it. 'off': each as fast as it can, equal up to rounding at near ties.
-        'program': nothing is filled up, for comparison with AR by the same program
-        (docs/exactness.md).
+      exact: how far tokens hang on rounding (docs/exactness.md, `promise`). 'class': a token's bits
+        do not depend on how many are computed with it. 'program': as the same drafter, batch and
+        length with `commit=1`. 'off': each as fast as it can, equal up to rounding at near ties.
+        'auto': 'class' where that is known to hold, else 'off'.
+      commit: most tokens that a forward commits, 0 for all that are right; 1 decodes
+        autoregressively, by the drafter's own program.
 
     Raises:
       ConfigError: a setting or a prompt that cannot be decoded.
     """
     sampling = Sampling(temperature, top_k, top_p, typical)
-    how = (max_tokens, sampling, seed, _stops(stop), batch, trace, exact)
+    how = (max_tokens, sampling, seed, _stops(stop), batch, trace, exact, commit)
     request = Request(drafter or Jacobi(), *how)
     return decode_all(model, request, prompts)
+
+
+def promise(model: Model, drafter: Drafter | None = None, exact: Exactness = 'auto') -> str:
+    """What makes the tokens of `decode` those of AR in spite of rounding (docs/exactness.md).
+
+    'class': they are those of `AutoRegressive()` with the same `exact`, whatever the batch.
+    'program': they are those of the same call with `commit=1`. '': nothing does, and where two
+    scores are nearly equal a token may be another.
+    """
+    return _promise(model, Request(drafter or Jacobi(), exact=exact))[0]
 
 
 def stream(

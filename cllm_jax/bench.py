@@ -81,7 +81,8 @@ def forward_costs(settings: BenchConfig, model: Model, console: Console) -> dict
 def invariance(settings: BenchConfig, model: Model, console: Console) -> dict[str, Any]:
     """Which numbers of rows and sizes compute the same bits, in a class or as `exact` says.
 
-    That all do is noted, and from then on 'class' is the default of this model on this machine.
+    Whether all do in a class is noted, and decides from then on whether 'class' is the default of
+    this model on this machine.
     """
     varied = setups(settings.nodes, settings.batches, settings.slots, settings.tensor)
     models = {1: model} | {
@@ -89,14 +90,16 @@ def invariance(settings: BenchConfig, model: Model, console: Console) -> dict[st
         for devices in settings.tensor
         if devices > 1
     }
-    exact = settings.exact or ('class' if model.products == jnp.bfloat16 else 'off')
-    with console.progress('the same answer', sum(1 + len(some) for some in varied.values())) as bar:
+    exact = settings.exact
+    if exact == 'auto':
+        exact = 'class' if model.products == jnp.bfloat16 else 'off'
+    with console.progress('probing', sum(1 + len(some) for some in varied.values())) as bar:
         found = probe(models, varied, exact, bar)
     names = ('nodes', 'batches', 'slots')
     whole = all(set(getattr(BenchConfig, n)) <= set(getattr(settings, n)) for n in names)
     noted = None
-    if whole and exact == 'class' and one_class(found):
-        noted = write_note(CLASS_NOTE, model.rounding, True)
+    if whole and exact == 'class':
+        noted = write_note(CLASS_NOTE, model.rounding, one_class(found))
     return {'exact': exact, 'noted': str(noted or ''), 'varied': found}
 
 
@@ -106,16 +109,30 @@ def report_invariance(console: Console, found: dict[str, Any]) -> None:
     console.result(f'model: {found["model"]}, {found["dtype"]}, exact: {probed["exact"]}')
     shown = {True: 'same', False: 'other'}
     for name, part in probed['varied'].items():
-        columns = [name, 'scores', 'prompt in the cache', 'answer in the cache']
-        rows = [
-            [value, *(shown[bit] for bit in row.values())] for value, row in part['rows'].items()
-        ]
-        console.out.print(table('bits, against 16 tokens per forward, batch 1', columns, rows))
-        classes = '; '.join(', '.join(map(str, some)) for some in part['classes'])
-        console.result(f'{name}, classes: {classes}')
+        bits, classes = part['rows'].values(), part['classes']
+        columns = [name, 'scores', 'keys and values of the prompt', 'of the answer']
+        rows = [[value, *(shown[b] for b in row.values())] for value, row in part['rows'].items()]
+        title = (
+            'bits, against 16 tokens per forward, batch 1, 64 columns, 256 slots, no wrong guess'
+        )
+        if not all(all(row.values()) for row in bits):
+            console.out.print(table(title, columns, rows))
+        listed = '; '.join(', '.join(map(str, some)) for some in classes)
+        console.result(f'{name}: {"one class" if len(classes) == 1 else "classes"}: {listed}')
+    console.result(_concluded(probed))
+
+
+def _concluded(probed: dict[str, Any]) -> str:
+    """What follows from a probe."""
     is_one = one_class(probed['varied'])
-    verdict = 'one class' if is_one else 'not one class: some sizes round otherwise'
-    console.result(f'{verdict}; noted in {probed["noted"]}' if probed['noted'] else verdict)
+    found = 'one class' if is_one else 'NOT one class: some sizes round otherwise'
+    if probed['noted']:
+        default = '' if is_one else ' not'
+        return f'{found}; class is{default} the default of this model here, by {probed["noted"]}'
+    if probed['exact'] == 'class':
+        least = 'the default nodes, batches and slots, and a cache directory to write to'
+        return f'{found}; not noted, which needs {least}'
+    return found
 
 
 def pipeline(

@@ -81,9 +81,10 @@ class DecodeConfig(DrafterConfig):
     """Devices that share every layer of the models."""
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
-    exact: Exactness = ''
-    """How drafts and AR round alike. class: every forward has at least 8 rows; program: AR runs the
-    drafter's program; off: each as fast as it can. By default class where that is known to hold."""
+    exact: Exactness = 'auto'
+    """How far tokens hang on rounding (docs/exactness.md): class: on the token alone, whatever the
+    window and the batch; program: AR runs the drafter's program; off: each as fast as it can. auto:
+    class where that is known to hold."""
 
     def request(self) -> Request:
         """What is asked of AR: the drafter, and a lossy rule that it may have, come later."""

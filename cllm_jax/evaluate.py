@@ -28,6 +28,7 @@ from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import at_least, check_seed
 from cllm_jax.evaluation.settings import ComparisonConfig
 from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
+from cllm_jax.evaluation.verdict import judged
 from cllm_jax.hf.load import chosen, load, with_tokenizer
 from cllm_jax.runs.atomic import write_json
 from cllm_jax.runs.stages import output_of
@@ -132,6 +133,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
             if key.startswith('target AR')
         },
         'identical': share_identical(jacobi, results['CLLM AR']),
+        'exact': settings.exact,
         'identical_by': promise(cllm, methods['CLLM Jacobi'].request)[0],
         'identical_target': share_identical(results['target Jacobi'], results['target AR']),
         'agreement_with_target': token_agreement(jacobi.tokens, results['target AR'].tokens),
@@ -160,10 +162,10 @@ def report(console: Console, found: dict[str, Any]) -> None:
     title = f'{found["task"]}: {found["n"]} prompts, n = {found["block"]}, batch 1'
     console.out.print(table(title, columns, [[*row, row[-1] / speed['ar']] for row in rows]))
     console.result(f'CLLM: {found["models"]["cllm"]}; target: {found["models"]["target"]}')
-    by = f'by {found["identical_by"]}' if found['identical_by'] else 'without a guarantee'
+    word, same = judged(found['identical'] == 1, found['identical_by']), found['identical']
     console.result(
-        f'{name} = AR of the CLLM, token for token, {by}: {found["identical"]:.1%} of prompts; '
-        f'agreement with the target: {found["agreement_with_target"]:.1%} of tokens'
+        f"{word}: {name} and the CLLM's AR agree token for token on {same:.1%} of the prompts; "
+        f'the CLLM and its target on {found["agreement_with_target"]:.1%} of the tokens'
     )
 
 

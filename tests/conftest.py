@@ -22,6 +22,9 @@ for name in ('FORCE_COLOR', 'CLICOLOR_FORCE', 'TTY_COMPATIBLE', 'TTY_INTERACTIVE
 # Unoptimised programs compile twice as fast, in commands that tests start too, and no test depends
 # on the last bit.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+# What somebody has noted of this machine (`runs/notes.py`) decides nothing here.
+NOTES = tempfile.mkdtemp(prefix='notes-')
+os.environ['XDG_CACHE_HOME'] = NOTES
 # What one test compiles need not be compiled by the next: workers and commands share a directory.
 OWN_CACHE = 'JAX_COMPILATION_CACHE_DIR' not in os.environ
 if OWN_CACHE:
@@ -59,6 +62,7 @@ def usual_signals():
 
 
 def pytest_unconfigure():
+    shutil.rmtree(NOTES, ignore_errors=True)
     if OWN_CACHE:
         shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 

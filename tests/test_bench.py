@@ -14,8 +14,12 @@ from cllm_jax.evaluation import comparison
 from cllm_jax.evaluation.comparison import BenchConfig
 from cllm_jax.evaluation.forward_cost import Cost
 from cllm_jax.evaluation.speed import Method
+from cllm_jax.hf import load
 from cllm_jax.hf.config import config_json, read_config
+from cllm_jax.runtime.backend import CPU
 from tests.tiny import model_directory, random_model, tiny_config
+
+MODEL = random_model()
 
 
 def call(monkeypatch, *arguments: str) -> None:
@@ -94,6 +98,33 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch)
             call(monkeypatch, '--quick', *models, '--json', tmp_path / 'bench.json')
     found = json.loads((tmp_path / 'bench.json').read_text())
     assert found['cost']['per_batch']['1']['1']['c'] == 1 and found['peak_memory_bytes'] > 0
+
+
+@pytest.mark.parametrize('is_one', [True, False])
+def test_what_a_probe_has_seen_decides_the_default_from_then_on(is_one, tmp_path, monkeypatch):
+    """Where it has looked at everything, and against the table too."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    classes = [[1, 4]] if is_one else [[1], [4]]
+    rows = {n: dict.fromkeys(('scores', 'prompt', 'answer'), is_one or n == 1) for n in (1, 4)}
+    found = {'nodes': {'rows': rows, 'classes': classes}}
+    monkeypatch.setattr(bench, 'probe', lambda *arguments: found)
+    known = dataclasses.replace(CPU, classed=() if is_one else ('float32',))
+    monkeypatch.setattr(load, 'backend_of', lambda params: known)
+    settings, console = BenchConfig(exact='class'), Console()
+
+    def has_class():
+        return dataclasses.replace(MODEL).has_class  # without what it remembers
+
+    few = dataclasses.replace(settings, nodes=(1, 4))
+    assert bench.invariance(few, MODEL, console)['noted'] == ''
+    assert has_class() != is_one
+    probed = bench.invariance(settings, MODEL, console)
+    assert Path(probed['noted']).parent.parent == tmp_path and has_class() == is_one
+    with console.out.capture() as shown:
+        bench.report_invariance(console, {'model': 'm', 'dtype': 'float32', 'invariance': probed})
+    text = ' '.join(shown.get().split())
+    assert ('class is the default' if is_one else 'class is not the default') in text
+    assert ('other' in text) != is_one  # a table only where something differs
 
 
 def test_random_weights_need_only_a_config(tmp_path, monkeypatch):

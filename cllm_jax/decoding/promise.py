@@ -50,7 +50,9 @@ def promise(model: Model, request: Request) -> tuple[str, str]:
     """
     if not drafts_chains(request.drafter):
         return '', "a tree's keys lie in another order than AR's"
-    how = request.exact or ('class' if model.backend.exact else 'off')
+    how = request.exact
+    if how == 'auto':
+        how = 'class' if model.backend.exact else 'off'
     if how == 'off':
         return '', 'one row may round otherwise than several'
     if how == 'class' and not model.has_class:

@@ -37,8 +37,8 @@ class Request:
     batch: int = 32
     trace: bool = False
     """Report the drafts of every iteration."""
-    exact: Exactness = ''
-    """How drafts round like AR (`Backend.exactly`); '' is 'class' where that is known to hold."""
+    exact: Exactness = 'auto'
+    """How drafts round like AR (`Backend.exactly`); 'auto' is 'class' where that is known."""
     commit: int = 0
     """Most tokens that a forward commits, 0 for all that are right. With 1 a drafter's own program
     decodes autoregressively, whose answers are those of 'program'."""
@@ -51,7 +51,7 @@ class Request:
                 raise ConfigError(f'{name} {value}: must be a whole number')
         at_least(self, max_tokens=1, batch=1, commit=0)
         if self.exact not in get_args(Exactness):
-            rule = "must be 'class', 'program' or 'off'"
+            rule = "must be 'auto', 'class', 'program' or 'off'"
             raise ConfigError(f'exact {self.exact!r}: {rule}; leave it out')
         check_seed(self)
         if self.sampling.typical and not self.drafter.typical:

@@ -76,7 +76,7 @@ def costs(
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
     # One token is AR, which is timed at its best; more are a draft, as it is verified.
     requests = {
-        n: Request(NeverRight(n), ITERATIONS + 1, batch=batch, exact='off' if n == 1 else '')
+        n: Request(NeverRight(n), ITERATIONS + 1, batch=batch, exact='off' if n == 1 else 'auto')
         for n in nodes
     }
     seconds: dict[int, list[tuple[float, float]]] = {n: [] for n in nodes}

@@ -136,7 +136,7 @@ def bits_of(
     prompt: Sequence[int],
     answer: Sequence[int],
     setup: Setup,
-    exact: Exactness = '',
+    exact: Exactness = 'auto',
 ) -> Bits:
     """What a setup computes while it writes `answer` after `prompt`; see `Request.exact`."""
     rng, size = np.random.default_rng(1), len(prompt)
@@ -171,7 +171,7 @@ def _bits(state: DecodeState, setup: Setup, size: int) -> Bits:
 def probe(
     models: Mapping[int, Model],
     varied: dict[str, list[Setup]],
-    exact: Exactness = '',
+    exact: Exactness = 'auto',
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """For everything that is varied: which values compute the same bits.

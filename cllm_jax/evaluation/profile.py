@@ -39,7 +39,7 @@ def milliseconds_by_part(model: Model, nodes: int, prompt: int = 64) -> dict[str
     """Milliseconds per iteration of the loop, batch 1, by part; `whole` is their sum."""
     model, request = (
         endless(model),
-        Request(NeverRight(nodes), ITERATIONS + 1, exact='off' if nodes == 1 else ''),
+        Request(NeverRight(nodes), ITERATIONS + 1, exact='off' if nodes == 1 else 'auto'),
     )
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, prompt)).tolist()
 

@@ -9,7 +9,7 @@ import jax
 
 from cllm_jax.hf.load import Precision, chosen
 from cllm_jax.runs.stages import EMBEDDED_ROOT, pair_of
-from cllm_jax.runtime.backend import Exactness
+from cllm_jax.runtime.backend import Exactness, hardware
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,10 @@ class ComparisonConfig:
     """Longest answer."""
     dtype: Precision = 'auto'
     """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
-    exact: Exactness = ''
-    """How drafts and AR round alike: class, program or off (docs/exactness.md); by default class
-    where that is known to hold, and of bfloat16 with bench --invariance."""
+    exact: Exactness = 'auto'
+    """How far tokens hang on rounding (docs/exactness.md): class: on the token alone, whatever the
+    window and the batch; program: AR runs the drafter's program; off: each as fast as it can. auto:
+    class where that is known to hold. With bench --invariance: which of them is probed."""
     quick: bool = False
     """A tiny version, to see that it works."""
 
@@ -44,6 +45,7 @@ class ComparisonConfig:
         devices, packages = jax.devices(), ('cllm_jax', 'jax', 'jaxlib', 'flax', *packages)
         return {
             'device': f'{len(devices)} x {devices[0].device_kind} ({platform.machine()})',
+            'multiplies': hardware()[0],
             'dtype': chosen(self.dtype),
             'versions': {name: version(name) for name in packages},
         }

@@ -45,7 +45,7 @@ def plain_methods(name: str, plain: Method) -> dict[str, Method]:
     model, request = plain.model, plain.request
     fastest = Method(model, dataclasses.replace(request, exact='off'))
     methods = {name: fastest}
-    if request.exact == 'class' or (model.backend.exact and not request.exact):
+    if request.exact == 'class' or (model.backend.exact and request.exact == 'auto'):
         methods[f'{name}, {IN_CLASS}'] = plain
     if model.module.compute is not None and model.backend.float32_may_be_faster:
         mesh = getattr(model.params['norm'].sharding, 'mesh', None)  # None on a single device

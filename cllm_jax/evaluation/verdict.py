@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from cllm_jax.decoding.promise import first_difference, promise
 from cllm_jax.decoding.request import encode_each, row_keys
-from cllm_jax.decoding.result import DecodeResult, share_identical
-from cllm_jax.evaluation.speed import Method
+from cllm_jax.decoding.result import DecodeResult
+from cllm_jax.evaluation.speed import IN_CLASS, Method
 from cllm_jax.hf.load import Model
 
 
@@ -13,6 +13,13 @@ def _shown(model: Model, token: int | None) -> str:
     if token is None:
         return 'no more'
     return str(token) if model.tokenizer is None else repr(model.tokenizer.decode([token]))
+
+
+def judged(is_equal: bool, how: str) -> str:
+    """What answers are called that equal AR's, or do not, under a promise, which may be ''."""
+    if not how:
+        return f'{"IDENTICAL" if is_equal else "DIFFERENT"}, without a guarantee'
+    return f'IDENTICAL by {how}' if is_equal else f'DIFFERENT, although promised by {how} (a fault)'
 
 
 def verdict(
@@ -25,13 +32,16 @@ def verdict(
       plain: what its `reference` gave.
     """
     model, request = drafted.model, drafted.request
-    same = share_identical(result, plain)
-    said = f'{name} and AR agree token for token on {same:.0%} of the prompts'
-    if request.sampling.typical:
+    equal = sum(a == b for a, b in zip(result.tokens, plain.tokens, strict=True))
+    lossy = bool(request.sampling.typical)
+    how, reason = ('', '') if lossy else promise(model, request)
+    ar = "AR by this drafter's program" if request.exact == 'program' else 'AR'
+    ar = f'AR {IN_CLASS}' if how == 'class' else ar
+    counted = f'{equal} of {len(prompts)} prompts ({sum(map(len, result.tokens))} tokens)'
+    said = f'{name} and {ar} agree token for token on {counted}'
+    if lossy:
         return [f'LOSSY: {said}']
-    how, reason = promise(model, request)
-    word = 'IDENTICAL' if same == 1 else 'DIFFERENT'
-    lines = [f'{word} by {how}: {said}' if how else f'{word}, without a guarantee: {said}']
+    lines = [f'{judged(equal == len(prompts), how)}: {said}']
     if not how:
         lines.append(f'({reason}; see docs/exactness.md)')
     keys_B = row_keys(request.seed, range(len(prompts)))

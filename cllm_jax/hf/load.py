@@ -75,12 +75,14 @@ class Model:
     def has_class(self) -> bool:
         """Whether it is known that a token's bits do not depend on how many are computed with it.
 
-        From the table of docs/exactness.md, or because `bench --invariance` has seen it here.
+        From what `bench --invariance` has seen here, else from the table of docs/exactness.md.
         """
         if not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(self.params)):
             return False
-        classed = str(self.products) in backend_of(self.params).classed
-        return classed or read_note(CLASS_NOTE, self.rounding) is True
+        noted = read_note(CLASS_NOTE, self.rounding)
+        if isinstance(noted, bool):
+            return noted
+        return str(self.products) in backend_of(self.params).classed
 
     @property
     def rounding(self) -> dict[str, Any]:

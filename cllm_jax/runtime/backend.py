@@ -18,7 +18,7 @@ import jaxlib
 
 from cllm_jax.errors import ConfigError
 
-Exactness = Literal['', 'class', 'program', 'off']
+Exactness = Literal['auto', 'class', 'program', 'off']
 CLASS_ROWS = 8
 """In the decoding loop of one model (SmolLM2-135M on Zen 4) 1 to 7 rows round alike, and 8 and
 more; elsewhere fewer would do."""
@@ -94,9 +94,9 @@ class Backend:
         Args:
           how: 'class': rows are filled up until their number does not matter. 'program': nothing is
             filled up, and the rows of a batch stay together, so that AR runs what the drafter runs.
-            'off': each at its fastest. '': as it is.
+            'off': each at its fastest. 'auto': as it is.
         """
-        if not how:
+        if how == 'auto':
             return self
         rows = CLASS_ROWS if how == 'class' else 1
         narrowest = None if how == 'program' else self.narrowest

@@ -82,9 +82,9 @@ def in_class(model, *names: str) -> dict[str, bool]:
 
 def broken(model) -> dict[str, bool]:
     """The class with one of its parts taken out."""
-    single = same_bits(with_backend(model, without_a_least_number), '', changed('one node'))
+    single = same_bits(with_backend(model, without_a_least_number), 'auto', changed('one node'))
     some = changed('24 nodes', '64 nodes')
-    return single | same_bits(with_backend(model, without_roundings), '', some)
+    return single | same_bits(with_backend(model, without_roundings), 'auto', some)
 
 
 def by_program(model) -> dict[str, bool]:

@@ -109,11 +109,11 @@ def test_a_class_is_promised_only_where_one_is_known():
         return promise(model, Request(Jacobi(4), exact=exact))[0]
 
     classed = CPU.exactly('class')
-    assert said('', has_class=True, backend=classed) == 'class'
+    assert said('auto', has_class=True, backend=classed) == 'class'
     assert said('class', has_class=True, backend=CPU) == 'class'
     assert said('class', has_class=False, backend=CPU) == ''
     assert said('off', has_class=True, backend=classed) == ''
-    assert said('', has_class=False, backend=CPU) == ''
+    assert said('auto', has_class=False, backend=CPU) == ''
     assert said('program', has_class=False, backend=CPU) == 'program'
 
 
@@ -124,7 +124,7 @@ def test_ways_to_be_exact_replace_each_other():
         for then in ways:
             assert once[first].exactly(then).exact == once[then].exact
             assert once[first].exactly(then).roundings == once[then].roundings
-        assert once[first].exactly('') is once[first]
+        assert once[first].exactly('auto') is once[first]
     assert once['class'].exact and once['class'].exactly('class') == once['class']
     assert once['off'] == CPU and not CPU.exact
 
@@ -144,6 +144,16 @@ def test_every_drafter_s_program_decodes_a_token_at_a_time(name, sampling):
     one = decode_all(MODEL, reference(request, AutoRegressive()), PROMPTS)
     assert {n for accepted in one.accepted for n in accepted} == {1}
     assert one.tokens == decode_all(MODEL, request, PROMPTS).tokens
+
+
+def test_python_asks_for_the_program_and_is_told_what_holds():
+    jacobi = cllm.Jacobi(5)
+    drafted = cllm.decode(MODEL, PROMPTS, jacobi, 12, exact='program')
+    plain = cllm.decode(MODEL, PROMPTS, jacobi, 12, exact='program', commit=1)
+    assert plain.tokens == drafted.tokens and sum(plain.forwards) > sum(drafted.forwards)
+    assert {n for accepted in plain.accepted for n in accepted} == {1}
+    assert cllm.promise(MODEL, jacobi, 'program') == 'program'
+    assert cllm.promise(MODEL) == cllm.promise(MODEL, TREES[0], 'program') == ''
 
 
 def test_a_prompt_attends_to_the_slots_of_its_cache_in_a_class(monkeypatch):
@@ -185,7 +195,7 @@ def test_where_answers_part_and_how_near_they_were():
 
 
 def test_an_unknown_way_is_refused():
-    with pytest.raises(ConfigError, match="exact 'always': must be 'class', 'program' or 'off'"):
+    with pytest.raises(ConfigError, match="exact 'always': must be 'auto', 'class', 'program' or"):
         Request(Jacobi(4), exact='always')
 
 

@@ -55,10 +55,10 @@ def test_ar_is_also_tried_in_float32_where_that_may_be_faster():
 def test_ar_is_timed_at_its_best_and_in_the_class_that_its_text_is_of():
     model = cllm.load('embedded', 'bfloat16')
     for has_class, asked, named in (
-        (True, '', True),
+        (True, 'auto', True),
         (True, 'off', False),
         (True, 'program', False),
-        (False, '', False),
+        (False, 'auto', False),
         (False, 'class', True),
     ):
         other = dataclasses.replace(model)

@@ -29,8 +29,16 @@ def lines(request, has_class=False, other=RESULT):
 @pytest.mark.parametrize(
     ('request_', 'has_class', 'begins'),
     [
-        (Request(Jacobi(4), exact='class'), True, 'IDENTICAL by class: Jacobi and AR agree'),
-        (Request(Jacobi(4), exact='program'), False, 'IDENTICAL by program: '),
+        (
+            Request(Jacobi(4), exact='class'),
+            True,
+            'IDENTICAL by class: Jacobi and AR in its class agree',
+        ),
+        (
+            Request(Jacobi(4), exact='program'),
+            False,
+            "IDENTICAL by program: Jacobi and AR by this drafter's program agree",
+        ),
         (Request(Jacobi(4), exact='class'), False, 'IDENTICAL, without a guarantee: '),
         (Request(Jacobi(4), exact='off'), True, 'IDENTICAL, without a guarantee: '),
         (Request(JacobiTree(6, 2), exact='class'), True, 'IDENTICAL, without a guarantee: '),
@@ -38,7 +46,7 @@ def lines(request, has_class=False, other=RESULT):
 )
 def test_identical_says_by_what(request_, has_class, begins):
     first, *rest = lines(request_, has_class)
-    assert first.startswith(begins) and first.endswith('on 100% of the prompts')
+    assert first.startswith(begins) and first.endswith(' on 3 of 3 prompts (27 tokens)')
     assert len(rest) == ('guarantee' in begins)
     if 'guarantee' in begins:
         assert 'docs/exactness.md' in rest[0]
@@ -49,7 +57,8 @@ def test_a_difference_is_shown_where_it_is():
     tokens[1][4] = (tokens[1][4] + 1) % 29
     other = dataclasses.replace(RESULT, tokens=tokens)
     first, place = lines(Request(Jacobi(4), exact='class'), True, other)
-    assert first == 'DIFFERENT by class: Jacobi and AR agree token for token on 67% of the prompts'
+    assert first.startswith('DIFFERENT, although promised by class (a fault): ')
+    assert first.endswith(' on 2 of 3 prompts (27 tokens)')
     assert place.startswith('first in prompt 2, token 5: AR has ')
     assert place.endswith(' units in the last place of float32 apart')
     tokens[1] = tokens[1][:2]
