@@ -57,7 +57,9 @@ def decoder_of(model: Model, request: Request) -> Decoder:
     """What decodes a request with a model."""
     module = model.module_on(model.backend.exactly(request.exact))
     most = np.int32(request.commit or ENDLESS)
-    return Decoder(module, model.params, request.drafter, stop_ids(model), request.sampling, most)
+    first = np.int32(1 if request.exact == 'program' else ENDLESS)
+    how = (stop_ids(model), request.sampling, most, first)
+    return Decoder(module, model.params, request.drafter, *how)
 
 
 def start(

@@ -44,6 +44,8 @@ class Decoder:
     sampling: Sampling = Sampling()
     most: int | jax.Array = np.int32(np.iinfo(np.int32).max)
     """Most tokens that a forward commits. Traced: AR by a drafter's own program has 1."""
+    first: int | jax.Array = np.int32(np.iinfo(np.int32).max)
+    """And the prefill. With 1 what a draft commits was all computed by the loop, as AR's is."""
 
 
 @struct.dataclass
@@ -82,7 +84,7 @@ class Programs(NamedTuple):
 
 def programs(backend: Backend) -> Programs:
     """`prefill` and `advance` as they are compiled for a backend."""
-    return Programs(*map(bounded, _programs(backend.compiler_options + backend.roundings)))
+    return Programs(*map(bounded, _programs(backend.compiler_options + backend.exact_options)))
 
 
 @functools.cache
@@ -134,7 +136,8 @@ def prefill(
         each_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
         mask_BTS = mask_BTS.at[each_B1, at_BN].set(tree.mask(where, length_B, seen))
     rows = (tokens_BT, positions_BT, mask_BTS, state.cache, jnp.zeros_like(length_B))
-    state = _verify(decoder, state, draft, where, rows, at_BN)
+    first = decoder.replace(most=jnp.minimum(decoder.most, decoder.first))
+    state = _verify(first, state, draft, where, rows, at_BN)
     if not to_the_end:
         return state
     return _finish(functools.partial(advance, decoder, jnp.int32(buffers.steps)), decoder, state)

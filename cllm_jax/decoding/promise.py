@@ -16,6 +16,7 @@ from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.sampling import Sampling, scores
 from cllm_jax.hf.load import Model
 from cllm_jax.model.llama import forward
+from cllm_jax.runtime.backend import MOST_ROWS
 from cllm_jax.runtime.keys import prng_key
 
 BUFFER = 1024
@@ -57,6 +58,8 @@ def promise(model: Model, request: Request) -> tuple[str, str]:
         return '', 'one row may round otherwise than several'
     if how == 'class' and not model.has_class:
         return '', 'no class is known for this dtype and hardware'
+    if how == 'class' and (rows := request.batch * request.drafter.nodes) > MOST_ROWS:
+        return '', f'of the {rows} rows of a forward at most {MOST_ROWS} were looked at'
     return how, ''
 
 

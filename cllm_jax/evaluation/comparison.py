@@ -34,6 +34,7 @@ from cllm_jax.hf.load import Model, load
 from cllm_jax.runs.stages import STAGES, output_of
 from cllm_jax.tasks.quality import share_right
 
+MOST_SLOTS = 1 << 17
 BATCH = 16
 """Prompts per call where batches are compared."""
 
@@ -84,6 +85,8 @@ class BenchConfig(ComparisonConfig):
             self, nodes=1, batches=1, blocks=1, slots=1, **({'parts': 1} if self.parts else {})
         )
         at_least(self, **({'tensor': 1} if self.tensor else {}))
+        if max(self.slots) > MOST_SLOTS:
+            raise ConfigError(f'slots {max(self.slots)}: must be at most {MOST_SLOTS}')
         if self.tensor and (self.random_weights or not self.invariance):
             raise ConfigError('tensor: is compared with --invariance, of a model that is loaded')
         check_seed(self)

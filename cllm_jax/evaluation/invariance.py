@@ -20,6 +20,7 @@ from cllm_jax.decoding.drafter import Draft, Drafter, put, setting, windows
 from cllm_jax.decoding.engine import decode_batch, decoder_of, programs_of
 from cllm_jax.decoding.loop import Buffers
 from cllm_jax.decoding.request import Request, cache_slots, pad_prompts, row_keys
+from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.state import DecodeState
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.evaluation.forward_cost import endless
@@ -29,6 +30,12 @@ from cllm_jax.runtime.backend import Exactness
 
 ANSWER = 48
 """Tokens of the answer that are compared."""
+PROMPT = 40
+"""Tokens of a prompt."""
+TEXTS = 8
+"""Prompts whose answers are compared: what sums hang on shows once in some hundred tokens."""
+VARIED_TEXT = Sampling(2.0)
+"""Answers are sampled: greedy ones to random prompts may repeat a token, which hides faults."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +67,11 @@ class Bits:
     scores: np.ndarray
     prompt_cache: np.ndarray
     answer_cache: np.ndarray
+    forwards: int = 0
+    """That it took."""
 
     def equal_parts(self, other: 'Bits') -> dict[str, bool]:
-        names = (field.name for field in dataclasses.fields(self))
+        names = ('scores', 'prompt_cache', 'answer_cache')
         return {n: bool(np.array_equal(getattr(self, n), getattr(other, n))) for n in names}
 
 
@@ -126,6 +135,7 @@ def setups(
         'prompt width': each('width', WIDTHS),
         'slots of the cache': each('slots', slots),
         'wrong guesses': each('wrong', (0, 1)),
+        'most tokens kept': each('commit', (0, 1, 3)),
         'devices': each('tensor', tensor),
     }
     return {name: some for name, some in varied.items() if some}
@@ -147,8 +157,9 @@ def bits_of(
     script_BS = np.zeros((setup.batch, buffers.slots), np.int32)
     script_BS[setup.place, : size + ANSWER] = [*prompt, *answer]
     drafter = Scripted(jnp.asarray(script_BS), jnp.int32(setup.wrong), setup.nodes)
-    request = Request(drafter, ANSWER, batch=setup.batch, exact=exact, commit=setup.commit)
-    keys = row_keys(0, range(setup.batch))
+    how = {'batch': setup.batch, 'exact': exact, 'commit': setup.commit}
+    request = Request(drafter, ANSWER, VARIED_TEXT, **how)
+    keys = row_keys(0, [0] * setup.batch)  # the noise is that of the answer, in any place
     batch = pad_prompts(prompts, setup.batch, setup.width, ANSWER, keys)
     run = programs_of(model, request).prefill
     state = run(decoder_of(model, request), batch, buffers=buffers, to_the_end=True)
@@ -165,7 +176,19 @@ def _bits(state: DecodeState, setup: Setup, size: int) -> Bits:
     scores_S = np.asarray(state.drafter[1][setup.place])
     end = size + ANSWER
     # The last token of a prompt is the first pending one, and that of an answer is never cached.
-    return Bits(scores_S[size:end], cache_XS[:, : size - 1], cache_XS[:, size - 1 : end - 1])
+    parts = scores_S[size:end], cache_XS[:, : size - 1], cache_XS[:, size - 1 : end - 1]
+    return Bits(*parts, int(state.forwards_B[setup.place]))
+
+
+def texts_of(model: Model, exact: Exactness = 'auto') -> list[tuple[list[int], list[int]]]:
+    """Prompts of tokens by chance, and the answers that AR writes."""
+    texts = []
+    for seed in range(TEXTS):
+        rng = np.random.default_rng(seed)
+        prompt = rng.integers(0, model.config.vocab_size, PROMPT).tolist()
+        request = Request(AutoRegressive(), ANSWER, VARIED_TEXT, batch=1, exact=exact)
+        texts.append((prompt, decode_batch(model, request, [prompt], row_keys(0, [0])).tokens[0]))
+    return texts
 
 
 def probe(
@@ -183,18 +206,15 @@ def probe(
     `classes`, the values that agree with each other in everything.
     """
     models = {devices: endless(model) for devices, model in models.items()}
-    model = models[1]
-    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, 40).tolist()
-    request = Request(AutoRegressive(), ANSWER, batch=1, exact=exact)
-    [answer] = decode_batch(model, request, [prompt], row_keys(0, [0])).tokens
-    seen: dict[Setup, Bits] = {}
+    texts, seen = texts_of(models[1], exact), {}
     found: dict[str, Any] = {}
     for name, some in varied.items():
         for setup in (Setup(), *some):
             if setup not in seen:
-                seen[setup] = bits_of(models[setup.tensor], prompt, answer, setup, exact)
+                model = models[setup.tensor]
+                seen[setup] = [bits_of(model, *text, setup, exact) for text in texts]
             progress(1)
-        rows = {_value(name, s): seen[Setup()].equal_parts(seen[s]) for s in some}
+        rows = {_value(name, s): _equal_parts(seen[Setup()], seen[s]) for s in some}
         found[name] = {'rows': rows, 'classes': _classes(name, some, seen)}
     return found
 
@@ -205,6 +225,7 @@ VARIED = {
     'prompt width': 'width',
     'slots of the cache': 'slots',
     'wrong guesses': 'wrong',
+    'most tokens kept': 'commit',
     'devices': 'tensor',
 }
 
@@ -213,11 +234,16 @@ def _value(name: str, setup: Setup) -> int:
     return getattr(setup, VARIED.get(name, 'batch'))
 
 
-def _classes(name: str, some: list[Setup], seen: dict[Setup, Bits]) -> list[list[int]]:
+def _equal_parts(some: Sequence[Bits], others: Sequence[Bits]) -> dict[str, bool]:
+    each = [one.equal_parts(other) for one, other in zip(some, others, strict=True)]
+    return {name: all(part[name] for part in each) for name in each[0]}
+
+
+def _classes(name: str, some: list[Setup], seen: dict[Setup, list[Bits]]) -> list[list[int]]:
     classes: list[list[Setup]] = []
     for setup in some:
         for known in classes:
-            if all(seen[known[0]].equal_parts(seen[setup]).values()):
+            if all(_equal_parts(seen[known[0]], seen[setup]).values()):
                 known.append(setup)
                 break
         else:

@@ -25,7 +25,7 @@ from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama
 from cllm_jax.runs.checksums import SUMS, sha256
 from cllm_jax.runs.notes import read_note
-from cllm_jax.runtime.backend import ANY, Backend, backend_for, backend_of, hardware
+from cllm_jax.runtime.backend import ANY, Backend, backend_for, backend_of, hardware, machine
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
@@ -57,6 +57,8 @@ class Model:
     """What the user called it."""
     adapter: str = ''
     """Which adapter was merged into which weights, '' for none."""
+    directory: Path | None = dataclasses.field(default=None, repr=False)
+    """Where its files lie, None for a model that has none."""
     lacks: str = ''
     """The package without which its tokenizer cannot be read; token ids can be used without."""
 
@@ -90,7 +92,8 @@ class Model:
         versions = [version(name) for name in ('jax', 'jaxlib', 'cllm_jax')]
         flags = os.environ.get('XLA_FLAGS', '')
         module = repr(self.module_on(ANY))
-        return {'module': module, 'on': list(hardware()), 'versions': versions, 'flags': flags}
+        here = {'on': list(hardware()), 'machine': machine(), 'versions': versions, 'flags': flags}
+        return {'module': module, **here}
 
     @property
     def products(self) -> jnp.dtype:

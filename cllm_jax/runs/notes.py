@@ -15,15 +15,18 @@ from cllm_jax.runs.atomic import write_json
 
 
 def _path(kind: str, facts: Mapping[str, Any]) -> Path:
-    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    cache = Path(os.environ.get('XDG_CACHE_HOME', ''))
+    if not cache.is_absolute():  # to be ignored, says the XDG specification
+        cache = Path.home() / '.cache'
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(cache) / 'cllm_jax' / f'{kind}-{name}.json'
+    return cache / 'cllm_jax' / f'{kind}-{name}.json'
 
 
 def read_note(kind: str, facts: Mapping[str, Any]) -> Any:
     """What was noted of a kind under these facts; None if nothing was."""
     try:
-        found = json.loads(_path(kind, facts).read_text())
+        path = _path(kind, facts)
+        found = json.loads(path.read_text()) if path.is_file() else {}  # a pipe would be waited for
         return found['value'] if found['facts'] == dict(facts) else None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # no home
         return None

@@ -22,17 +22,24 @@ Exactness = Literal['auto', 'class', 'program', 'off']
 CLASS_ROWS = 8
 """In the decoding loop of one model (SmolLM2-135M on Zen 4) 1 to 7 rows round alike, and 8 and
 more; elsewhere fewer would do."""
-AS_WRITTEN = ('xla_allow_excess_precision', False)
-"""Else XLA leaves out roundings to bfloat16 where it fuses what surrounds them, and what it fuses
-hangs on sizes: with 24 rows of the embedded model other roundings are left out than with 16."""
 CLASSED = {('amx_bf16', '0.10'): ('bfloat16',), ('amx_bf16', '0.12'): ('bfloat16',)}
 """Dtypes of products with a class, by what a CPU multiplies bfloat16 with and the jax version."""
+
+MOST_ROWS = 1024
+"""Of a forward, batch times nodes: more were not looked at."""
+HARMLESS = '--xla_force_host_platform_device_count'
+"""Other XLA_FLAGS may compile something else than what was looked at."""
 
 CACHED = 32 << 20
 """Bytes that a CPU's last cache holds. Larger weights come from memory, whose bandwidth the threads
 would have to share, each for its own reading of them (docs/benchmarks.md)."""
 
-NO_YNNPACK = ('xla_cpu_experimental_ynn_fusion_type', '')
+YNNPACK = 'xla_cpu_experimental_ynn_fusion_type'
+SUMS_ALIKE = (YNNPACK, 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT')
+"""YNNPACK multiplies on a CPU, and does nothing else. XLA gives it the sums too, of norms and of
+softmax, where it expects to gain: with 24 rows of the embedded model, not with 16; and it adds up
+in another order, by which a rounding to bfloat16 falls otherwise once in some hundred tokens."""
+NO_YNNPACK = (YNNPACK, '')
 EIGEN = (NO_YNNPACK,) if jaxlib.__version__.startswith('0.10.') else ()
 """Options with which XLA's CPU backend multiplies by Eigen; other jaxlibs may not know them."""
 
@@ -60,6 +67,9 @@ class Backend:
     """Whether one token at a time may decode faster in float32 than in mixed precision. Then both
     are timed: the baseline is AR at its best. On a CPU bfloat16 matrices are half as much to read,
     but are converted before a single row is multiplied with them."""
+    windows: tuple[int, ...] = (16, 32, 64)
+    """Jacobi windows among which the fastest is chosen. On an accelerator a forward with 64 tokens
+    takes hardly longer than with one."""
     weights_in_host_memory: bool = False
     """Whether the weights lie in the memory that NumPy reads, whose bandwidth it can measure."""
     threads: int = 1
@@ -76,6 +86,8 @@ class Backend:
     exact_rows: int = 1
     """Fewest rows of a forward of the decoding loop: 1, or those with which a row's bits depend on
     nothing but the row (`exactly`)."""
+    sums: tuple[tuple[str, Any], ...] = ()
+    """Compiler options without which sums are not taken in one order."""
     classed: tuple[str, ...] = ()
     """Dtypes of products for which that has been seen on this hardware (docs/exactness.md)."""
 
@@ -84,9 +96,9 @@ class Backend:
         return self.exact_rows > 1
 
     @property
-    def roundings(self) -> tuple[tuple[str, Any], ...]:
+    def exact_options(self) -> tuple[tuple[str, Any], ...]:
         """Compiler options without which it is not exact."""
-        return (AS_WRITTEN,) if self.exact else ()
+        return self.sums if self.exact else ()
 
     def exactly(self, how: Exactness) -> 'Backend':
         """The backend under which AR and drafts of any width round alike, see docs/exactness.md.
@@ -120,6 +132,8 @@ CPU = Backend(
     transposes_in_memory=True,
     narrowest=8,
     float32_may_be_faster=True,
+    windows=(8, 16, 32),
+    sums=(SUMS_ALIKE,) if jaxlib.__version__.startswith(('0.10.', '0.12.')) else (),
     weights_in_host_memory=True,
 )
 
@@ -140,7 +154,8 @@ def backend_of(weights: Any) -> Backend:
     backend = backend_for(devices)
     if backend is not CPU:
         return backend
-    backend = dataclasses.replace(CPU, classed=CLASSED.get(hardware(), ()))
+    usual = all(flag.startswith(HARMLESS) for flag in os.environ.get('XLA_FLAGS', '').split())
+    backend = dataclasses.replace(CPU, classed=CLASSED.get(hardware(), ()) if usual else ())
     small = 4 * sum(leaf.size for leaf in leaves) <= CACHED
     if len(devices) > 1 or not leaves or not small:
         return backend
@@ -163,6 +178,20 @@ def hardware() -> tuple[str, str]:
         known = []
     best = next((name for name in ('amx_bf16', 'avx512_bf16') if name in known), '')
     return best, version
+
+
+@functools.cache
+def machine() -> list[Any]:
+    """What the time of a forward hangs on besides: the kind of device, their number, the cores."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    if devices[0].platform == 'cpu':
+        try:
+            lines = Path('/proc/cpuinfo').read_text().splitlines()
+            kind = next((line for line in lines if line.startswith('model name')), kind)
+        except OSError:
+            pass
+    return [kind, len(devices), cores()]
 
 
 def cores() -> int:

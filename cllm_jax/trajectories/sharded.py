@@ -126,7 +126,7 @@ def _on_rows(function: Callable, module: Llama, mesh: Mesh) -> Callable:
     specs = {'in_specs': (everything, everything, data, data), 'out_specs': data}
     # What shares a model is left to the compiler.
     own_rows = jax.shard_map(function, mesh=mesh, **specs, axis_names={'data'}, check_vma=False)
-    return jax.jit(own_rows, compiler_options=dict(module.backend.roundings))
+    return jax.jit(own_rows, compiler_options=dict(module.backend.exact_options))
 
 
 def _blocks(model: Model, sequences, cache, answers, block: int, width: int):

@@ -28,7 +28,8 @@ from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.prompt_lookup import PromptLookup
 from cllm_jax.errors import ConfigError
 from cllm_jax.model.llama import forward
-from cllm_jax.runtime.backend import CPU
+from cllm_jax.runtime import backend
+from cllm_jax.runtime.backend import CPU, backend_of
 from tests.drafters.examples import DRAFTERS, with_random_weights
 from tests.tiny import ragged_prompts, random_model, tiny_config
 
@@ -70,7 +71,7 @@ def test_in_a_class_bits_depend_on_nothing_but_the_row(found, dtype):
 
 @pytest.mark.slow
 def test_each_part_of_the_class_is_needed(found):
-    """Single rows come back; roundings to bfloat16 may be left out."""
+    """Single rows come back; sums are taken in any order."""
     if found['bfloat16']['promise'] != 'class':
         pytest.skip('docs/exactness.md has no class for this hardware and jax version')
     parts = found['broken']
@@ -117,13 +118,35 @@ def test_a_class_is_promised_only_where_one_is_known():
     assert said('program', has_class=False, backend=CPU) == 'program'
 
 
+def test_a_class_is_promised_for_as_many_rows_as_were_looked_at():
+    model = dataclasses.replace(MODEL)
+    vars(model)['has_class'] = True
+    for batch, holds in ((64, True), (65, False)):
+        how, reason = promise(model, Request(Jacobi(16), batch=batch, exact='class'))
+        assert (how == 'class') == holds == ('1040 rows' not in reason)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'holds'),
+    [
+        ('', True),
+        ('--xla_force_host_platform_device_count=4', True),
+        ('--xla_cpu_enable_fast_math=true', False),
+    ],
+)
+def test_the_table_is_of_the_usual_flags(flags, holds, monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', flags)
+    monkeypatch.setattr(backend, 'hardware', lambda: ('amx_bf16', '0.10'))
+    assert backend_of(MODEL.params).classed == (('bfloat16',) if holds else ())
+
+
 def test_ways_to_be_exact_replace_each_other():
     ways = ('class', 'program', 'off')
     once = {how: CPU.exactly(how) for how in ways}
     for first in ways:
         for then in ways:
             assert once[first].exactly(then).exact == once[then].exact
-            assert once[first].exactly(then).roundings == once[then].roundings
+            assert once[first].exactly(then).exact_options == once[then].exact_options
         assert once[first].exactly('auto') is once[first]
     assert once['class'].exact and once['class'].exactly('class') == once['class']
     assert once['off'] == CPU and not CPU.exact

@@ -29,8 +29,8 @@ PROMPT = np.random.default_rng(2).integers(0, 29, 9).tolist()
 @pytest.fixture(scope='module')
 def answer():
     model = dataclasses.replace(MODEL, config=dataclasses.replace(MODEL.config, eos_ids=()))
-    [tokens] = decode_all(model, Request(AutoRegressive(), invariance.ANSWER), [PROMPT]).tokens
-    return tokens
+    request = Request(AutoRegressive(), invariance.ANSWER, invariance.VARIED_TEXT)
+    return decode_all(model, request, [PROMPT]).tokens[0]
 
 
 def test_a_checksum_sees_every_bit_and_every_place():
@@ -52,6 +52,7 @@ def test_bits_are_of_the_positions_and_of_nothing_else(answer):
     assert one.scores.shape == (invariance.ANSWER,) and (one.scores != 0).all()
     assert one.prompt_cache.shape == (4, len(PROMPT) - 1)
     assert one.answer_cache.shape == (4, invariance.ANSWER)
+    assert one.forwards == invariance.ANSWER // 4
     assert all(one.equal_parts(bits_of(MODEL, PROMPT, answer, Setup(nodes=4))).values())
     other = bits_of(MODEL, [*PROMPT[:-2], PROMPT[-2] ^ 1, PROMPT[-1]], answer, Setup(nodes=4))
     assert not any(one.equal_parts(other).values())
@@ -78,7 +79,9 @@ def test_what_rounds_otherwise_is_found_and_nothing_else(answer, monkeypatch):
         MODEL, config=dataclasses.replace(MODEL.config, max_positions=255)
     )
     single, several = (bits_of(renamed, PROMPT, answer, Setup(nodes=n)) for n in (1, 4))
-    assert several.equal_parts(usual[1]) == dict.fromkeys(vars(several), True)
+    assert several.equal_parts(usual[1]) == dict.fromkeys(
+        ('scores', 'prompt_cache', 'answer_cache'), True
+    )
     assert not single.equal_parts(several)['scores']
 
 

@@ -37,6 +37,20 @@ def test_without_a_place_for_notes_there_are_none(cache, monkeypatch):
     assert write_note('class', FACTS, True) is None and read_note('class', FACTS) is None
 
 
+def test_what_is_not_a_file_is_not_read(cache):
+    """A pipe would be waited for."""
+    path = write_note('class', FACTS, True)
+    path.unlink()
+    os.mkfifo(path)
+    assert read_note('class', FACTS) is None
+
+
+def test_a_relative_place_is_ignored(cache, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', 'here')
+    monkeypatch.setenv('HOME', str(cache))
+    assert write_note('class', FACTS, 1).parent == cache / '.cache' / 'cllm_jax'
+
+
 def test_without_the_variable_they_lie_in_the_cache_of_the_user(cache, monkeypatch):
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', str(cache))
