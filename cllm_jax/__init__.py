@@ -31,6 +31,7 @@ from cllm_jax.drafters.open import own_drafter
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
 from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.errors import CllmError, ConfigError, DataError
+from cllm_jax.evaluation.window import choose, learn
 from cllm_jax.hf.load import Model, load
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import forward as _plain_forward
@@ -104,8 +105,11 @@ def decode(
     """
     sampling = Sampling(temperature, top_k, top_p, typical)
     how = (max_tokens, sampling, seed, _stops(stop), batch, trace, exact, commit)
-    request = Request(drafter or Jacobi(), *how)
-    return decode_all(model, request, prompts)
+    asked = Request(drafter or Jacobi(), *how)
+    request = choose(model, asked, prompts).request
+    result = decode_all(model, request, prompts)
+    learn(model, asked, request, result)
+    return result
 
 
 def promise(model: Model, drafter: Drafter | None = None, exact: Exactness = 'auto') -> str:
@@ -125,7 +129,8 @@ def stream(
     chosen = {f.name for f in dataclasses.fields(Sampling)} & options.keys()
     sampling = Sampling(**{name: options.pop(name) for name in chosen})
     options['stop'] = _stops(options.get('stop', ()))
-    return _stream(model, Request(drafter or Jacobi(), sampling=sampling, **options), prompt)
+    request = Request(drafter or Jacobi(), sampling=sampling, **options)
+    return _stream(model, choose(model, request, [prompt], sample=False).request, prompt)
 
 
 def load_drafter(model: Model, directory: str) -> Drafter:

@@ -32,6 +32,7 @@ from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.bandwidth import bytes_per_token, memory_bandwidth, weight_bytes
 from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
 from cllm_jax.evaluation.verdict import verdict
+from cllm_jax.evaluation.window import choose, learn
 from cllm_jax.hf.load import MIXED, Model, Precision, load, mixed, peek, storage
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache
@@ -214,7 +215,11 @@ def run() -> None:
     model = load(settings.model, settings.dtype, mesh)
     console.opened(model)
     drafter = open_drafter(settings, model, settings.dtype, mesh)
-    drafted = Method(model, dataclasses.replace(request, drafter=drafter, sampling=sampling))
+    asked = dataclasses.replace(request, drafter=drafter, sampling=sampling)
+    choice = choose(model, asked, prompts, sample=not settings.stream)
+    if choice.why:
+        console.note(choice.why)
+    drafted = Method(model, choice.request)
     if sampling.typical:
         console.note('LOSSY: with typical acceptance answers are not those of AR')
     if settings.stream:
@@ -224,6 +229,7 @@ def run() -> None:
         return
     name = settings.drafter_title
     result = decode_many(console, name, drafted, prompts)
+    learn(model, asked, drafted.request, result)
     if settings.output:
         write_answers(Path(settings.output), prompts, result)
         console.note(f'{settings.output}: {len(prompts)} answers')

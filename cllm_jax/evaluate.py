@@ -29,6 +29,7 @@ from cllm_jax.errors import at_least, check_seed
 from cllm_jax.evaluation.settings import ComparisonConfig
 from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
 from cllm_jax.evaluation.verdict import judged
+from cllm_jax.evaluation.window import FIRST, choose, learn
 from cllm_jax.hf.load import chosen, load, with_tokenizer
 from cllm_jax.runs.atomic import write_json
 from cllm_jax.runs.stages import output_of
@@ -104,15 +105,21 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     console.dropped(source)
     ar = Request(AutoRegressive(), settings.max_tokens, batch=settings.batch, exact=settings.exact)
     plain, own = Method(target, ar), Method(cllm, ar)
+    asked = own.with_drafter(open_drafter(settings, cllm, dtype, mesh))
+    choice = choose(cllm, asked.request, [row.prompt for row in source.rows])
+    if choice.why:
+        console.note(choice.why)
+    block = getattr(choice.request.drafter, 'block', FIRST)
     methods = {
         'target AR': plain,
-        'target Jacobi': plain.with_drafter(Jacobi(settings.block, settings.mode)),
+        'target Jacobi': plain.with_drafter(Jacobi(block, settings.mode)),
         'CLLM AR': Method(cllm, dataclasses.replace(ar, exact='off')),
-        'CLLM Jacobi': own.with_drafter(open_drafter(settings, cllm, dtype, mesh)),
+        'CLLM Jacobi': Method(cllm, choice.request),
     }
     results, speed, base = measure(settings, source, methods, console)
     forward = {key: tokens_per_forward(result) for key, result in results.items()}
     jacobi = results['CLLM Jacobi']
+    learn(cllm, asked.request, choice.request, jacobi)
     return {
         'task': source.name,
         'n': len(source),
@@ -140,6 +147,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'repetitive': sum(map(is_repetitive, jacobi.tokens)) / len(source),
         'mean_tokens': sum(map(len, jacobi.tokens)) / len(source),
         **{f.name: getattr(settings, f.name) for f in dataclasses.fields(DrafterConfig)},
+        'block': block,
         'timed': min(settings.timed, len(source)),
         'models': {'cllm': cllm.title, 'target': target.title},
         'tensor': settings.tensor,

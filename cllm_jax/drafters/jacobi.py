@@ -19,6 +19,8 @@ from cllm_jax.errors import ConfigError
 from cllm_jax.model.llama import take_rows
 
 MAX_BLOCK = 1024
+AUTO = 'auto'
+"""A window that is still to be chosen (`evaluation/window.py`)."""
 GUESSES = 2**32 - 1
 """Folded into a row's key for its guesses; sampling noise folds in positions, which are smaller."""
 CHAIN = 8
@@ -48,19 +50,23 @@ class Jacobi(Drafter):
     the newest gives a chain, what the model had said there after its first mention of the pending
     token, and all are verified in the same forward as the window.
 
+    With `block='auto'` the window is chosen that is expected to decode fastest, AR among them.
+
     `lookup` tries one more chain, what followed the last time in the prompt or the answer: a model
     guesses that something will be quoted sooner than which of its tokens comes at which place.
     """
 
-    block: int = setting(16)
+    block: int | Literal['auto'] = setting(16)
     mode: Literal['sliding', 'block'] = setting('sliding')
     recycle: int = setting(0)
     lookup: bool = setting(False)
     title = 'Jacobi'
 
     def __post_init__(self):
-        if not isinstance(self.block, int | np.integer) or not 1 <= self.block <= MAX_BLOCK:
-            raise ConfigError(f'block {self.block}: must be 1 (autoregressive) to {MAX_BLOCK}')
+        is_number = isinstance(self.block, int | np.integer)
+        if self.block != AUTO and not (is_number and 1 <= self.block <= MAX_BLOCK):
+            rule = f"must be 1 (autoregressive) to {MAX_BLOCK}, or 'auto'"
+            raise ConfigError(f'block {self.block}: {rule}')
         if self.mode not in ('sliding', 'block'):
             raise ConfigError(f"mode {self.mode!r}: must be 'sliding' or 'block'")
         if self.recycle < 0 or (self.recycle and self.block == 1):
@@ -71,6 +77,8 @@ class Jacobi(Drafter):
 
     @property
     def nodes(self) -> int:
+        if self.block == AUTO:
+            raise ConfigError("block 'auto': only decoding and evaluation choose it; give a number")
         return self.block + self._chains * self._length
 
     @property

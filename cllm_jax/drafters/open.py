@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.drafters.checkpoint import read_drafter
 from cllm_jax.drafters.draft_model import draft_model
-from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.jacobi import AUTO, Jacobi
 from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
@@ -23,21 +23,22 @@ def open_drafter(
     Raises ConfigError if there is none or it does not fit the model, DataError for damaged files.
     """
     config.check_drafter()
+    size = {} if config.block == AUTO else {'block': config.block}
     name, _, directory = config.drafter.partition(':')
     if name in TRAINED:
         path = Path(directory).expanduser() if directory else own_drafter(model, name)
         return read_drafter(path, model, name)
     if name == 'model':
-        return draft_model(model, load(directory, dtype, mesh), config.block)
+        return draft_model(model, load(directory, dtype, mesh), **size)
     if name == 'lookup' and config.reference:
         texts = [Path(path).read_text('utf-8', errors='replace') for path in config.reference]
-        return with_references(model, texts, config.block)
+        return with_references(model, texts, **size)
     if name == 'lookup':
-        return PromptLookup(config.block)
+        return PromptLookup(**size)
     if name == 'lookahead':
-        return Lookahead(block=config.block)
+        return Lookahead(**size)
     if config.branches:
-        return JacobiTree(config.block, config.branches)
+        return JacobiTree(branches=config.branches, **size)
     if name == 'jacobi':
         return Jacobi(config.block, config.mode, config.recycle, config.lookup)
     return DRAFTERS[name]()

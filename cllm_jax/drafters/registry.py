@@ -59,8 +59,9 @@ class DrafterConfig:
     or NAME where it was trained with the model or lies next to it."""
     reference: tuple[str, ...] = ()
     """With drafter lookup: text files that answers may quote (LLMA)."""
-    block: int = 16
-    """Tokens of the window or guess (n)."""
+    block: int | Literal['auto'] = 16
+    """Tokens of the window or guess (n). auto: of Jacobi what is fastest on this machine, one token
+    per forward if no window is; of others their own."""
     mode: Literal['sliding', 'block'] = 'sliding'
     """Keep the window full, or let each block converge before the next (the paper's schedule)."""
     recycle: int = 0

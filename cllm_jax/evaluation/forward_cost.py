@@ -82,7 +82,7 @@ def costs(
     seconds: dict[int, list[tuple[float, float]]] = {n: [] for n in nodes}
     for _ in range(repeats + 1):
         for n, request in requests.items():
-            seconds[n].append(_once(model, request, prompts))
+            seconds[n].append(time_once(model, request, prompts))
             progress(1)
     found = {}
     for n, ((first_prefill, first_loop), *rest) in seconds.items():
@@ -91,12 +91,15 @@ def costs(
     return found
 
 
-def _once(model: Model, request: Request, prompts: list[list[int]]) -> tuple[float, float]:
+def time_once(
+    model: Model, request: Request, prompts: list[list[int]], forwards: int = ITERATIONS
+) -> tuple[float, float]:
+    """Seconds of the prefill, and of so many forwards after it."""
     keys = row_keys(0, range(len(prompts)))
     begin = time.perf_counter()
     state = jax.block_until_ready(start(model, request, prompts, keys))
     middle = time.perf_counter()
-    state = jax.block_until_ready(run_until(model, request, state, ITERATIONS + 1))
+    state = jax.block_until_ready(run_until(model, request, state, forwards + 1))
     end = time.perf_counter()
-    assert int(state.iteration) == ITERATIONS + 1
+    assert int(state.iteration) == forwards + 1
     return middle - begin, end - middle

@@ -58,7 +58,7 @@ class Model:
     adapter: str = ''
     """Which adapter was merged into which weights, '' for none."""
     directory: Path | None = dataclasses.field(default=None, repr=False)
-    """Where its files lie, None for a model that has none."""
+    """Where its files lie, None if nowhere."""
     lacks: str = ''
     """The package without which its tokenizer cannot be read; token ids can be used without."""
 
@@ -81,8 +81,7 @@ class Model:
         """
         if not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(self.params)):
             return False
-        noted = read_note(CLASS_NOTE, self.rounding)
-        if isinstance(noted, bool):
+        if isinstance(noted := read_note(CLASS_NOTE, self.rounding), bool):
             return noted
         return str(self.products) in backend_of(self.params).classed
 
@@ -90,8 +89,7 @@ class Model:
     def rounding(self) -> dict[str, Any]:
         """All that the rounding of its forwards hangs on: sizes, dtypes, hardware and versions."""
         versions = [version(name) for name in ('jax', 'jaxlib', 'cllm_jax')]
-        flags = os.environ.get('XLA_FLAGS', '')
-        module = repr(self.module_on(ANY))
+        module, flags = repr(self.module_on(ANY)), os.environ.get('XLA_FLAGS', '')
         here = {'on': list(hardware()), 'machine': machine(), 'versions': versions, 'flags': flags}
         return {'module': module, **here}
 
@@ -264,10 +262,9 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
     if adapter is not None:
         into = base if base == directory else one_line(adapter.base)
         merged = f'{adapter.title} merged into {into}'
-    home = _home_of_tokenizer(directory)
-    lacks = lacks_package(home)
+    lacks = lacks_package(home := _home_of_tokenizer(directory))
     tokenizer = None if lacks else read_tokenizer(home)
-    return Model(config, params, tokenizer, name, merged, lacks)
+    return Model(config, params, tokenizer, name, merged, directory, lacks)
 
 
 def with_tokenizer(
