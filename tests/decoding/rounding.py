@@ -20,20 +20,18 @@ from cllm_jax.evaluation.forward_cost import endless
 from cllm_jax.evaluation.invariance import ANSWER, Setup, bits_of, texts_of
 from cllm_jax.runtime.backend import Backend
 
+TEXTS = 4
+"""Without the class's order of sums, two of these differ from others."""
 FIRST = Setup()
 CHANGED = {
     'one node': {'nodes': 1},
-    'two nodes': {'nodes': 2},
     '24 nodes': {'nodes': 24},
     '64 nodes': {'nodes': 64},
     'worst guesses': {'wrong': 1},
-    'worst guesses of 64 nodes': {'nodes': 64, 'wrong': 1},
     'in a batch': {'batch': 4},
     'in a batch, rolled': {'batch': 4, 'place': 3},
-    'AR in a batch that shrinks': {'batch': 16, 'nodes': 1, 'place': 9},
     'wider prompts': {'width': 160},
     'longer cache': {'slots': 1024},
-    'one token by the program': {'commit': 1},
 }
 
 
@@ -53,7 +51,7 @@ def with_any_sums(backend: Backend) -> Backend:
 
 def same_bits(model, exact: str, some: dict[str, Setup]) -> dict[str, bool]:
     """Which setups compute the bits of the first, which accepts most of what it drafts."""
-    texts = texts_of(model, exact)
+    texts = texts_of(model, exact)[:TEXTS]
     found = {
         name: [bits_of(model, *text, setup, exact) for text in texts]
         for name, setup in some.items()
@@ -78,18 +76,15 @@ def in_class(model, *names: str) -> dict[str, bool]:
 def broken(model) -> dict[str, bool]:
     """The class with one of its parts taken out."""
     single = same_bits(with_backend(model, without_a_least_number), 'auto', changed('one node'))
-    some = changed('24 nodes', '64 nodes')
-    return single | same_bits(with_backend(model, with_any_sums), 'auto', some)
+    more = changed('24 nodes')
+    return single | same_bits(with_backend(model, with_any_sums), 'auto', more)
 
 
 def by_program(model) -> dict[str, bool]:
-    """AR by the program of a draft; in a batch too, at another place, with other neighbours."""
-    name, found = 'one token by the program', {}
-    for nodes, batch, place in ((16, 1, 0), (7, 1, 0), (16, 4, 2)):
-        first = dataclasses.replace(FIRST, nodes=nodes, batch=batch, place=place)
-        both = {'': first, f'{name}, {nodes}, {batch}': dataclasses.replace(first, commit=1)}
-        found |= same_bits(model, 'program', both)
-    return found
+    """AR by the program of a draft, in a batch, whose size is no multiple of anything."""
+    first = Setup(nodes=7, batch=4, place=2)
+    one = dataclasses.replace(first, commit=1)
+    return same_bits(model, 'program', {'': first, 'one token by the program': one})
 
 
 def programs_compiled(model, prompts: list[str]) -> list[int]:
@@ -102,28 +97,24 @@ def programs_compiled(model, prompts: list[str]) -> list[int]:
     return counts
 
 
-def answers(model, prompts: list[str]) -> dict[str, bool]:
-    """Whether whole answers are AR's: greedy and sampled, in batches that are refilled."""
-    found = {}
-    for temperature in (0.0, 0.8):
-        request = Request(Jacobi(16), 40, Sampling(temperature), batch=4, exact='class')
-        plain = dataclasses.replace(reference(request, AutoRegressive()), batch=1)
-        both = [decode_all(model, asked, prompts).tokens for asked in (request, plain)]
-        found[f'temperature {temperature}'] = both[0] == both[1]
-    return found
+def answers(model, prompts: list[str]) -> bool:
+    """Whether whole answers are AR's: sampled, in a batch that is refilled."""
+    request = Request(Jacobi(16), 40, Sampling(0.8), batch=4, exact='class')
+    plain = dataclasses.replace(reference(request, AutoRegressive()), batch=1)
+    drafted, written = (decode_all(model, asked, prompts).tokens for asked in (request, plain))
+    return drafted == written
 
 
 def main() -> None:
     rows = open_source('sql+arithmetic', split='heldout', limit=8).rows
     prompts, found = [row.prompt for row in rows], {}
     models = {d: endless(cllm.load('embedded', d)) for d in ('float32', 'bfloat16', 'mixed')}
-    everything = [name for name in CHANGED if name != 'one token by the program']
-    some = ('one node', '64 nodes', 'in a batch')
+    some = ('one node', '64 nodes')
     for dtype, model in models.items():
         found[dtype] = {'program': by_program(model)} if dtype != 'mixed' else {}
         if dtype == 'float32':
             continue
-        names = everything if dtype == 'bfloat16' else some
+        names = CHANGED if dtype == 'bfloat16' else some
         found[dtype] |= {'promise': promise(model, Request(Jacobi(16), exact='class'))[0]}
         found[dtype] |= {'class': in_class(model, *names)}
     found['broken'] = broken(models['bfloat16'])
