@@ -22,7 +22,7 @@ from cllm_jax.decoding.promise import promise, reference
 from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
 from cllm_jax.drafters.autoregressive import AutoRegressive
-from cllm_jax.drafters.jacobi import Jacobi
+from cllm_jax.drafters.jacobi import AUTO, Jacobi
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import at_least, check_seed
@@ -109,7 +109,8 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
     choice = choose(cllm, asked.request, [row.prompt for row in source.rows])
     if choice.why:
         console.note(choice.why)
-    block = getattr(choice.request.drafter, 'block', FIRST)
+    chosen_block = getattr(choice.request.drafter, 'block', FIRST)
+    block = chosen_block if settings.block == AUTO else settings.block
     methods = {
         'target AR': plain,
         'target Jacobi': plain.with_drafter(Jacobi(block, settings.mode)),
