@@ -168,10 +168,7 @@ def learn(model: Model, asked: Request, request: Request, result: DecodeResult) 
     """
     if not is_open(asked) or not isinstance(request.drafter, Jacobi):
         return {}
-    window, seen = (
-        request.drafter.block,
-        {n: [*counts] for n, counts in known(model, asked).items()},
-    )
+    window, seen = request.drafter.block, dict(known(model, asked))
     before, new = seen.get(window, [0] * window), accepted(result, window)
     share = 1 if sum(before) < ENOUGH else 2
     seen[window] = [a // share + b for a, b in zip(before, new, strict=True)]
