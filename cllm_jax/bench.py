@@ -26,7 +26,7 @@ from cllm_jax.data.sources import Source, open_source
 from cllm_jax.evaluation.bandwidth import bytes_per_token, memory_bandwidth
 from cllm_jax.evaluation.comparison import BATCH, BenchConfig, compare_methods
 from cllm_jax.evaluation.forward_cost import costs
-from cllm_jax.evaluation.invariance import one_class, probe, setups
+from cllm_jax.evaluation.invariance import BETWEEN, one_class, probe, setups
 from cllm_jax.evaluation.profile import milliseconds_by_part
 from cllm_jax.evaluation.throughput import collection_speed
 from cllm_jax.hf.config import read_config
@@ -84,7 +84,10 @@ def invariance(settings: BenchConfig, model: Model, console: Console) -> dict[st
     Whether all do in a class is noted, and decides from then on whether 'class' is the default of
     this model on this machine.
     """
-    varied = setups(settings.nodes, settings.batches, settings.slots, settings.tensor)
+    names = ('nodes', 'batches', 'slots')
+    whole = all(set(getattr(BenchConfig, n)) <= set(getattr(settings, n)) for n in names)
+    nodes = sorted({*settings.nodes, *BETWEEN}) if whole else settings.nodes
+    varied = setups(nodes, settings.batches, settings.slots, settings.tensor)
     models = {1: model} | {
         devices: load(settings.model, settings.dtype, tensor_mesh(devices))
         for devices in settings.tensor
@@ -95,8 +98,6 @@ def invariance(settings: BenchConfig, model: Model, console: Console) -> dict[st
         exact = 'class' if model.products == jnp.bfloat16 else 'off'
     with console.progress('probing', sum(1 + len(some) for some in varied.values())) as bar:
         found = probe(models, varied, exact, bar)
-    names = ('nodes', 'batches', 'slots')
-    whole = all(set(getattr(BenchConfig, n)) <= set(getattr(settings, n)) for n in names)
     noted = None
     if whole and exact == 'class':
         noted = write_note(CLASS_NOTE, model.rounding, one_class(found))

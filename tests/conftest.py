@@ -61,6 +61,17 @@ def usual_signals():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """Programs are dropped between tests, never in the middle of one that counts them."""
+    from cllm_jax.runtime.programs import MOST
+    from tests.tiny import compiled
+
+    for run in compiled():
+        if run._cache_size() > MOST // 2:
+            run.clear_cache()
+
+
 def pytest_unconfigure():
     shutil.rmtree(NOTES, ignore_errors=True)
     if OWN_CACHE:

@@ -16,7 +16,7 @@ from cllm_jax.evaluation.forward_cost import Cost
 from cllm_jax.evaluation.speed import Method
 from cllm_jax.hf import load
 from cllm_jax.hf.config import config_json, read_config
-from cllm_jax.runtime.backend import CPU
+from cllm_jax.runtime.backend import CPU, Class
 from tests.tiny import model_directory, random_model, tiny_config
 
 MODEL = random_model()
@@ -108,7 +108,8 @@ def test_what_a_probe_has_seen_decides_the_default_from_then_on(is_one, tmp_path
     rows = {n: dict.fromkeys(('scores', 'prompt', 'answer'), is_one or n == 1) for n in (1, 4)}
     found = {'nodes': {'rows': rows, 'classes': classes}}
     monkeypatch.setattr(bench, 'probe', lambda *arguments: found)
-    known = dataclasses.replace(CPU, classed=() if is_one else ('float32',))
+    seen = Class(dtypes=() if is_one else ('float32',))
+    known = dataclasses.replace(CPU, rounding_class=seen)
     monkeypatch.setattr(load, 'backend_of', lambda params: known)
     settings, console = BenchConfig(exact='class'), Console()
 

@@ -170,6 +170,10 @@ def ragged_prompts(seed: int, lengths: Sequence[int], vocab: int = 29) -> list[l
 
 def compilations() -> int:
     """How often the functions that decode have been compiled, with whichever compiler options."""
+    return sum(run._cache_size() for run in compiled())
+
+
+def compiled() -> set:
+    """The functions that decode, as they are compiled with whichever compiler options."""
     backends = CPU, dataclasses.replace(CPU, compiler_options=EIGEN)
-    compiled = {run for backend in backends for run in programs(backend)}
-    return sum(run._cache_size() for run in (*compiled, grow, replace_rows))
+    return {run for backend in backends for run in programs(backend)} | {grow, replace_rows}

@@ -110,6 +110,8 @@ def checksum(x: jax.Array) -> jax.Array:
     return (mixed * weight.reshape((1,) * (x.ndim - 1) + (-1,))).sum(axis=-1, dtype=jnp.uint32)
 
 
+BETWEEN = (3, 5, 6, 7, 24)
+"""Nodes between the powers of two, where kernels for few rows end."""
 WIDTHS = (48, 64, 80, 96, 112, 160, 256)
 
 

@@ -83,7 +83,7 @@ class Model:
             return False
         if isinstance(noted := read_note(CLASS_NOTE, self.rounding), bool):
             return noted
-        return str(self.products) in backend_of(self.params).classed
+        return str(self.products) in backend_of(self.params).rounding_class.dtypes
 
     @property
     def rounding(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Model:
         versions = [version(name) for name in ('jax', 'jaxlib', 'cllm_jax')]
         module, flags = repr(self.module_on(ANY)), os.environ.get('XLA_FLAGS', '')
         here = {'on': list(hardware()), 'machine': machine(), 'versions': versions, 'flags': flags}
-        return {'module': module, **here}
+        return {'module': module, 'class': repr(backend_of(self.params).rounding_class), **here}
 
     @property
     def products(self) -> jnp.dtype:

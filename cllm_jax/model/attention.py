@@ -33,7 +33,7 @@ def attend(
     query without a visible key (padding) averages all values; its result is never used.
     """
     asked, heads = q_BTNH.shape[1:3]
-    least = -(-backend.exact_rows * math.prod(k_KBSH.shape[:-2]) // (heads * len(q_BTNH)))
+    least = -(-backend.exact_queries * math.prod(k_KBSH.shape[:-2]) // (heads * len(q_BTNH)))
     q_BTNH, mask_BTS = (filled_up(x, 1, least) for x in (q_BTNH, mask_BTS))
     batch, queries, _, width = q_BTNH.shape
     groups = math.prod(k_KBSH.shape[:-2]) // batch

@@ -19,12 +19,6 @@ import jaxlib
 from cllm_jax.errors import ConfigError
 
 Exactness = Literal['auto', 'class', 'program', 'off']
-CLASS_ROWS = 8
-"""In the decoding loop of one model (SmolLM2-135M on Zen 4) 1 to 7 rows round alike, and 8 and
-more; elsewhere fewer would do."""
-CLASSED = {('amx_bf16', '0.10'): ('bfloat16',), ('amx_bf16', '0.12'): ('bfloat16',)}
-"""Dtypes of products with a class, by what a CPU multiplies bfloat16 with and the jax version."""
-
 MOST_ROWS = 1024
 """Of a forward, batch times nodes: more were not looked at."""
 HARMLESS = '--xla_force_host_platform_device_count'
@@ -42,6 +36,29 @@ in another order, by which a rounding to bfloat16 falls otherwise once in some h
 NO_YNNPACK = (YNNPACK, '')
 EIGEN = (NO_YNNPACK,) if jaxlib.__version__.startswith('0.10.') else ()
 """Options with which XLA's CPU backend multiplies by Eigen; other jaxlibs may not know them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Class:
+    """With how many rows a forward of the decoding loop rounds each of them as it rounds more.
+
+    The defaults were enough wherever it was looked: for SmolLM2-135M on Zen 4, 1 to 7 nodes round
+    alike, and 8 and more do.
+    """
+
+    rows: int = 8
+    """Fewest rows of a forward, batch times nodes."""
+    queries: int = 8
+    """Fewest queries of a head of keys."""
+    dtypes: tuple[str, ...] = ()
+    """Dtypes of products for which that has been seen on this hardware (docs/exactness.md)."""
+
+
+CLASSED = {
+    ('amx_bf16', '0.10'): Class(4, 8, ('bfloat16',)),
+    ('amx_bf16', '0.12'): Class(2, 2, ('bfloat16',)),
+}
+"""By what a CPU multiplies bfloat16 with and the jax version."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +99,16 @@ class Backend:
     fast_rows: int = 1
     """Fewest rows that a bfloat16 product has when it is fastest; fewer are filled up with copies.
     XLA's CPU backend multiplies a single row by a loop of its own, on Zen 4 nine times as slow as
-    two rows; on AMX all of AR is a tenth slower by it (docs/exactness.md)."""
+    two rows; on AMX it hardly matters (docs/exactness.md)."""
     exact_rows: int = 1
     """Fewest rows of a forward of the decoding loop: 1, or those with which a row's bits depend on
     nothing but the row (`exactly`)."""
+    exact_queries: int = 1
+    """The same for the queries of a head of keys."""
+    rounding_class: Class = Class()
+    """Those two numbers of the class here, and what they have been seen for."""
     sums: tuple[tuple[str, Any], ...] = ()
     """Compiler options without which sums are not taken in one order."""
-    classed: tuple[str, ...] = ()
-    """Dtypes of products for which that has been seen on this hardware (docs/exactness.md)."""
 
     @property
     def exact(self) -> bool:
@@ -110,9 +129,11 @@ class Backend:
         """
         if how == 'auto':
             return self
-        rows = CLASS_ROWS if how == 'class' else 1
+        least = self.rounding_class if how == 'class' else Class(1, 1)
         narrowest = None if how == 'program' else self.narrowest
-        return dataclasses.replace(self, exact_rows=rows, narrowest=narrowest)
+        return dataclasses.replace(
+            self, exact_rows=least.rows, exact_queries=least.queries, narrowest=narrowest
+        )
 
     def cache_dtype(self, values: jnp.dtype, one_query: bool = False) -> jnp.dtype:
         """The dtype of a KV cache that holds `values`, and is read by one or several queries."""
@@ -155,7 +176,8 @@ def backend_of(weights: Any) -> Backend:
     if backend is not CPU:
         return backend
     usual = all(flag.startswith(HARMLESS) for flag in os.environ.get('XLA_FLAGS', '').split())
-    backend = dataclasses.replace(CPU, classed=CLASSED.get(hardware(), ()) if usual else ())
+    known = CLASSED.get(hardware(), Class()) if usual else Class()
+    backend = dataclasses.replace(CPU, rounding_class=known)
     small = 4 * sum(leaf.size for leaf in leaves) <= CACHED
     if len(devices) > 1 or not leaves or not small:
         return backend

@@ -25,6 +25,7 @@ TEXTS = 4
 FIRST = Setup()
 CHANGED = {
     'one node': {'nodes': 1},
+    '5 nodes': {'nodes': 5},
     '24 nodes': {'nodes': 24},
     '64 nodes': {'nodes': 64},
     'worst guesses': {'wrong': 1},
@@ -42,7 +43,11 @@ def with_backend(model, change):
 
 
 def without_a_least_number(backend: Backend) -> Backend:
-    return dataclasses.replace(backend.exactly('class'), exact_rows=1)
+    return dataclasses.replace(backend.exactly('class'), exact_rows=1, exact_queries=1)
+
+
+def with_single_queries(backend: Backend) -> Backend:
+    return dataclasses.replace(backend.exactly('class'), exact_queries=1)
 
 
 def with_any_sums(backend: Backend) -> Backend:
@@ -75,9 +80,15 @@ def in_class(model, *names: str) -> dict[str, bool]:
 
 def broken(model) -> dict[str, bool]:
     """The class with one of its parts taken out."""
-    single = same_bits(with_backend(model, without_a_least_number), 'auto', changed('one node'))
-    more = changed('24 nodes')
-    return single | same_bits(with_backend(model, with_any_sums), 'auto', more)
+    parts = {
+        'rows': (without_a_least_number, 'one node'),
+        'queries': (with_single_queries, 'one node'),
+        'sums': (with_any_sums, '24 nodes'),
+    }
+    return {
+        part: all(same_bits(with_backend(model, change), 'auto', changed(name)).values())
+        for part, (change, name) in parts.items()
+    }
 
 
 def by_program(model) -> dict[str, bool]:
