@@ -32,7 +32,8 @@ from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
 from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.errors import CllmError, ConfigError, DataError
 from cllm_jax.evaluation.window import choose, learn
-from cllm_jax.hf.load import Model, load
+from cllm_jax.hf.load import load
+from cllm_jax.hf.model import Model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import forward as _plain_forward
 from cllm_jax.runtime.backend import Exactness

@@ -30,7 +30,8 @@ from cllm_jax.evaluation.invariance import BETWEEN, one_class, probe, setups
 from cllm_jax.evaluation.profile import milliseconds_by_part
 from cllm_jax.evaluation.throughput import collection_speed
 from cllm_jax.hf.config import read_config
-from cllm_jax.hf.load import CLASS_NOTE, MIXED, Model, chosen, load, mixed, storage
+from cllm_jax.hf.load import MIXED, chosen, load, mixed, storage
+from cllm_jax.hf.model import CLASS_NOTE, Model
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import write_json
 from cllm_jax.runs.notes import write_note

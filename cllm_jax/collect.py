@@ -17,7 +17,8 @@ from cllm_jax.cli.guard import guard
 from cllm_jax.cli.settings import parse
 from cllm_jax.data.sources import Source, open_source, rows_fingerprint
 from cllm_jax.errors import ConfigError
-from cllm_jax.hf.load import MIXED, Precision, fingerprint, load, peek, storage, with_tokenizer
+from cllm_jax.hf.load import MIXED, Precision, load, peek, storage
+from cllm_jax.hf.model import fingerprint, with_tokenizer
 from cllm_jax.hf.tokenizer import noted_or_new
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.runs.run_dir import claim, noted, open_run

@@ -33,11 +33,12 @@ from cllm_jax.evaluation.bandwidth import bytes_per_token, memory_bandwidth, wei
 from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
 from cllm_jax.evaluation.verdict import verdict
 from cllm_jax.evaluation.window import choose, learn
-from cllm_jax.hf.load import MIXED, Model, Precision, load, mixed, peek, storage
+from cllm_jax.hf.load import MIXED, Precision, load, mixed, peek, storage
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache
 from cllm_jax.runs.atomic import write_atomic
-from cllm_jax.runtime.backend import Exactness, backend_for
+from cllm_jax.runtime.backend import Exactness, backend_of
 from cllm_jax.runtime.mesh import tensor_mesh
 
 DEMO_PROMPTS = 6
@@ -176,12 +177,18 @@ def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
     weights = abstract_params(config, dtype)
     if settings.dtype == MIXED:
         weights, dtype = jax.eval_shape(mixed, weights), jnp.bfloat16
-    kept = backend_for(jax.devices()).cache_dtype(dtype, one_query=settings.drafter == 'ar')
+    backend = backend_of(())
+    kept = backend.cache_dtype(dtype, one_query=settings.drafter == 'ar')
     cache = weight_bytes(jax.eval_shape(lambda: init_cache(config, 1, 1, kept)))
+    copies = {}
+    if dtype == jnp.bfloat16 and backend.weights_left:
+        layers = [leaf for name, leaf in weights.items() if name.startswith('layers_')]
+        copies['matrices once more, for products from the left'] = size(weight_bytes(layers))
     facts = {
         'prompts': len(prompts),
         'parameters': f'{config.parameters:,}',
         'weights': size(weight_bytes(weights)),
+        **copies,
         'KV cache per token': size(cache),
         'KV cache of the answers of a batch': size(cache * settings.max_tokens * settings.batch),
     }

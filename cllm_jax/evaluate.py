@@ -30,7 +30,8 @@ from cllm_jax.evaluation.settings import ComparisonConfig
 from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
 from cllm_jax.evaluation.verdict import judged
 from cllm_jax.evaluation.window import FIRST, choose, learn
-from cllm_jax.hf.load import chosen, load, with_tokenizer
+from cllm_jax.hf.load import chosen, load
+from cllm_jax.hf.model import with_tokenizer
 from cllm_jax.runs.atomic import write_json
 from cllm_jax.runs.stages import output_of
 from cllm_jax.runtime.mesh import tensor_mesh

@@ -22,7 +22,8 @@ from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.request import cache_slots
 from cllm_jax.drafters.trained import tables_of
 from cllm_jax.errors import ConfigError
-from cllm_jax.hf.load import DTYPES, Model
+from cllm_jax.hf.load import DTYPES
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import claim, open_run

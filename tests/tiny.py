@@ -11,7 +11,7 @@ import numpy as np
 
 from cllm_jax.decoding.loop import programs
 from cllm_jax.decoding.state import grow, replace_rows
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.write import write_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama, init_params

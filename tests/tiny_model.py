@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cllm_jax.errors import CllmError
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.hf.write import write_model
 from cllm_jax.model.config import LlamaConfig

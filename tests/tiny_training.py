@@ -8,7 +8,7 @@ import numpy as np
 
 from cllm_jax.data.sources import Source
 from cllm_jax.decoding.result import Trajectory
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig

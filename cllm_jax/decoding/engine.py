@@ -27,7 +27,7 @@ from cllm_jax.decoding.request import (
 from cllm_jax.decoding.result import Answer, DecodeResult, Trajectory
 from cllm_jax.decoding.state import DecodeState, grow, replace_rows
 from cllm_jax.decoding.text import cut, find_stop, text_of
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.runtime.backend import backend_of
 from cllm_jax.runtime.keys import keys_for
 from cllm_jax.runtime.processes import fetch
@@ -55,11 +55,11 @@ def programs_of(model: Model, request: Request) -> Programs:
 
 def decoder_of(model: Model, request: Request) -> Decoder:
     """What decodes a request with a model."""
-    module = model.module_on(model.backend.exactly(request.exact))
+    module, params = model.decoding_on(model.backend.exactly(request.exact))
     most = np.int32(request.commit or ENDLESS)
     first = np.int32(1 if request.exact == 'program' else ENDLESS)
     how = (stop_ids(model), request.sampling, most, first)
-    return Decoder(module, model.params, request.drafter, *how)
+    return Decoder(module, params, request.drafter, *how)
 
 
 def start(

@@ -14,7 +14,7 @@ import numpy as np
 from cllm_jax.decoding.drafter import Drafter, Sequences
 from cllm_jax.decoding.request import Request
 from cllm_jax.decoding.sampling import Sampling, scores
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.model.llama import forward
 from cllm_jax.runtime.backend import MOST_ROWS
 from cllm_jax.runtime.keys import prng_key

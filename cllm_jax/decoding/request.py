@@ -15,7 +15,7 @@ from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.loop import Prompts
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.errors import CllmError, ConfigError, at_least, check_seed, one_line
-from cllm_jax.hf.load import Model, with_tokenizer
+from cllm_jax.hf.model import Model, with_tokenizer
 from cllm_jax.runtime.backend import Exactness
 from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.processes import fetch

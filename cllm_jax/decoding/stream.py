@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from cllm_jax.decoding.engine import STREAM_ITERATIONS, answers, run_until, start
 from cllm_jax.decoding.request import Request, encode, row_keys
 from cllm_jax.decoding.text import find_stop, settled, text_of
-from cllm_jax.hf.load import Model, with_tokenizer
+from cllm_jax.hf.model import Model, with_tokenizer
 
 
 def stream(model: Model, request: Request, prompt: str | Sequence[int]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from cllm_jax.data.encoding import plain_ids, text_of_ids
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 
 BYTE = re.compile('<0x([0-9A-F]{2})>')
 """A token that is one byte, in vocabularies that fall back to bytes (LLaMA 1 and 2, Mistral)."""

@@ -14,7 +14,7 @@ from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.drafters.trained import TrainedDrafter, tables_of
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.files import listed, make_readable, open_tensors, read_json
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.tokenizer import same_tokenizer, tokenizer_fingerprint
 from cllm_jax.runs.atomic import replace_directory, temporary, write_atomic
 from cllm_jax.runs.checksums import SUMS, check_sums, write_sums

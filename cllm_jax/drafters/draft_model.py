@@ -16,7 +16,7 @@ from cllm_jax.decoding.drafter import Draft, Drafter, Sequences, setting, window
 from cllm_jax.decoding.sampling import choose
 from cllm_jax.decoding.tree import causal_mask
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.tokenizer import vocabulary_fingerprint
 from cllm_jax.model.cache import Cache
 from cllm_jax.model.llama import Llama, take_rows
@@ -104,5 +104,5 @@ def draft_model(target: Model, small: Model, block: int = 5) -> DraftModel:
         raise ConfigError(f'{other}: a draft model shares the vocabulary of its target; {remedy}')
     known = [1 + max(tokenizer.get_vocab().values()) for tokenizer in both]
     # What is only drafted need not round like anything.
-    module = small.module_on(small.backend.exactly('off'))
-    return DraftModel(module, small.params, block, min(*sizes, *known))
+    module, params = small.decoding_on(small.backend.exactly('off'))
+    return DraftModel(module, params, block, min(*sizes, *known))

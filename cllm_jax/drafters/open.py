@@ -12,7 +12,8 @@ from cllm_jax.drafters.jacobi_tree import JacobiTree
 from cllm_jax.drafters.lookahead import Lookahead
 from cllm_jax.drafters.prompt_lookup import PromptLookup, with_references
 from cllm_jax.drafters.registry import DRAFTERS, TRAINED, DrafterConfig
-from cllm_jax.hf.load import Model, Precision, load, resolve
+from cllm_jax.hf.load import Precision, load, resolve
+from cllm_jax.hf.model import Model
 
 
 def open_drafter(

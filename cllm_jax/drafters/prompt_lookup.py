@@ -15,7 +15,7 @@ from flax import struct
 from cllm_jax.decoding.drafter import Draft, Drafter, setting
 from cllm_jax.decoding.request import Texts, bucket, encode_each
 from cllm_jax.errors import at_least
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.model.llama import take_rows
 
 BETWEEN = -1

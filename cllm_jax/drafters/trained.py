@@ -15,7 +15,7 @@ from flax import struct
 from cllm_jax.decoding.drafter import Drafter, Sequences, Verdict
 from cllm_jax.decoding.sampling import Sampling, gumbel
 from cllm_jax.errors import ConfigError, at_least
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.model.llama import take_rows
 
 

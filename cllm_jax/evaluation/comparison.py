@@ -30,7 +30,8 @@ from cllm_jax.evaluation.speed import (
     tokens_per_second,
 )
 from cllm_jax.evaluation.torch_generate import generate_speed
-from cllm_jax.hf.load import Model, load
+from cllm_jax.hf.load import load
+from cllm_jax.hf.model import Model
 from cllm_jax.runs.stages import STAGES, output_of
 from cllm_jax.tasks.quality import share_right
 

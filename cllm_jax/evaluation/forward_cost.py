@@ -18,7 +18,7 @@ from flax import struct
 from cllm_jax.decoding.drafter import Draft, Drafter, setting
 from cllm_jax.decoding.engine import run_until, start
 from cllm_jax.decoding.request import Request, row_keys
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 
 ITERATIONS = 96
 """Forwards per measurement. To start the loop and to wait for it takes as long as several forwards

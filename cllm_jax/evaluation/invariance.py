@@ -24,7 +24,7 @@ from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.state import DecodeState
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.evaluation.forward_cost import endless
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.model.cache import read
 from cllm_jax.runtime.backend import Exactness
 

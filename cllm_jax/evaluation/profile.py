@@ -19,7 +19,7 @@ import numpy as np
 from cllm_jax.decoding.engine import decoder_of, programs_of, run_until, start
 from cllm_jax.decoding.request import Request, row_keys
 from cllm_jax.evaluation.forward_cost import ITERATIONS, NeverRight, endless
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 
 PARTS = (
     ('attention', r'/(attention|rope)/'),

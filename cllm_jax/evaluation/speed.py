@@ -15,10 +15,13 @@ from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import decode_batch
 from cllm_jax.decoding.request import Request, Texts, encode, row_keys
 from cllm_jax.decoding.result import DecodeResult
-from cllm_jax.hf.load import Model, load
+from cllm_jax.hf.load import MIXED, load
+from cllm_jax.hf.model import Model
 
 IN_CLASS = 'in its class'
 """What is said of AR with as many rows as it takes to round like a draft."""
+MOST_COPIED = 4 << 30
+"""Bytes of float32 weights of the largest model that is loaded again in other precisions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Method:
 def plain_methods(name: str, plain: Method) -> dict[str, Method]:
     """Autoregressive decoding, in each way in which it may be the fastest.
 
-    A speed-up counts from the fastest (`Backend.float32_may_be_faster`).
+    A speed-up counts from the fastest. If a draft multiplies bfloat16 that may be one in another
+    precision (`Backend.any_precision_may_be_faster`), for models of at most `MOST_COPIED`.
 
     Args:
       name: of AR with as few rows as is fastest; others have added what they are.
@@ -47,10 +51,12 @@ def plain_methods(name: str, plain: Method) -> dict[str, Method]:
     methods = {name: fastest}
     if request.exact == 'class' or (model.backend.exact and request.exact == 'auto'):
         methods[f'{name}, {IN_CLASS}'] = plain
-    if model.module.compute is not None and model.backend.float32_may_be_faster:
+    any_precision = model.backend.any_precision_may_be_faster and model.precision != 'float32'
+    if any_precision and 4 * model.config.parameters <= MOST_COPIED:
         mesh = getattr(model.params['norm'].sharding, 'mesh', None)  # None on a single device
-        wide = load(model.source, 'float32', mesh)
-        methods[f'{name}, float32'] = dataclasses.replace(fastest, model=wide)
+        for other in sorted({'float32', MIXED, 'bfloat16'} - {model.precision}):
+            copy = load(model.source, other, mesh)
+            methods[f'{name}, {other}'] = dataclasses.replace(fastest, model=copy)
     return methods
 
 

@@ -13,7 +13,7 @@ from cllm_jax.decoding.engine import decode_batch
 from cllm_jax.decoding.request import Request, encode, row_keys
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.trajectories.collector import collect_rows
 from cllm_jax.trajectories.store import Collection
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cllm_jax.decoding.request import encode
 from cllm_jax.evaluation.speed import time_in_turn
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.write import write_model
 
 

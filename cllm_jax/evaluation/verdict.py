@@ -6,7 +6,7 @@ from cllm_jax.decoding.promise import first_difference, promise
 from cllm_jax.decoding.request import encode_each, row_keys
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.evaluation.speed import IN_CLASS, Method
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 
 
 def _shown(model: Model, token: int | None) -> str:

@@ -19,7 +19,7 @@ from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import AUTO, Jacobi
 from cllm_jax.evaluation.forward_cost import ITERATIONS, NeverRight, endless, time_once
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.runs.notes import read_note, write_note
 
 FIRST = 16

@@ -1,36 +1,28 @@
 """Opening a model by name: an embedded one, a directory, a run, or a hub id."""
 
-import dataclasses
-import functools
 import hashlib
-import os
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from cllm_jax.errors import ConfigError, DataError, one_line
 from cllm_jax.hf.adapter import SETTINGS, TENSORS, Adapter, find_adapter
 from cllm_jax.hf.config import read_config
 from cllm_jax.hf.files import has_weights
+from cllm_jax.hf.model import MIXED, Model
 from cllm_jax.hf.tokenizer import VOCABULARIES, lacks_package, read_tokenizer
 from cllm_jax.hf.weights import DTYPES, read_model
 from cllm_jax.model.config import LlamaConfig
-from cllm_jax.model.llama import Llama
 from cllm_jax.runs.checksums import SUMS, sha256
-from cllm_jax.runs.notes import read_note
-from cllm_jax.runtime.backend import ANY, Backend, backend_for, backend_of, hardware, machine
+from cllm_jax.runtime.backend import backend_for
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
-MIXED = 'mixed'
-CLASS_NOTE = 'class'
 Precision = Literal['auto', 'float32', 'mixed', 'bfloat16', 'float16']
 HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 # A repository may hold the same weights twice more, in subdirectories or as `consolidated`.
@@ -43,72 +35,6 @@ FORMER_SUMS = {
 }
 """`files_fingerprint` of the shipped models before their tokenizer_config.json was for every
 transformers: nothing that a run reads of them has changed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model ready to run: its config, its weights as a plain pytree, and its tokenizer."""
-
-    config: LlamaConfig
-    params: Any = dataclasses.field(repr=False)
-    tokenizer: Any = dataclasses.field(repr=False)
-    """A `transformers` tokenizer, or None if the directory has none, or `lacks` says why."""
-    source: str
-    """What the user called it."""
-    adapter: str = ''
-    """Which adapter was merged into which weights, '' for none."""
-    directory: Path | None = dataclasses.field(default=None, repr=False)
-    """Where its files lie, None if nowhere."""
-    lacks: str = ''
-    """The package without which its tokenizer cannot be read; token ids can be used without."""
-
-    @property
-    def title(self) -> str:
-        """What to call it in results."""
-        return f'{self.source} ({self.adapter})' if self.adapter else self.source
-
-    @functools.cached_property
-    def backend(self) -> Backend:
-        """What suits the devices that the weights live on; exact where that is known to hold."""
-        backend = backend_of(self.params)
-        return backend.exactly('class') if self.has_class else backend
-
-    @functools.cached_property
-    def has_class(self) -> bool:
-        """Whether it is known that a token's bits do not depend on how many are computed with it.
-
-        From what `bench --invariance` has seen here, else from the table of docs/exactness.md.
-        """
-        if not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(self.params)):
-            return False
-        if isinstance(noted := read_note(CLASS_NOTE, self.rounding), bool):
-            return noted
-        return str(self.products) in backend_of(self.params).rounding_class.dtypes
-
-    @property
-    def rounding(self) -> dict[str, Any]:
-        """All that the rounding of its forwards hangs on: sizes, dtypes, hardware and versions."""
-        versions = [version(name) for name in ('jax', 'jaxlib', 'cllm_jax')]
-        module, flags = repr(self.module_on(ANY)), os.environ.get('XLA_FLAGS', '')
-        here = {'on': list(hardware()), 'machine': machine(), 'versions': versions, 'flags': flags}
-        return {'module': module, 'class': repr(backend_of(self.params).rounding_class), **here}
-
-    @property
-    def products(self) -> jnp.dtype:
-        """The dtype of what is multiplied."""
-        return self.params['embed'].dtype
-
-    @property
-    def module(self) -> Llama:
-        """The Linen module; equal for equal configs, so it shares compilations."""
-        return self.module_on(self.backend)
-
-    def module_on(self, backend: Backend) -> Llama:
-        """The module for another way to compute."""
-        dtype, matrices = self.params['norm'].dtype, self.params['embed'].dtype
-        compute = None if matrices == dtype else matrices
-        ids = {'bos_id': None, 'eos_ids': (), 'pad_id': None}  # of which no computation depends
-        return Llama(dataclasses.replace(self.config, **ids), dtype, compute, backend=backend)
 
 
 def chosen(dtype: str) -> str:
@@ -267,16 +193,6 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
     return Model(config, params, tokenizer, name, merged, directory, lacks)
 
 
-def with_tokenizer(
-    model: Model, remedy: str = 'copy the tokenizer files of the original model into its directory'
-) -> Model:
-    """The model, if texts can be learned or answered with it; ConfigError without a tokenizer."""
-    if model.tokenizer is None:
-        fault = f': {model.lacks}, or' if model.lacks else ' has no tokenizer;'
-        raise ConfigError(f'{model.source}{fault} {remedy}')
-    return model
-
-
 def storage(dtype: str) -> jnp.dtype:
     """The dtype of norms and residuals under a name that `load` accepts."""
     dtype = chosen(dtype)
@@ -291,16 +207,6 @@ def mixed(params: Any) -> Any:
         return leaf if vector else leaf.astype(jnp.bfloat16)
 
     return jax.tree_util.tree_map_with_path(lower, params)
-
-
-def fingerprint(model: Model) -> str:
-    """sha256 over the config and every weight: two models with one fingerprint compute the same."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'.encode())
-        digest.update(array.view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def files_fingerprint(directory: Path) -> str:

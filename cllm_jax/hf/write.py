@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from cllm_jax.errors import ConfigError, DataError, one_line
 from cllm_jax.hf.config import config_json, parse_config
 from cllm_jax.hf.files import INDEX, listed, make_readable
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.tokenizer import write_tokenizer
 from cllm_jax.hf.weights import DTYPES, abstract_params, cast, hf_tensor, named
 from cllm_jax.runs.atomic import recover_replacement, replace_directory, temporary

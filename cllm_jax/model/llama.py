@@ -7,7 +7,8 @@ In decoding also: n block size, N nodes of a draft tree (where no heads are near
 
 Weights are stored as (inputs..., outputs), each layer's separately: XLA's CPU backend multiplies a
 few tokens with them up to 1.4x faster than with Hugging Face's (outputs, inputs), and would copy a
-slice of a stack in every forward. One call serves training (no cache), prefill and verification.
+slice of a stack in every forward. For AMX the loop has (outputs, inputs), see `layout.py`. One call
+serves training (no cache), prefill and verification.
 """
 
 from functools import partial
@@ -55,6 +56,7 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
     compute: jnp.dtype | None = None
     backend: Backend = ANY
+    outputs_first: bool = False
 
     def _weight(self, name: str, axes: tuple[str, ...], *shape: int) -> jax.Array:
         scale = self.config.dim**-0.5
@@ -70,19 +72,24 @@ class Block(nn.Module):
         shape = y.shape[y.ndim - len(axes) :]
         return y + _parameter(self, f'{name}_bias', nn.initializers.zeros, axes, *shape)[None, None]
 
+    def _linear(self, name: str, x: jax.Array, axes: tuple[str, ...], *shape: int) -> jax.Array:
+        """`x` times a matrix whose first axes, or first axis, are the inputs."""
+        if self.outputs_first:
+            w = self.get_variable('params', name)
+            return linear(x, w, self.compute, 'OI', self.backend, on_the_left=True)
+        w = self._weight(name, axes, *shape).reshape(x.shape[-1], -1)
+        return linear(x, w, self.compute, 'IO', self.backend)
+
     def _mlp(self, name: str, x: jax.Array, axes: tuple[str, str], outputs: int) -> jax.Array:
-        y = linear(
-            x, self._weight(name, axes, x.shape[-1], outputs), self.compute, backend=self.backend
-        )
+        y = self._linear(name, x, axes, x.shape[-1], outputs)
         return self._biased(name, y, axes[1]) if self.config.mlp_bias else y
 
     def _qkv(self, x_BTD, sin, cos, rows_BN):
         c, out = self.config, {}
         for name in ('q', 'k', 'v'):
             heads, axis = (c.heads, 'heads') if name == 'q' else (c.kv_heads, 'kv_heads')
-            w = self._weight(name, ('embed', axis, 'head'), c.dim, heads, c.head_dim)
             x = x_BTD if rows_BN is None or name != 'q' else take_rows(x_BTD, rows_BN)
-            y = linear(x, w.reshape(c.dim, -1), self.compute, 'IO', self.backend)
+            y = self._linear(name, x, ('embed', axis, 'head'), c.dim, heads, c.head_dim)
             y = y.reshape(*y.shape[:2], heads, c.head_dim)
             if c.qkv_bias:
                 y = self._biased(name, y, axis, 'head')
@@ -111,9 +118,8 @@ class Block(nn.Module):
             o_BTNH = attend(q_BTNH, *seen, mask_BTS, *how, rounded_kv=True)
         else:
             o_BTNH = attend(q_BTNH, *new, mask_BTS, *how)
-        o = self._weight('o', ('heads', 'head', 'embed'), c.heads, c.head_dim, c.dim)
-        o_BTA = o_BTNH.reshape(*x_BTD.shape[:2], -1)
-        o_BTD = linear(o_BTA, o.reshape(-1, c.dim), self.compute, 'IO', self.backend)
+        o_BTA, axes = o_BTNH.reshape(*x_BTD.shape[:2], -1), ('heads', 'head', 'embed')
+        o_BTD = self._linear('o', o_BTA, axes, c.heads, c.head_dim, c.dim)
         x_BTD = x_BTD + (self._biased('o', o_BTD, 'embed') if c.o_bias else o_BTD)
 
         h_BTD = self._norm('mlp_norm', x_BTD, 'embed')
@@ -137,13 +143,16 @@ class Llama(nn.Module):
     to itself the compiler would rather divide them by width, like the weights, and send them."""
     backend: Backend = ANY
     """Where the weights live (`runtime/backend.py`)."""
+    outputs_first: bool = False
+    """Whether the parameters are in that form (`layout.with_outputs_first`)."""
 
     def setup(self):
         c, ones = self.config, nn.initializers.ones
         table = nn.initializers.normal(0.02), ('vocab', 'embed'), c.vocab_size, c.dim
         self.embed = _parameter(self, 'embed', *table)
         block = nn.remat(Block) if self.remat else Block
-        self.layers = [block(c, self.dtype, self.compute, self.backend) for _ in range(c.layers)]
+        how = (self.dtype, self.compute, self.backend, self.outputs_first)
+        self.layers = [block(c, *how) for _ in range(c.layers)]
         self.norm = _parameter(self, 'norm', ones, ('embed',), c.dim)
         if not c.tied:
             self.head = _parameter(self, 'head', *table)
@@ -230,7 +239,8 @@ class Llama(nn.Module):
         table_VD = self.embed if self.config.tied else self.head
         asked, hidden_BTD = hidden_BTD.shape[1], hidden_BTD.astype(jnp.float32)
         filled_BTD = filled_up(hidden_BTD, 1, -(-self.backend.exact_rows // len(hidden_BTD)))
-        return linear(filled_BTD, table_VD, self.products, 'OI', self.backend)[:, :asked]
+        how = (self.products, 'OI', self.backend, self.outputs_first)
+        return linear(filled_BTD, table_VD, *how)[:, :asked]
 
 
 def _boxed_params(model: Llama, key: jax.Array) -> dict:

@@ -6,6 +6,7 @@ GPUs) unless the precision is asked for, so every float32 product here asks for 
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ def linear(
     compute: jnp.dtype | None = None,
     axes: str = 'IO',
     backend: Backend = ANY,
+    on_the_left: bool = False,
 ) -> jax.Array:
     """`x` `[..., I]` times `weight`, summed in float32; result `[..., O]` in the dtype of x.
 
@@ -30,11 +32,18 @@ def linear(
       weight: `[I, O]`, or `[O, I]` with `axes` 'OI' (transposed first it breaks XLA's CPU backend,
         which folds that into the product and then lacks bfloat16).
       compute: dtype of the operands (see `product`); None for x's own.
+      on_the_left: compute it as `weight` `[O, I]` times x transposed (`Backend.weights_left`).
     """
     low, rows = jnp.dtype(compute or x.dtype), math.prod(x.shape[:-1])
     if low == jnp.bfloat16 and rows < backend.fast_rows:
         filled = filled_up(x.reshape(rows, -1), 0, backend.fast_rows)
-        return linear(filled, weight, low, axes)[:rows].reshape(*x.shape[:-1], -1)
+        filled = linear(filled, weight, low, axes, on_the_left=on_the_left)
+        return filled[:rows].reshape(*x.shape[:-1], -1)
+    if on_the_left:
+        # Transposed in memory, or XLA multiplies in float32 by a loop of its own.
+        x_IR = _swap(x.astype(low).reshape(rows, -1))
+        y_OR = jnp.matmul(weight, x_IR, **_in_float32(weight, x_IR))
+        return _swap(y_OR.astype(x.dtype)).reshape(*x.shape[:-1], -1)
     return product(f'...I,{axes}->...O', x, weight, low).astype(x.dtype)
 
 
@@ -58,10 +67,14 @@ def product(spec: str, a: jax.Array, b: jax.Array, compute: jnp.dtype = jnp.floa
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product summed in float32, at the highest precision if the operands are float32."""
+    return jnp.einsum(spec, a, b, **_in_float32(a, b))
+
+
+def _in_float32(a: jax.Array, b: jax.Array) -> dict[str, Any]:
+    """To sum a product in float32, at the highest precision if the operands are float32."""
     highest = a.dtype == b.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if highest else None
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=precision)
+    return {'preferred_element_type': jnp.float32, 'precision': precision}
 
 
 def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

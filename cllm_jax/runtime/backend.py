@@ -54,9 +54,10 @@ class Class:
     """Dtypes of products for which that has been seen on this hardware (docs/exactness.md)."""
 
 
+AMX = 'amx_bf16'
 CLASSED = {
-    ('amx_bf16', '0.10'): Class(4, 8, ('bfloat16',)),
-    ('amx_bf16', '0.12'): Class(2, 2, ('bfloat16',)),
+    (AMX, '0.10'): Class(4, 8, ('bfloat16',)),
+    (AMX, '0.12'): Class(2, 2, ('bfloat16',)),
 }
 """By what a CPU multiplies bfloat16 with and the jax version."""
 
@@ -80,10 +81,10 @@ class Backend:
     narrowest: int | None = None
     """Fewest rows for which the loop is compiled again, to go on with half of a batch; None for
     never. On a CPU finished rows take as much time as others; on an accelerator hardly any."""
-    float32_may_be_faster: bool = False
-    """Whether one token at a time may decode faster in float32 than in mixed precision. Then both
+    any_precision_may_be_faster: bool = False
+    """Whether one token at a time may decode faster in another precision than a draft. Then all
     are timed: the baseline is AR at its best. On a CPU bfloat16 matrices are half as much to read,
-    but are converted before a single row is multiplied with them."""
+    but there may be no good kernel for a row or two."""
     windows: tuple[int, ...] = (16, 32, 64)
     """Jacobi windows among which the fastest is chosen. On an accelerator a forward with 64 tokens
     takes hardly longer than with one."""
@@ -98,8 +99,12 @@ class Backend:
 
     fast_rows: int = 1
     """Fewest rows that a bfloat16 product has when it is fastest; fewer are filled up with copies.
-    XLA's CPU backend multiplies a single row by a loop of its own, on Zen 4 nine times as slow as
-    two rows; on AMX it hardly matters (docs/exactness.md)."""
+    XLA's CPU backend multiplies a single row in float32, by a loop of its own, and keeps a float32
+    copy of all weights for that (docs/exactness.md)."""
+    weights_left: bool = False
+    """Decode with bfloat16 matrices as (outputs, inputs), on the left of a product. For AMX the
+    right operand is packed anew for every product, and to pack weights takes longer than to
+    multiply a few tokens with them (docs/benchmarks.md)."""
     exact_rows: int = 1
     """Fewest rows of a forward of the decoding loop: 1, or those with which a row's bits depend on
     nothing but the row (`exactly`)."""
@@ -152,7 +157,7 @@ CPU = Backend(
     fast_rows=2,
     transposes_in_memory=True,
     narrowest=8,
-    float32_may_be_faster=True,
+    any_precision_may_be_faster=True,
     windows=(8, 16, 32),
     sums=(SUMS_ALIKE,) if jaxlib.__version__.startswith(('0.10.', '0.12.')) else (),
     weights_in_host_memory=True,
@@ -177,7 +182,8 @@ def backend_of(weights: Any) -> Backend:
         return backend
     usual = all(flag.startswith(HARMLESS) for flag in os.environ.get('XLA_FLAGS', '').split())
     known = CLASSED.get(hardware(), Class()) if usual else Class()
-    backend = dataclasses.replace(CPU, rounding_class=known)
+    left = hardware()[0] == AMX and len(devices) == 1
+    backend = dataclasses.replace(CPU, rounding_class=known, weights_left=left)
     small = 4 * sum(leaf.size for leaf in leaves) <= CACHED
     if len(devices) > 1 or not leaves or not small:
         return backend
@@ -198,7 +204,7 @@ def hardware() -> tuple[str, str]:
         known = Path('/proc/cpuinfo').read_text().split()
     except OSError:
         known = []
-    best = next((name for name in ('amx_bf16', 'avx512_bf16') if name in known), '')
+    best = next((name for name in (AMX, 'avx512_bf16') if name in known), '')
     return best, version
 
 

@@ -19,7 +19,8 @@ from cllm_jax.decoding.request import check_ids
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import load as hf
-from cllm_jax.hf.load import DTYPES, Model
+from cllm_jax.hf.load import DTYPES
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.tokenizer import noted_or_new, read_tokenizer, same_tokenizer, write_tokenizer
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import replace_directory, temporary

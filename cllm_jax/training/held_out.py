@@ -14,7 +14,7 @@ from cllm_jax.drafters.checkpoint import write_drafter
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.trained import TrainedDrafter
 from cllm_jax.errors import at_least, check_seed
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.write import write_model
 from cllm_jax.runtime.processes import fetch, is_main
 from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement

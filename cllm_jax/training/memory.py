@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cllm_jax.hf.load import DTYPES, Model
+from cllm_jax.hf.load import DTYPES
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama, param_axes

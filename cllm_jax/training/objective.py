@@ -19,7 +19,8 @@ from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.drafters.trained import AnswerBatch, TrainedDrafter, tables_of
 from cllm_jax.errors import ConfigError
-from cllm_jax.hf.load import DTYPES, Model
+from cllm_jax.hf.load import DTYPES
+from cllm_jax.hf.model import Model
 from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.runtime.keys import prng_key
 from cllm_jax.training.config import TrainConfig, quick

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cllm_jax.decoding.result import Trajectory
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.model.llama import Llama
 from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cllm_jax.training.packing import Noise, make_batch

@@ -20,7 +20,7 @@ from cllm_jax.decoding.request import bucket, check_ids
 from cllm_jax.decoding.result import UNKNOWN, Trajectory
 from cllm_jax.decoding.text import text_of
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.runtime.threads import side_by_side
 from cllm_jax.tasks.example import Example

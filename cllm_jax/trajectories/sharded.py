@@ -17,7 +17,7 @@ from cllm_jax.decoding.request import bucket, cache_slots, pad_prompts, row_keys
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.prompt_lookup import PromptLookup, reference_rows
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.model.llama import Llama
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh
 from cllm_jax.trajectories.blocks import BlockSizes, follow

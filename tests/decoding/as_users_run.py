@@ -15,7 +15,8 @@ import cllm_jax as cllm
 from cllm_jax.data.sources import open_source
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.drafters.space import Space
-from cllm_jax.hf.load import SHIPPED, Model
+from cllm_jax.hf.load import SHIPPED
+from cllm_jax.hf.model import Model
 from cllm_jax.runtime.threads import side_by_side
 
 GREEDY, HOT = 0.0, 2.0

@@ -19,7 +19,7 @@ from cllm_jax.drafters.draft_model import DraftModel
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.evaluation.comparison import BenchConfig, methods_of
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.write import write_model
 from tests.drafters.examples import GREEDY
 from tests.tiny import (

@@ -37,19 +37,24 @@ def test_speed_is_measured_on_the_same_tokens():
     assert tokens_per_forward(ar) == 1
 
 
-def test_ar_is_also_tried_in_float32_where_that_may_be_faster():
+def test_ar_is_tried_in_every_precision_where_another_may_be_faster(monkeypatch):
     request = Request(AutoRegressive(), 8, seed=5, exact='off')
     plain = Method(cllm.load('embedded', 'mixed'), request)
     methods = plain_methods('AR', plain)
-    assert list(methods) == ['AR', 'AR, float32']
+    assert list(methods) == ['AR', 'AR, bfloat16', 'AR, float32']
+    assert methods['AR, bfloat16'].model.precision == 'bfloat16'
     wide, off = methods['AR, float32'], dataclasses.replace(plain.request, exact='off')
     assert methods['AR'].model is plain.model and wide.request == methods['AR'].request == off
     assert {leaf.dtype.name for leaf in jax.tree.leaves(wide.model.params)} == {'float32'}
     assert list(plain_methods('AR', wide)) == ['AR']
     quick = dataclasses.replace(plain.model)
-    backend = dataclasses.replace(plain.model.backend, float32_may_be_faster=False)
+    backend = dataclasses.replace(plain.model.backend, any_precision_may_be_faster=False)
     vars(quick)['backend'] = backend  # in the place of what its devices suggest
     assert list(plain_methods('AR', Method(quick, plain.request))) == ['AR']
+    monkeypatch.setattr(
+        'cllm_jax.evaluation.speed.MOST_COPIED', 4 * plain.model.config.parameters - 1
+    )
+    assert list(plain_methods('AR', plain)) == ['AR']
 
 
 def test_ar_is_timed_at_its_best_and_in_the_class_that_its_text_is_of():

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from cllm_jax.hf.load import fingerprint, load
+from cllm_jax.hf.load import load
+from cllm_jax.hf.model import fingerprint
 
 KILLS = int(os.environ.get('CLLM_KILLS', '20'))
 COLLECT = shlex.split(

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from cllm_jax.errors import CllmError, ConfigError, DataError
 from cllm_jax.hf.adapter import SETTINGS, TENSORS
-from cllm_jax.hf.load import files_fingerprint, fingerprint, load, mixed, open_tokenizer, peek
+from cllm_jax.hf.load import files_fingerprint, load, mixed, open_tokenizer, peek
+from cllm_jax.hf.model import fingerprint
 from cllm_jax.hf.weights import read_model, tensor_shapes
 from cllm_jax.hf.write import write_model
 from cllm_jax.runs.checksums import write_sums

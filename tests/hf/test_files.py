@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from cllm_jax.errors import CllmError, DataError
 from cllm_jax.hf.files import INDEX, SINGLE
-from cllm_jax.hf.load import fingerprint, load
+from cllm_jax.hf.load import load
+from cllm_jax.hf.model import fingerprint
 from cllm_jax.hf.weights import read_model
 from tests.tiny_model import refusal, to_cache, write_sharded
 

@@ -12,7 +12,8 @@ import pytest
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import load as load_module
 from cllm_jax.hf.files import SINGLE
-from cllm_jax.hf.load import fingerprint, load, resolve
+from cllm_jax.hf.load import load, resolve
+from cllm_jax.hf.model import fingerprint
 from cllm_jax.hf.write import write_model
 from cllm_jax.model.llama import Llama, forward
 from tests.tiny_model import (

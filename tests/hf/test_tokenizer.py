@@ -16,7 +16,8 @@ from cllm_jax.decoding.request import Request, encode
 from cllm_jax.decoding.request import check as check_request
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError
-from cllm_jax.hf.load import FORMER_SUMS, SHIPPED, load, same_files, with_tokenizer
+from cllm_jax.hf.load import FORMER_SUMS, SHIPPED, load, same_files
+from cllm_jax.hf.model import with_tokenizer
 from cllm_jax.hf.tokenizer import (
     CONFIG,
     PIECES,

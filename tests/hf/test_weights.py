@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.config import config_json
 from cllm_jax.hf.files import SINGLE
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.weights import hf_tensor, named, read_model, tensor_shapes
 from cllm_jax.hf.write import write_model
 from tests.make_golden import CASES, golden, golden_tensors

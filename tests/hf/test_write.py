@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import write
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.tokenizer import read_tokenizer
 from cllm_jax.hf.weights import read_model, tensor_shapes
 from cllm_jax.hf.write import write_model

@@ -12,6 +12,7 @@ import pytest
 from cllm_jax.hf.weights import read_model
 from cllm_jax.model.cache import init_cache
 from cllm_jax.model.config import RopeScaling
+from cllm_jax.model.layout import with_outputs_first
 from cllm_jax.model.llama import Llama, forward
 from tests.make_golden import CASES, golden, random_tokens, saved_by_torch, torch_logits
 
@@ -30,6 +31,14 @@ def off(a, b) -> float:
 def test_logits_equal_the_golden_logits(name):
     config, params, tokens, logits = golden(name)
     assert off(forward(Llama(config), params, tokens), logits) < 1e-4
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_matrices_may_stand_on_the_left(name):
+    config, params, tokens, logits = golden(name)
+    turned, left = with_outputs_first(params), Llama(config, outputs_first=True)
+    assert turned['layers_0']['down'].shape == (config.dim, config.mlp_dim)
+    assert off(forward(left, turned, tokens), logits) < 1e-4
 
 
 VARIANTS = {

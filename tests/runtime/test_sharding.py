@@ -16,7 +16,8 @@ from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.errors import ConfigError
-from cllm_jax.hf.load import Model, load
+from cllm_jax.hf.load import load
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.write import write_model
 from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.runtime import processes as distributed

@@ -7,7 +7,7 @@ import numpy as np
 
 from cllm_jax.data.sources import Source
 from cllm_jax.decoding.result import Trajectory
-from cllm_jax.hf.load import Model
+from cllm_jax.hf.model import Model
 from cllm_jax.tasks.example import Example
 from cllm_jax.trajectories.collector import collect
 from cllm_jax.trajectories.store import Collection
