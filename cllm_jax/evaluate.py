@@ -20,7 +20,13 @@ from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.promise import promise, reference
 from cllm_jax.decoding.request import Request
-from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
+from cllm_jax.decoding.result import (
+    DecodeResult,
+    acceptance,
+    loop_free,
+    share_identical,
+    tokens_per_forward,
+)
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import AUTO, Jacobi
 from cllm_jax.drafters.open import open_drafter
@@ -36,6 +42,9 @@ from cllm_jax.runs.atomic import write_json
 from cllm_jax.runs.stages import output_of
 from cllm_jax.runtime.mesh import tensor_mesh
 from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
+
+SLOTS = (1, 2, 4, 8, 15)
+"""Slots of a draft whose conditional acceptance is printed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +105,20 @@ def qualities(source: Source, results: dict[str, DecodeResult]) -> dict[str, Any
     }
 
 
+def speeds(speed: dict[str, float], base: float, dtype: str) -> dict[str, dict[str, float]]:
+    """Tokens per second of what is compared, and of AR in every precision."""
+    plain = {key.partition(', ')[2] or dtype: key for key in speed if key.startswith('target AR')}
+    return {
+        'tokens_per_second': {
+            'ar': base,
+            'jacobi': speed['CLLM Jacobi'],
+            'target_jacobi': speed['target Jacobi'],
+            'cllm_ar': speed['CLLM AR'],
+        },
+        'ar_tokens_per_second': {name: speed[key] for name, key in plain.items()},
+    }
+
+
 def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict[str, Any]:
     """Everything about one task, of the models that the settings name."""
     dtype, mesh = settings.dtype, tensor_mesh(settings.tensor)
@@ -128,19 +151,11 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'seed': settings.seed,
         **qualities(source, results),
         'tokens_per_forward': {'target': forward['target Jacobi'], 'cllm': forward['CLLM Jacobi']},
+        'loop_free_tokens_per_forward': loop_free(jacobi),
+        'acceptance': acceptance(jacobi),
         'speedup': speed['CLLM Jacobi'] / base,
         'speedup_vanilla_jacobi': speed['target Jacobi'] / base,
-        'tokens_per_second': {
-            'ar': base,
-            'jacobi': speed['CLLM Jacobi'],
-            'target_jacobi': speed['target Jacobi'],
-            'cllm_ar': speed['CLLM AR'],
-        },
-        'ar_tokens_per_second': {
-            key.partition(', ')[2] or chosen(dtype): value
-            for key, value in speed.items()
-            if key.startswith('target AR')
-        },
+        **speeds(speed, base, chosen(dtype)),
         'identical': share_identical(jacobi, results['CLLM AR']),
         'exact': settings.exact,
         'identical_by': promise(cllm, methods['CLLM Jacobi'].request)[0],
@@ -172,6 +187,12 @@ def report(console: Console, found: dict[str, Any]) -> None:
     title = f'{found["task"]}: {found["n"]} prompts, n = {found["block"]}, batch 1'
     console.out.print(table(title, columns, [[*row, row[-1] / speed['ar']] for row in rows]))
     console.result(f'CLLM: {found["models"]["cllm"]}; target: {found["models"]["target"]}')
+    shares = dict(enumerate(found['acceptance'], 1))
+    shown = ', '.join(f'{shares[slot]:.0%} of slot {slot}' for slot in SLOTS if slot in shares)
+    console.result(
+        f'{name}: {found["loop_free_tokens_per_forward"]:.2f} tokens/forward without answers that '
+        f'repeat themselves; of what is guessed right up to there, {shown or "nothing"} is right'
+    )
     word, same = judged(found['identical'] == 1, found['identical_by']), found['identical']
     console.result(
         f"{word}: {name} and the CLLM's AR agree token for token on {same:.1%} of the prompts; "

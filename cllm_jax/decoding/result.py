@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cllm_jax.tasks.quality import is_repetitive
+
 UNKNOWN = -1
 """`Trajectory.right` where nobody can tell."""
 
@@ -85,6 +87,31 @@ class DecodeResult:
 def tokens_per_forward(result: DecodeResult) -> float:
     """Committed tokens over calls of the model, prefill included, over all prompts."""
     return sum(map(len, result.tokens)) / max(sum(result.forwards), 1)
+
+
+def loop_free(result: DecodeResult) -> float:
+    """Tokens/forward of the answers that do not repeat themselves; 0 if all do.
+
+    A loop is easy to guess, so a model that collapses would look fast.
+    """
+    sound = [not is_repetitive(tokens) for tokens in result.tokens]
+    tokens = sum(len(t) for t, ok in zip(result.tokens, sound, strict=True) if ok)
+    return tokens / max(sum(n for n, ok in zip(result.forwards, sound, strict=True) if ok), 1)
+
+
+def acceptance(result: DecodeResult) -> list[float]:
+    """Conditional acceptance of each slot of a draft: how often it is right if all before it are.
+
+    The pending token has no slot. Up to the last slot that was ever right. A forward that ends an
+    answer does not tell whether the slot after its last token was right, and does not count there.
+    """
+    inner = [count for accepted in result.accepted for count in accepted[:-1]]
+    final = [accepted[-1] for accepted in result.accepted if accepted]
+    shares = []
+    for slot in range(1, max(inner + final, default=1)):
+        right = sum(count > slot for count in inner + final)
+        shares.append(right / (right + sum(count == slot for count in inner)))
+    return shares
 
 
 def share_identical(a: DecodeResult, b: DecodeResult) -> float:

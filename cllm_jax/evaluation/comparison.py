@@ -12,7 +12,13 @@ from cllm_jax.data.sources import Source
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.promise import reference
 from cllm_jax.decoding.request import Request
-from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
+from cllm_jax.decoding.result import (
+    DecodeResult,
+    acceptance,
+    loop_free,
+    share_identical,
+    tokens_per_forward,
+)
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.checkpoint import read_drafter
 from cllm_jax.drafters.draft_model import draft_model
@@ -155,6 +161,8 @@ def compare_methods(
         rows[name] = {
             'extra_parameters': extra_parameters(methods[name].request.drafter),
             'tokens_per_forward': forward,
+            'loop_free_tokens_per_forward': loop_free(result),
+            'acceptance': acceptance(result),
             'cost_of_forward': forward * base / speed[name],
             'tokens_per_second': speed[name],
             'speedup': speed[name] / base,

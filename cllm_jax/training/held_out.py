@@ -10,6 +10,7 @@ from cllm_jax.data.sources import Source
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.result import acceptance, loop_free, tokens_per_forward
 from cllm_jax.drafters.checkpoint import write_drafter
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.trained import TrainedDrafter
@@ -21,6 +22,8 @@ from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
 
 COLLAPSE = 0.2
 """Share of the held-out answers by which repetition may grow before a warning."""
+SLOTS = (1, 4, 8)
+"""Slots of a draft whose conditional acceptance is logged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +74,17 @@ class Trained:
 def held_out_test(
     trained: Trained, source: Source, test: HeldOut, reference: Sequence | None
 ) -> dict:
-    """Decode held-out prompts: tokens/forward, quality, agreement, repetition."""
+    """Decode held-out prompts: tokens/forward, acceptance, quality, agreement, repetition."""
     request = Request(trained.drafter, max_tokens=test.max_tokens)
     result = decode_all(trained.model, request, [row.prompt for row in source.rows])
-    tokens, forwards = sum(map(len, result.tokens)), sum(result.forwards)
+    shares = dict(enumerate(acceptance(result), 1))
     agreement = token_agreement(result.tokens, reference or result.tokens)
     checked = share_right(source, result.texts) if source.checkable else agreement
     return {
         'tokens': result.tokens,
-        'tokens_per_forward': tokens / forwards,
+        'tokens_per_forward': tokens_per_forward(result),
+        'loop_free_tokens_per_forward': loop_free(result),
+        **{f'acceptance_of_slot_{slot}': shares.get(slot, 0.0) for slot in SLOTS},
         'quality': agreement if test.quality == 'agreement' else checked,
         'agreement': agreement,
         'repetitive': sum(map(is_repetitive, result.tokens)) / len(source),
@@ -89,13 +94,14 @@ def held_out_test(
 def score(found: dict, first_quality: float, faster: bool, judged: bool, test: HeldOut) -> float:
     """Which checkpoint is best, the later one of equals.
 
-    That is by tokens/forward where quality holds, if they are what is wanted; else by quality if
-    answers are judged. Agreement with the model before would choose the one that learnt least.
+    That is by loop-free tokens/forward where quality holds, if they are what is wanted; else by
+    quality if answers are judged. Agreement with the model before would choose the one that learnt
+    least.
     """
     if not faster:
         return found['quality'] if judged else 0.0
     lost = max(first_quality - test.tolerance - found['quality'], 0.0)
-    return found['tokens_per_forward'] * (1 - lost) ** 20
+    return found['loop_free_tokens_per_forward'] * (1 - lost) ** 20
 
 
 def alarm(found: dict, reference: dict) -> str | None:

@@ -7,7 +7,13 @@ import jax
 import cllm_jax as cllm
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
-from cllm_jax.decoding.result import DecodeResult, share_identical, tokens_per_forward
+from cllm_jax.decoding.result import (
+    DecodeResult,
+    acceptance,
+    loop_free,
+    share_identical,
+    tokens_per_forward,
+)
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.evaluation.speed import Method, one_by_one, plain_methods, tokens_per_second
@@ -25,6 +31,20 @@ def test_tokens_per_forward_weighs_prompts_by_their_forwards():
     assert tokens_per_forward(found) == 10 / 4
     assert found.tokens_per_forward == [3.0, 1.0]
     assert share_identical(found, result([[1] * 9, [2]], [[9], [1]])) == 0.5
+
+
+def test_answers_that_repeat_themselves_do_not_count_as_fast():
+    found = result([list(range(9)), [7] * 30], [[1, 4, 4], [15, 15]])
+    assert tokens_per_forward(found) == 39 / 5
+    assert loop_free(found) == 9 / 3
+    assert loop_free(result([[7] * 30], [[15, 15]])) == 0
+
+
+def test_acceptance_of_a_slot_is_conditional_on_those_before():
+    """The forward that ends an answer does not say what would have come after its last token."""
+    found = result([[0] * 9, [0] * 4, []], [[1, 4, 2, 2], [1, 3], []])
+    assert acceptance(found) == [4 / 6, 2 / 3, 1.0]
+    assert acceptance(result([[0, 0]], [[1, 1]])) == []
 
 
 def test_speed_is_measured_on_the_same_tokens():

@@ -7,7 +7,7 @@ from cllm_jax.export import best_numbers
 from cllm_jax.hf.load import load
 from cllm_jax.runs.run_dir import read_metrics
 from cllm_jax.training import held_out, trainer
-from cllm_jax.training.held_out import HeldOut, alarm
+from cllm_jax.training.held_out import HeldOut, alarm, score
 from cllm_jax.training.trainer import train
 from tests.tiny_training import tiny_run
 
@@ -16,6 +16,17 @@ def test_repetition_that_grows_is_reported():
     before = {'repetitive': 0.1}
     assert alarm({'repetitive': 0.3}, before) is None
     assert '31% of the held-out answers repeat' in alarm({'repetitive': 0.31}, before)
+
+
+def test_a_model_that_repeats_itself_is_not_kept_for_its_speed(mixed_dtypes, tmp_path):
+    test = HeldOut(every=1, prompts=3, max_tokens=8, block=4)
+    quick = {'quality': 0.9, 'tokens_per_forward': 9.0, 'loop_free_tokens_per_forward': 2.0}
+    slow = {'quality': 0.9, 'tokens_per_forward': 3.0, 'loop_free_tokens_per_forward': 3.0}
+    assert score(quick, 0.9, True, True, test) == 2 < score(slow, 0.9, True, True, test) == 3
+    train(tmp_path, *tiny_run(held_out=test))
+    logged = [m for m in read_metrics(tmp_path / 'metrics.jsonl') if 'held_out_score' in m]
+    names = ('loop_free_tokens_per_forward', 'acceptance_of_slot_1', 'acceptance_of_slot_8')
+    assert all(f'held_out_{name}' in m for m in logged for name in names)
 
 
 def test_the_best_few_models_are_kept(mixed_dtypes, tmp_path, monkeypatch):
