@@ -46,7 +46,8 @@ class CollectConfig(Collection):
     tensor: int = 1
     """Devices that share every layer of the model; each such group has its own prompts."""
     dtype: Precision = 'auto'
-    """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
+    """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else. auto: bfloat16
+    on an accelerator, float32 on a CPU, and mixed on a CPU with AMX."""
     quick: bool = False
     """A tiny version, to see that it works."""
 

@@ -4,8 +4,8 @@
 
 The speed-up is Jacobi with the CLLM over autoregressive decoding of the target, in tokens per
 second at batch 1, both in the same compiled loop and in one run. Quality is measured on the text
-that Jacobi produced, where there is a right answer. With --dtype mixed on a CPU the target is timed
-in float32 too, and the faster of the two is the baseline.
+that Jacobi produced, where there is a right answer. On a CPU the target is timed in other
+precisions too where its own is not float32, and the fastest is the baseline.
 """
 
 import dataclasses

@@ -14,7 +14,6 @@ from cllm_jax.evaluation import comparison
 from cllm_jax.evaluation.comparison import BenchConfig
 from cllm_jax.evaluation.forward_cost import Cost
 from cllm_jax.evaluation.speed import Method
-from cllm_jax.hf import load
 from cllm_jax.hf.config import config_json, read_config
 from cllm_jax.runtime.backend import CPU, Class
 from tests.tiny import model_directory, random_model, tiny_config
@@ -110,7 +109,7 @@ def test_what_a_probe_has_seen_decides_the_default_from_then_on(is_one, tmp_path
     monkeypatch.setattr(bench, 'probe', lambda *arguments: found)
     seen = Class(dtypes=() if is_one else ('float32',))
     known = dataclasses.replace(CPU, rounding_class=seen)
-    monkeypatch.setattr(load, 'backend_of', lambda params: known)
+    monkeypatch.setattr('cllm_jax.hf.model.backend_of', lambda params: known)
     settings, console = BenchConfig(exact='class'), Console()
 
     def has_class():

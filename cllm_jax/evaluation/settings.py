@@ -27,7 +27,8 @@ class ComparisonConfig:
     max_tokens: int = 128
     """Longest answer."""
     dtype: Precision = 'auto'
-    """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else."""
+    """Of weights and cache; mixed has both in bfloat16 and float32 everywhere else. auto: bfloat16
+    on an accelerator, float32 on a CPU, and mixed on a CPU with AMX."""
     exact: Exactness = 'auto'
     """How far tokens hang on rounding (docs/exactness.md): class: on the token alone, whatever the
     window and the batch; program: AR runs the drafter's program; off: each as fast as it can. auto:

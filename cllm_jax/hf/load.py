@@ -19,7 +19,7 @@ from cllm_jax.hf.tokenizer import VOCABULARIES, lacks_package, read_tokenizer
 from cllm_jax.hf.weights import DTYPES, read_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.runs.checksums import SUMS, sha256
-from cllm_jax.runtime.backend import backend_for
+from cllm_jax.runtime.backend import backend_of
 
 SHIPPED = Path(__file__).resolve().parents[1] / 'embedded'
 EMBEDDED = {'embedded': 'cllm', 'embedded-target': 'target'}
@@ -41,7 +41,7 @@ def chosen(dtype: str) -> str:
     """What 'auto' stands for on the devices that are here; ConfigError for an unknown name."""
     if dtype not in (known := get_args(Precision)):
         raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {", ".join(known)}')
-    return backend_for(jax.devices()).default_dtype if dtype == 'auto' else dtype
+    return backend_of(()).default_dtype if dtype == 'auto' else dtype
 
 
 def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:

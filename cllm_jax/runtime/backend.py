@@ -67,7 +67,9 @@ class Backend:
     """What suits one kind of hardware. The defaults are those of an accelerator."""
 
     default_dtype: str = 'bfloat16'
-    """What dtype 'auto' stands for: matrix units multiply bfloat16, a CPU may have none."""
+    """What dtype 'auto' stands for: matrix units multiply bfloat16, a CPU may have none. On one
+    that has AMX a window of 16 decodes half as fast again or twice as fast in mixed precision as in
+    float32 (docs/benchmarks.md); that is the default where drafts are exact then."""
     bfloat16_as_bits: bool = False
     """Keep a bfloat16 cache, and look up a bfloat16 table, as uint16. XLA's CPU backend writes a
     few bfloat16 rows, or reads a few, by converting the whole array to float32 and back."""
@@ -180,10 +182,14 @@ def backend_of(weights: Any) -> Backend:
     backend = backend_for(devices)
     if backend is not CPU:
         return backend
-    usual = all(flag.startswith(HARMLESS) for flag in os.environ.get('XLA_FLAGS', '').split())
+    flags = os.environ.get('XLA_FLAGS', '').split()
+    usual = all(flag.startswith(HARMLESS) for flag in flags)
+    usual = usual and not jax.config.read('jax_disable_most_optimizations')
     known = CLASSED.get(hardware(), Class()) if usual else Class()
-    left = hardware()[0] == AMX and len(devices) == 1
-    backend = dataclasses.replace(CPU, rounding_class=known, weights_left=left)
+    backend = dataclasses.replace(CPU, rounding_class=known)
+    if hardware()[0] == AMX and len(devices) == 1:
+        dtype = 'mixed' if known.dtypes else CPU.default_dtype
+        backend = dataclasses.replace(backend, weights_left=True, default_dtype=dtype)
     small = 4 * sum(leaf.size for leaf in leaves) <= CACHED
     if len(devices) > 1 or not leaves or not small:
         return backend

@@ -137,7 +137,14 @@ def test_a_class_is_promised_for_as_many_rows_as_were_looked_at():
 def test_the_table_is_of_the_usual_flags(flags, holds, monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', flags)
     monkeypatch.setattr(backend, 'hardware', lambda: ('amx_bf16', '0.10'))
-    assert backend_of(MODEL.params).rounding_class.dtypes == (('bfloat16',) if holds else ())
+    assert backend_of(MODEL.params).rounding_class.dtypes == ()
+    jax.config.update('jax_disable_most_optimizations', False)
+    try:
+        found = backend_of(MODEL.params)
+    finally:
+        jax.config.update('jax_disable_most_optimizations', True)
+    assert found.rounding_class.dtypes == (('bfloat16',) if holds else ())
+    assert found.default_dtype == ('mixed' if holds else 'float32') and found.weights_left
 
 
 def test_ways_to_be_exact_replace_each_other():

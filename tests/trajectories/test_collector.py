@@ -12,7 +12,6 @@ from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.request import Request
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf import load
 from cllm_jax.runtime.backend import backend_of
 from cllm_jax.tasks.example import Example
 from cllm_jax.trajectories import collector
@@ -132,7 +131,9 @@ def test_a_collection_has_the_same_bytes_with_any_number_of_cores(tmp_path, mode
     params = jax.device_put(MODEL.params, jax.devices()[0])
     for count in (1, 3):
         backend = dataclasses.replace(backend_of(params), threads=count)
-        monkeypatch.setattr(load, 'backend_of', lambda weights, backend=backend: backend)
+        monkeypatch.setattr(
+            'cllm_jax.hf.model.backend_of', lambda weights, backend=backend: backend
+        )
         model = dataclasses.replace(MODEL, params=params)
         out, told = tmp_path / f'{count}', []
         with patch('jax.local_devices', return_value=jax.devices()[:1]):
