@@ -20,7 +20,7 @@ from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import load as hf
 from cllm_jax.hf.load import DTYPES
-from cllm_jax.hf.model import Model
+from cllm_jax.hf.model import Model, with_tokenizer
 from cllm_jax.hf.tokenizer import noted_or_new, read_tokenizer, same_tokenizer, write_tokenizer
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runs.atomic import replace_directory, temporary
@@ -190,7 +190,7 @@ def prepare(
     """The model to start from and its training samples, for the run of that directory."""
     objective = objective_of(settings)
     if objective.reads_trajectories:
-        model = hf.with_tokenizer(hf.load(settings.model, settings.dtype, mesh))
+        model = with_tokenizer(hf.load(settings.model, settings.dtype, mesh))
         samples = trajectory_samples(settings, model, listener)
         block = samples[0].states.shape[1] if samples else 0
         if not objective.keeps_states:
@@ -204,7 +204,7 @@ def prepare(
         if settings.model == 'new':
             model = new_model(settings, examples, run)
         else:
-            model = hf.with_tokenizer(hf.load(settings.model, settings.dtype, mesh))
+            model = with_tokenizer(hf.load(settings.model, settings.dtype, mesh))
         samples = text_samples(model, examples, listener)
     begun = [s for s in samples if len(s.prompt)]
     if len(begun) < len(samples):
