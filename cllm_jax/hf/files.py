@@ -145,9 +145,9 @@ def _bits(tensor: Stored, name: str) -> bytes:
         return f.get_tensor(name).tobytes()
 
 
-def explain(path: Path, error: Exception) -> DataError:
-    """What is wrong with a file that safetensors could not read; the commonest causes by name."""
-    wrong = f'damaged safetensors file ({one_line(error, 120)}); fetch it again'
+def explain(path: Path, error: object, kind: str = 'safetensors') -> DataError:
+    """What is wrong with a file that could not be read as `kind`; the commonest causes by name."""
+    wrong = f'damaged {kind} file ({one_line(error, 120)}); fetch it again'
     try:
         with open(path, 'rb') as f:
             head = f.read(64)

@@ -5,8 +5,10 @@ writing (`write.py`) is the inverse, bit for bit.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -125,41 +127,74 @@ def read_model(
         deltas = read_deltas(adapter, modules)
     for place in {directory, adapter.directory if adapter else directory}:
         check_sums(place)
-    abstract, places = abstract_params(config, dtype), {}
+    files = dict.fromkeys(stored.file for stored in found.values())
+    return config, params_of(config, dtype, mesh, map(open_tensors, files), deltas)
+
+
+def params_of(
+    config: LlamaConfig,
+    dtype: jnp.dtype,
+    mesh: Mesh | None,
+    files: Iterable[AbstractContextManager[Any]],
+    deltas: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
+) -> Any:
+    """The parameters, read one tensor at a time from files that have been checked.
+
+    Args:
+      dtype, mesh: see `read_model`.
+      files: what they give in a `with` block has `keys()`, Hugging Face's names, and `get_slice`.
+      deltas: what is added to matrices, by module.
+    """
+    abstract, places, arrays = abstract_params(config, dtype), {}, {}
     wanted = named(abstract)
     if mesh is not None:
         shardings = jax.tree.leaves(param_shardings(param_axes(config), abstract, mesh))
         places = dict(zip(wanted, shardings, strict=True))
-    arrays = {}
-    for path in dict.fromkeys(stored.file for stored in found.values()):
-        with open_tensors(path) as f:
+    for file in files:
+        with file as f:
             for hf_name in sorted(wanted.keys() & f.keys()):
                 add = deltas.get(hf_name.removesuffix('.weight'))
                 arrays[hf_name] = _read(f, hf_name, *wanted[hf_name], places.get(hf_name), add)
-    return config, jax.tree.unflatten(jax.tree.structure(abstract), [arrays[n] for n in wanted])
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[n] for n in wanted])
 
 
 def _check(directory: Path, config: LlamaConfig, found: dict[str, Stored]) -> None:
     """Refuse anything but exactly the tensors, shapes and formats of this architecture."""
     shapes = tensor_shapes(config)
     allowed = shapes | ({HEAD: shapes[EMBED]} if config.tied else {})
-    if missing := sorted(shapes.keys() - found.keys()):
-        remedy = 'fetch the whole model again'
-        if missing == [HEAD]:
-            remedy = 'set tie_word_embeddings to true in config.json if the head is the embedding'
-        raise DataError(f'{directory}: missing tensors: {listed(missing)}; {remedy}')
+    if shapes.keys() - found.keys() == {HEAD}:
+        remedy = 'set tie_word_embeddings to true in config.json if the head is the embedding'
+        raise DataError(f'{directory}: missing tensors: {HEAD}; {remedy}')
+    own = f'a {config.family} model of this config.json'
     remedy = 'use the config.json that belongs to these weights'
-    if extra := sorted(found.keys() - allowed.keys()):
-        foreign = f'tensors that a {config.family} model of this config.json has not'
-        raise DataError(f'{directory}: {foreign}: {listed(extra)}; {remedy}')
-    wrong = sorted(name for name, tensor in found.items() if tensor.shape != allowed[name])
-    if differ := [f'{name} is {found[name].shape} and not {allowed[name]}' for name in wrong]:
-        raise DataError(f'{directory}: {listed(differ)}; {remedy}')
+    stored = {name: tensor.shape for name, tensor in found.items()}
+    check_tensors(directory, stored, shapes, allowed, f'{own} has not', remedy)
     if formats := sorted(n for n, tensor in found.items() if tensor.dtype not in STORED):
         raise DataError(
             f'{directory}: {found[formats[0]].dtype} tensors: {listed(formats)}; '
             f'weights must be {", ".join(STORED)}, export the model unquantised'
         )
+
+
+def check_tensors(
+    place: Path,
+    stored: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    allowed: Mapping[str, tuple[int, ...]],
+    foreign: str,
+    remedy: str,
+) -> None:
+    """Refuse tensors that are missing, not `allowed`, or of another shape than there, by name.
+
+    `foreign` ends the sentence about those that are not allowed; `remedy` is for these and shapes.
+    """
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise DataError(f'{place}: missing tensors: {listed(missing)}; fetch the whole model again')
+    if extra := sorted(stored.keys() - allowed.keys()):
+        raise DataError(f'{place}: tensors that {foreign}: {listed(extra)}; {remedy}')
+    wrong = sorted(name for name, shape in stored.items() if shape != allowed[name])
+    if differ := [f'{name} is {stored[name]} and not {allowed[name]}' for name in wrong]:
+        raise DataError(f'{place}: {listed(differ)}; {remedy}')
 
 
 def _read(
