@@ -49,7 +49,7 @@ class DecodeConfig(DrafterConfig):
     """Settings of decoding."""
 
     model: str = 'embedded'
-    """embedded, embedded-target, a model or run directory, or a hub id owner/name."""
+    """embedded, embedded-target, a model or run directory, a GGUF file, or a hub id owner/name."""
     prompts: tuple[str, ...] = ()
     """Prompts; without any, held-out prompts of the embedded tasks."""
     input: str = ''

@@ -205,7 +205,8 @@ def _facts(model: Model, request: Request) -> dict[str, Any]:
     if model.directory is None:
         return {}
     place, jacobi = model.directory.absolute(), request.drafter
-    stats = [(file.name, file.stat()) for file in sorted(place.glob('*.safetensors'))]
+    files = [place] if place.is_file() else sorted(place.glob('*.safetensors'))
+    stats = [(file.name, file.stat()) for file in files]
     weights = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     drafter = [jacobi.mode, jacobi.recycle, jacobi.lookup]
     return {'model': str(place), 'weights': weights, 'with': model.adapter, 'drafter': drafter}

@@ -1,4 +1,4 @@
-"""Opening a model by name: an embedded one, a directory, a run, or a hub id."""
+"""Opening a model by name: an embedded one, a directory, a run, a GGUF file, or a hub id."""
 
 import hashlib
 import re
@@ -14,6 +14,10 @@ from cllm_jax.errors import ConfigError, DataError, one_line
 from cllm_jax.hf.adapter import SETTINGS, TENSORS, Adapter, find_adapter
 from cllm_jax.hf.config import read_config
 from cllm_jax.hf.files import has_weights
+from cllm_jax.hf.gguf import read_gguf
+from cllm_jax.hf.gguf_config import config_of
+from cllm_jax.hf.gguf_file import SUFFIX, is_gguf, open_gguf
+from cllm_jax.hf.gguf_tokenizer import tokenizer_of
 from cllm_jax.hf.model import MIXED, Model
 from cllm_jax.hf.tokenizer import VOCABULARIES, lacks_package, read_tokenizer
 from cllm_jax.hf.weights import DTYPES, read_model
@@ -45,13 +49,13 @@ def chosen(dtype: str) -> str:
 
 
 def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
-    """The local directory of the model that a name stands for.
+    """The local directory, or GGUF file, of the model that a name stands for.
 
     `embedded` and `embedded-target` ship with the package. A path never touches the network. A name
     of the form `owner/name` that is not a directory is fetched from the hub: what matches `files`.
 
     Raises:
-      ConfigError: neither a directory nor a hub id, or the hub does not deliver it.
+      ConfigError: not a directory, GGUF file or hub id, or the hub does not deliver it.
       DataError: this installation lacks the embedded model.
     """
     if name in EMBEDDED:
@@ -66,13 +70,18 @@ def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
             run = path / 'model'
             own = any((path / file).exists() for file in PEEKED)
             return run if run.is_dir() and not own else path
+        if is_gguf(path):
+            return path
         if path.is_file():
-            raise ConfigError(f'{shown}: is a file; name the directory that holds config.json')
+            rule = 'name the directory that holds config.json, or a GGUF file'
+            raise ConfigError(f'{shown}: is a file; {rule}')
     except (OSError, ValueError, RuntimeError) as e:  # too long, a NUL, an unknown ~user
         reason = getattr(e, 'strerror', None) or one_line(e)
-        raise ConfigError(f'{shown}: {reason}; name a readable directory') from None
+        raise ConfigError(f'{shown}: {reason}; name a readable directory or file') from None
+    if path.suffix.lower() == SUFFIX:
+        raise ConfigError(f'{shown}: no such file; name a GGUF file that is here')
     if not HUB_ID.fullmatch(name):
-        known = f'{", ".join(EMBEDDED)}, a directory, or a hub id owner/name'
+        known = f'{", ".join(EMBEDDED)}, a directory, a GGUF file, or a hub id owner/name'
         raise ConfigError(f'{shown}: no such directory; use {known}')
     from huggingface_hub import snapshot_download  # network code, only for a hub id
 
@@ -88,6 +97,8 @@ def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
 def peek(name: str) -> LlamaConfig:
     """The config of the model that a name stands for, without its weights; raises as `load`."""
     directory = resolve(name, PEEKED)
+    if directory.is_file():
+        return config_of(open_gguf(directory))
     if not (directory / 'config.json').exists():
         directory = base_of(directory)[0]
     return read_config(directory)
@@ -155,7 +166,15 @@ def _named_base(adapter: Adapter) -> Path:
 
 
 def open_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a model directory; of an adapter without one that of its base."""
+    """The tokenizer of a model directory or file; of an adapter without one that of its base.
+
+    Raises ConfigError if it cannot be read.
+    """
+    if directory.is_file():
+        tokenizer, lacks = tokenizer_of(open_gguf(directory))
+        if lacks:
+            raise ConfigError(f'{directory}: {lacks}')
+        return tokenizer
     return read_tokenizer(_home_of_tokenizer(directory))
 
 
@@ -165,7 +184,7 @@ def _home_of_tokenizer(directory: Path) -> Path:
 
 
 def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
-    """Open a model: `embedded`, `embedded-target`, a model or run directory, or a hub id.
+    """Open a model: `embedded`, `embedded-target`, a directory, a run, a GGUF file, or a hub id.
 
     A LoRA adapter of PEFT is merged into its base (`base_of`), in float32.
 
@@ -176,10 +195,17 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
       mesh: devices that share the weights (`runtime/mesh.py`); None for one device.
 
     Raises:
-      ConfigError, DataError: see `resolve`, `base_of`, `read_config` and `read_model`.
+      ConfigError, DataError: see `resolve`, `base_of`, `read_config`, `read_model` and `open_gguf`,
+        `read_gguf`, `tokenizer_of`.
     """
     dtype = chosen(dtype)
     directory = resolve(name)
+    if directory.is_file():
+        file = open_gguf(directory)
+        config, params = read_gguf(file, storage(dtype), mesh)
+        params = mixed(params) if dtype == MIXED else params
+        tokenizer, lacks = tokenizer_of(file)
+        return Model(config, params, tokenizer, name, '', directory, lacks)
     base, adapter = base_of(directory)
     config, params = read_model(base, storage(dtype), mesh, adapter)
     if dtype == MIXED:
@@ -212,8 +238,10 @@ def mixed(params: Any) -> Any:
 def files_fingerprint(directory: Path) -> str:
     """sha256 of a model directory's sums, else of its config and the sizes of its weight files.
 
-    Of an adapter: of all its bytes, and this of its base.
+    Of an adapter: of all its bytes, and this of its base. Of a GGUF file: of all its bytes.
     """
+    if directory.is_file():
+        return sha256(directory)
     base, adapter = base_of(directory)
     if adapter is not None:
         files = [sha256(directory / name) for name in (SETTINGS, TENSORS)]

@@ -30,15 +30,15 @@ class Model:
     config: LlamaConfig
     params: Any = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(repr=False)
-    """A `transformers` tokenizer, or None if the directory has none, or `lacks` says why."""
+    """A `transformers` tokenizer, or None if its files have none, or `lacks` says why."""
     source: str
     """What the user called it."""
     adapter: str = ''
     """Which adapter was merged into which weights, '' for none."""
     directory: Path | None = dataclasses.field(default=None, repr=False)
-    """Where its files lie, None if nowhere."""
+    """Where its files lie: a directory, a GGUF file, or None if nowhere."""
     lacks: str = ''
-    """The package without which its tokenizer cannot be read; token ids can be used without."""
+    """Why its tokenizer cannot be read, and the remedy; token ids can be used without."""
 
     @property
     def title(self) -> str:
@@ -107,13 +107,15 @@ class Model:
         return with_outputs_first(self.params)
 
 
-def with_tokenizer(
-    model: Model, remedy: str = 'copy the tokenizer files of the original model into its directory'
-) -> Model:
+def with_tokenizer(model: Model, remedy: str = '') -> Model:
     """The model, if texts can be learned or answered with it; ConfigError without a tokenizer."""
     if model.tokenizer is None:
-        fault = f': {model.lacks}, or' if model.lacks else ' has no tokenizer;'
-        raise ConfigError(f'{model.source}{fault} {remedy}')
+        copy = 'copy the tokenizer files of the original model into its directory'
+        if model.directory and model.directory.is_file():
+            copy = '' if model.lacks else 'use the Hugging Face directory of this model'
+        remedies = filter(None, (model.lacks or 'has no tokenizer', remedy or copy))
+        mark, link = (': ', ', or ') if model.lacks else (' ', '; ')
+        raise ConfigError(model.source + mark + link.join(remedies))
     return model
 
 
