@@ -115,7 +115,7 @@ def test_another_kind_of_tokenizer_is_refused_by_name_and_ids_are_not(key, value
     for call, args in (
         (open_tokenizer, (path,)),
         (write_model, (tmp_path / 'out', model)),
-        (encode, (model, ['the city'])),
+        (encode, (model, 'the city')),
     ):
         message = refusal(call, *args, of=ConfigError)
         assert told in message and 'use the Hugging Face directory' in message
