@@ -1,6 +1,7 @@
 """The commands, run as a user runs them: the whole pipeline tiny, plans, and polite refusals."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import sys
@@ -31,7 +32,9 @@ from cllm_jax.training.data import held_out_rows, inputs_of
 from cllm_jax.training.objective import checked
 from cllm_jax.trajectories.clean import Cleaning
 from cllm_jax.trajectories.store import open_manifest
+from tests.gguf_files import GQA, tokenizer_facts, write_gguf
 from tests.tiny import byte_tokenizer, model_directory, random_model, text_config
+from tests.tiny_model import model_of
 
 api = cllm_jax.decode
 decode = import_module('cllm_jax.decode')
@@ -255,6 +258,31 @@ def test_a_resumed_run_has_the_data_and_the_tokenizer_that_it_began_with(tmp_pat
     assert (run / 'tokenizer/tokenizer.json').read_bytes() == tokenizer
     write_rows(data, 'question')
     with pytest.raises(ConfigError, match='begun with samples'):
+        call(monkeypatch, train, *arguments)
+
+
+def test_a_gguf_file_is_a_target(tmp_path, monkeypatch):
+    """It is planned, taken as it is, and known again; the run has its tokenizer."""
+    facts = tokenizer_facts('smollm')
+    config = dataclasses.replace(GQA, vocab_size=len(facts['tokenizer.ggml.tokens']))
+    path = write_gguf(tmp_path / 'm.gguf', model_of(config), **facts)
+    data = tmp_path / 'prompts.jsonl'
+    data.write_text(''.join(json.dumps({'prompt': f'the city {i}'}) + '\n' for i in range(40)))
+    arguments = [
+        '--stage', 'target', '--root', tmp_path, '--model', path, '--data', f'{data}#all',
+        '--steps', 0, '--held-out.prompts', 1, '--held-out.max-tokens', 2, '--max-length', 32,
+    ]  # fmt: skip
+    call(monkeypatch, train, *arguments, '--plan')
+    call(monkeypatch, train, *arguments)
+    given, kept = (cllm_jax.load(str(place), 'float32') for place in (path, tmp_path / 'target'))
+    assert kept.config == given.config
+    jax.tree.map(np.testing.assert_array_equal, kept.params, given.params)
+    assert tokenizer_fingerprint(kept.tokenizer) == tokenizer_fingerprint(given.tokenizer)
+    noted = json.loads((tmp_path / 'target/inputs.json').read_text())
+    assert noted['model_files'] == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    call(monkeypatch, train, *arguments)
+    write_gguf(path, model_of(config, seed=1), **facts)
+    with pytest.raises(ConfigError, match='model_files'):
         call(monkeypatch, train, *arguments)
 
 

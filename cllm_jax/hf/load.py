@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from cllm_jax.errors import ConfigError, DataError, one_line
 from cllm_jax.hf.adapter import SETTINGS, TENSORS, Adapter, find_adapter
 from cllm_jax.hf.config import read_config
-from cllm_jax.hf.files import has_weights
+from cllm_jax.hf.files import has_weights, listed
 from cllm_jax.hf.gguf import read_gguf
 from cllm_jax.hf.gguf_config import config_of
 from cllm_jax.hf.gguf_file import SUFFIX, is_gguf, open_gguf
@@ -69,6 +69,10 @@ def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
         if name and path.is_dir():
             run = path / 'model'
             own = any((path / file).exists() for file in PEEKED)
+            files = sorted(file.name for file in path.glob(f'*{SUFFIX}'))
+            if files and not (own or run.is_dir()):
+                rule = 'name one of its GGUF files'
+                raise ConfigError(f'{shown}: has no config.json; {rule}: {listed(files)}')
             return run if run.is_dir() and not own else path
         if is_gguf(path):
             return path

@@ -124,10 +124,12 @@ def test_the_frequencies_of_llama_3_are_known_by_their_factors(tmp_path):
         tensors = {'rope_freqs.weight': factors(rule, 64, 5e5)}
         path = write_gguf(tmp_path / 'm.gguf', model_of(config), tensors=tensors)
         assert load(str(path)).config == dataclasses.replace(config, rope_scaling=wanted)
-    other = dataclasses.replace(LLAMA3, original_positions=4096)
-    tensors = {'rope_freqs.weight': factors(other, 64, 5e5)}
-    path = write_gguf(tmp_path / 'm.gguf', model_of(config), tensors=tensors)
-    assert 'rope_freqs.weight' in refusal(load, str(path), of=ConfigError)
+    near = factors(LLAMA3, 64, 5e5)
+    near[near == 8.0] *= np.linspace(0.99, 1, (near == 8.0).sum(), dtype=np.float32)
+    other = factors(dataclasses.replace(LLAMA3, original_positions=4096), 64, 5e5)
+    for stored in (near, other):
+        path = write_gguf(path, model_of(config), tensors={'rope_freqs.weight': stored})
+        assert 'rope_freqs.weight' in refusal(load, str(path), of=ConfigError)
     tensors = {'rope_freqs.weight': np.ones(5, np.float32)}
     path = write_gguf(tmp_path / 'm.gguf', model_of(config), tensors=tensors)
     assert '(5,)' in refusal(load, str(path), of=ConfigError)
@@ -249,6 +251,9 @@ def test_a_file_is_known_by_its_name_or_its_first_bytes(tmp_path, no_network):
         assert model.tokenizer is None and model.lacks == ''
         assert 'use the Hugging Face directory' in refusal(with_tokenizer, model, of=ConfigError)
     assert 'no such file' in refusal(load, 'models/m.gguf', of=ConfigError)
+    write_gguf(tmp_path / 'here.gguf')
+    message = refusal(load, str(tmp_path), of=ConfigError)
+    assert message.endswith('has no config.json; name one of its GGUF files: here.gguf')
     (tmp_path / 'notes.txt').write_text('GGU')
     assert 'a GGUF file' in refusal(load, str(tmp_path / 'notes.txt'), of=ConfigError)
 
