@@ -49,19 +49,26 @@ def read_gguf(file: Gguf, dtype: jnp.dtype, mesh: Mesh | None) -> tuple[LlamaCon
     return config, params_of(config, dtype, mesh, [nullcontext(tensors)])
 
 
+def names_of(config: LlamaConfig) -> tuple[dict[str, str], dict[str, int]]:
+    """A file's names of the tensors, by Hugging Face's, and the heads of those with other rows."""
+    names, turned = {}, {}
+    for hf_name, (name, _) in named(abstract_params(config)).items():
+        part, kind = name.removesuffix('_bias'), 'bias' if name.endswith('_bias') else 'weight'
+        if name in TOP_NAMES:
+            names[hf_name] = TOP[name]
+            continue
+        names[hf_name] = f'blk.{hf_name.split(".")[2]}.{PARTS[part]}.{kind}'
+        if config.family == 'llama' and part in ('q', 'k'):
+            turned[hf_name] = config.heads if part == 'q' else config.kv_heads
+    return names, turned
+
+
 class _Tensors:
     """A file's tensors by Hugging Face's names and in its order, as `params_of` reads them."""
 
     def __init__(self, file: Gguf, config: LlamaConfig):
-        self.file, self.names, self.turned = file, {}, {}
-        for hf_name, (name, _) in named(abstract_params(config)).items():
-            part, kind = name.removesuffix('_bias'), 'bias' if name.endswith('_bias') else 'weight'
-            if name in TOP_NAMES:
-                self.names[hf_name] = TOP[name]
-                continue
-            self.names[hf_name] = f'blk.{hf_name.split(".")[2]}.{PARTS[part]}.{kind}'
-            if config.family == 'llama' and part in ('q', 'k'):
-                self.turned[hf_name] = config.heads if part == 'q' else config.kv_heads
+        self.file = file
+        self.names, self.turned = names_of(config)
 
     def keys(self) -> KeysView[str]:
         return self.names.keys()

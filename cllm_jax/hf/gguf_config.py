@@ -145,10 +145,15 @@ def _llama3(file: Gguf, theta: float) -> RopeScaling | None:
     if np.all(stored == 1):
         return None
     rule = RopeScaling('llama3', _decimal(stored.max()))
-    low, high = rule.low_freq_factor, rule.high_freq_factor
-    freq = np.float64(theta) ** (-np.arange(stored.size) / stored.size)
-    turns = rule.original_positions * freq / (2 * np.pi)
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    if not np.allclose(stored, 1 / (keep + (1 - keep) / rule.factor), rtol=1e-4, atol=0):
+    if not np.allclose(stored, rope_factors(rule, theta, stored.size), rtol=1e-4, atol=0):
         file.refuse(ROPE_FACTORS, stored.tolist(), 'only the factors of LLaMA 3.1 to 3.3 are known')
     return rule
+
+
+def rope_factors(rule: RopeScaling, theta: float, size: int) -> np.ndarray:
+    """The divisors of so many rotary frequencies that a `llama3` rule gives."""
+    low, high = rule.low_freq_factor, rule.high_freq_factor
+    freq = np.float64(theta) ** (-np.arange(size) / size)
+    turns = rule.original_positions * freq / (2 * np.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1 / (keep + (1 - keep) / rule.factor)

@@ -1,8 +1,9 @@
 """Writing a model directory that `read_model` and `transformers` load: all of it or nothing."""
 
 import json
-from collections.abc import Set
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
     card: str = '',
     sums: bool = False,
-    rewritten: Set[str] = frozenset(),
+    extra: Mapping[str, Callable[[Path], None] | None] = MappingProxyType({}),
 ) -> None:
     """Write config, weights and tokenizer; an old model in the directory is replaced.
 
@@ -45,7 +46,8 @@ def write_model(
       shard_bytes: size from which on the weights are divided into several files.
       card: the text of README.md; '' for none.
       sums: write the sha256 of every file too, which `read_model` then checks (`checksums.py`).
-      rewritten: files that the caller writes again, so they may be lost with the old model.
+      extra: what else belongs to the model, by name: a function that writes the file, or None.
+        Those of the old model may be lost with it.
 
     Raises:
       ConfigError: an unknown `dtype`, a config no supported family has, parameters of another
@@ -66,12 +68,15 @@ def write_model(
         raise ConfigError(f'{directory}: no {config.family} model is {config}; correct its family')
     try:
         temp = temporary(directory)
-        _check_replaceable(directory, {'README.md', *rewritten} if card else rewritten)
+        _check_replaceable(directory, {'README.md', *extra} if card else extra)
         (temp / 'config.json').write_text(json.dumps(raw, indent=2) + '\n', 'utf-8')
         if model.tokenizer is not None:
             write_tokenizer(temp, model.tokenizer)
         if card:
             (temp / 'README.md').write_text(card, 'utf-8')
+        for name, write in extra.items():
+            if write is not None:
+                write(temp / name)
         _write_weights(temp, model.params, jnp.dtype(dtype), shard_bytes)
         if sums:
             write_sums(temp)
@@ -85,7 +90,7 @@ def write_model(
         recover_replacement(directory)
 
 
-def _check_replaceable(directory: Path, rewritten: Set[str]) -> None:
+def _check_replaceable(directory: Path, rewritten: Collection[str]) -> None:
     if directory.exists() and not directory.is_dir():
         raise DataError(f'{directory}: is a file; choose another directory')
     is_model = (directory / 'config.json').is_file()

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,25 @@ def write_atomic(path: Path, data: bytes) -> None:
         if not path.is_file():
             path.write_bytes(data)
             return
+    with replacing(path) as temp:
+        temp.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name under which to write a file. It takes the name `path` once it is on disk; after an
+    error it is gone, and the old file is as it was.
+    """
     path = path.resolve()
     temp = path.with_name(f'.{path.name}.tmp')
-    temp.write_bytes(data)
-    _sync(temp)
-    temp.rename(path)
-    _sync(path.parent)
+    try:
+        yield temp
+        _sync(temp)
+        temp.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,6 +12,9 @@ from cllm_jax.runs.atomic import write_atomic
 SUMS = 'cllm_jax.sha256'
 FREE = (SUMS, 'README.md', 'LICENSE')
 """Not summed: a model card and a licence may be added and edited."""
+OTHERS = '.gguf'
+"""The suffix of models of their own, which come and go: other programs put them into a directory,
+and what reads the directory does not read them."""
 
 
 def sha256(path: Path) -> str:
@@ -22,7 +25,7 @@ def sha256(path: Path) -> str:
 
 def write_sums(directory: Path) -> None:
     """Write the sums of every file below `directory`."""
-    files = sorted(p for p in directory.rglob('*') if p.is_file() and p.name not in FREE)
+    files = sorted(p for p in directory.rglob('*') if p.is_file() and not _free(p))
     lines = [f'{sha256(p)}  {p.relative_to(directory).as_posix()}\n' for p in files]
     write_atomic(directory / SUMS, ''.join(lines).encode())
 
@@ -57,10 +60,14 @@ def check_sums(directory: Path) -> None:
             )
     for file in directory.rglob('*'):
         name = file.relative_to(directory)
-        free = file.name in FREE or any(part.startswith('.') for part in name.parts)
+        free = _free(file) or any(part.startswith('.') for part in name.parts)
         own = file.parent != directory and (file.parent / SUMS).exists()
         if file.is_file() and not (free or own or name.as_posix() in known):
             raise DataError(
                 f'{file}: has no sum in {SUMS}; copy the directory again, or remove {SUMS} if you '
                 'added it yourself'
             )
+
+
+def _free(path: Path) -> bool:
+    return path.name in FREE or path.suffix == OTHERS
