@@ -46,8 +46,7 @@ def write_model(
       shard_bytes: size from which on the weights are divided into several files.
       card: the text of README.md; '' for none.
       sums: write the sha256 of every file too, which `read_model` then checks (`checksums.py`).
-      extra: what else belongs to the model, by name: a function that writes the file, or None.
-        Those of the old model may be lost with it.
+      extra: further files by name, with what writes each, or None. Old ones may be lost.
 
     Raises:
       ConfigError: an unknown `dtype`, a config no supported family has, parameters of another
@@ -62,21 +61,20 @@ def write_model(
         raise ConfigError(f'{directory}: the parameters do not belong to this config; pass its own')
     if model.lacks:
         raise ConfigError(f'{model.source}: {model.lacks}, or its tokenizer would be lost')
+    if card:
+        extra = {**extra, 'README.md': lambda path: path.write_text(card, 'utf-8')}
     directory = directory.resolve()
     raw = config_json(config, dtype)
     if parse_config(directory / 'config.json', raw) != config:
         raise ConfigError(f'{directory}: no {config.family} model is {config}; correct its family')
     try:
         temp = temporary(directory)
-        _check_replaceable(directory, {'README.md', *extra} if card else extra)
+        _check_replaceable(directory, extra)
         (temp / 'config.json').write_text(json.dumps(raw, indent=2) + '\n', 'utf-8')
         if model.tokenizer is not None:
             write_tokenizer(temp, model.tokenizer)
-        if card:
-            (temp / 'README.md').write_text(card, 'utf-8')
-        for name, write in extra.items():
-            if write is not None:
-                write(temp / name)
+        for name in filter(extra.get, extra):
+            extra[name](temp / name)
         _write_weights(temp, model.params, jnp.dtype(dtype), shard_bytes)
         if sums:
             write_sums(temp)

@@ -16,6 +16,7 @@ from tokenizers import pre_tokenizers as pre
 
 import cllm_jax as cllm
 from cllm_jax import export
+from cllm_jax.cli.console import size
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf import gguf_write
 from cllm_jax.hf.gguf_write import write_gguf
@@ -171,6 +172,13 @@ def changed(rule, **fields) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(raw))
 
 
+def letter_of(byte: int) -> str:
+    """How byte-level tokenizers write a byte that begins no character which is often met."""
+    [(pieces, _)] = pre.ByteLevel(False).pre_tokenize_str(chr(0xC0000))
+    assert chr(0xC0000).encode()[0] == byte
+    return pieces[0]
+
+
 def odd_tokenizers():
     """What a file cannot have, though some do the same with most texts."""
     bare = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
@@ -188,6 +196,9 @@ def odd_tokenizers():
     eager = reference('gpt-2')
     eager.add_special_tokens([AddedToken('<|eager|>', lstrip=True)])
     yield 'something else', eager
+    words = reference('gpt-2').get_vocab(False)
+    words['zqy'] = words.pop(letter_of(0xF3))
+    yield 'something else', changed('gpt-2', vocab=words, unk_token='!')
 
 
 ODD = [*odd_tokenizers()]
@@ -303,8 +314,10 @@ def test_the_command_writes_files_into_the_directory_of_the_model(tmp_path, monk
     (place / 'other.gguf').unlink()
     export_of(monkeypatch, tmp_path)
     assert files(place) == set(), 'an old file would be of old weights'
-    export_of(monkeypatch, tmp_path, '--plan', '--gguf', 'f32', 'bf16')
-    assert 'model-f32' not in str(files(place))
+    capsys.readouterr()
+    export_of(monkeypatch, tmp_path, '--plan', '--gguf', 'f32', 'bf16', 'f32')
+    assert size(model.config.parameters * (2 + 4 + 2)) in capsys.readouterr().out
+    assert files(place) == set()
 
 
 def test_a_refused_or_killed_export_keeps_the_old_one(tmp_path, monkeypatch):
