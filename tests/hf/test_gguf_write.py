@@ -25,7 +25,7 @@ from cllm_jax.hf.tokenizer import tokenizer_fingerprint
 from cllm_jax.hf.write import write_model
 from cllm_jax.model.config import RopeScaling
 from cllm_jax.runs import atomic
-from tests.gguf_files import GQA, KIND, MARKS, reference, stored_tensors
+from tests.gguf_files import GQA, KIND, MARKS, OWN, reference, stored_tensors
 from tests.hf.test_gguf import CONFIGS, LLAMA3, factors
 from tests.kinds import CHATML, tokenizer_of, write
 from tests.tiny import byte_tokenizer
@@ -118,9 +118,11 @@ def tokenizer_by(directory: Path, inner: Tokenizer, **more):
 
 
 def same_ids(one, other) -> bool:
-    texts = ['the city 1234', f'{MARKS[2]}user']
-    ids = [t(texts)['input_ids'] for t in (one, other)]
-    return tokenizer_fingerprint(one) == tokenizer_fingerprint(other) and ids[0] == ids[1]
+    """Whether two tokenizers make the same ids of texts, and the same texts of ids."""
+    ids = [t(['the city 1234', f'{MARKS[2]}user {OWN}'])['input_ids'] for t in (one, other)]
+    shown = [t.decode(ids[0][1], skip_special_tokens=True) for t in (one, other)]
+    alike = ids[0] == ids[1] and shown[0] == shown[1]
+    return alike and tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
 
 
 @pytest.mark.parametrize('around', [(), (0,), (0, 1), (1,)])
