@@ -182,7 +182,7 @@ def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
     kept = backend.cache_dtype(dtype, one_query=settings.drafter == 'ar')
     cache = weight_bytes(jax.eval_shape(lambda: init_cache(config, 1, 1, kept)))
     copies = {}
-    if dtype == jnp.bfloat16 and backend.weights_left:
+    if dtype == jnp.bfloat16 and backend.weights_left and settings.tensor == 1:
         layers = [leaf for name, leaf in weights.items() if name.startswith('layers_')]
         copies['matrices once more, for products from the left'] = size(weight_bytes(layers))
     facts = {

@@ -188,10 +188,10 @@ def report(console: Console, found: dict[str, Any]) -> None:
     console.out.print(table(title, columns, [[*row, row[-1] / speed['ar']] for row in rows]))
     console.result(f'CLLM: {found["models"]["cllm"]}; target: {found["models"]["target"]}')
     shares = dict(enumerate(found['acceptance'], 1))
-    shown = ', '.join(f'{shares[slot]:.0%} of slot {slot}' for slot in SLOTS if slot in shares)
+    shown = ', '.join(f'slot {slot} {shares[slot]:.0%}' for slot in SLOTS if slot in shares)
     console.result(
         f'{name}: {found["loop_free_tokens_per_forward"]:.2f} tokens/forward without answers that '
-        f'repeat themselves; of what is guessed right up to there, {shown or "nothing"} is right'
+        f'repeat themselves; guesses that are right where all before them are: {shown or "none"}'
     )
     word, same = judged(found['identical'] == 1, found['identical_by']), found['identical']
     console.result(

@@ -27,6 +27,7 @@ from cllm_jax.hf.write import write_model
 from cllm_jax.runs.recipe import read_recipe
 from cllm_jax.runs.run_dir import append_metrics, claim
 from cllm_jax.runs.stages import STAGES, exported_run
+from cllm_jax.runtime import backend
 from cllm_jax.training.config import TrainConfig, architecture, quick, with_names
 from cllm_jax.training.data import held_out_rows, inputs_of
 from cllm_jax.training.objective import checked
@@ -150,6 +151,15 @@ def test_the_plan_of_a_collection_in_mixed_precision_has_half_the_sizes(
         lines = capsys.readouterr().out.splitlines()
         sizes.append([line for line in lines if 'weights' in line or 'KV cache' in line])
     assert sizes[0] != sizes[1] == sizes[2] and len(sizes[0]) == 2
+
+
+def test_the_plan_of_decoding_counts_matrices_that_are_kept_twice(monkeypatch, capsys):
+    """On one device with AMX, if they are bfloat16."""
+    monkeypatch.setattr(backend, 'hardware', lambda: (backend.AMX, '0.10'))
+    for dtype, tensor, twice in (('mixed', 1, True), ('float32', 1, False), ('mixed', 2, False)):
+        command = import_module('cllm_jax.decode')
+        call(monkeypatch, command, '--plan', '--dtype', dtype, '--tensor', tensor)
+        assert ('matrices once more' in ' '.join(capsys.readouterr().out.split())) == twice
 
 
 def test_the_plan_of_space_counts_its_states(tmp_path, monkeypatch, capsys):
