@@ -40,6 +40,19 @@ from cllm_jax.runtime.mesh import tensor_mesh
 from cllm_jax.training.step_cost import step_cost
 from cllm_jax.trajectories.store import Collection
 
+COLUMNS = {
+    'parameters': 'extra_parameters',
+    'tokens/forward': 'tokens_per_forward',
+    'loop-free': 'loop_free_tokens_per_forward',
+    'cost': 'cost_of_forward',
+    'tokens/s': 'tokens_per_second',
+    'speed-up': 'speedup',
+    'conversion': 'conversion',
+    'identical': 'identical',
+    'quality': 'quality',
+}
+"""What is printed of each method, by its title."""
+
 
 def random_model(path: Path, dtype: str) -> Model:
     """Random weights of the size that a config describes."""
@@ -172,15 +185,13 @@ def report(console: Console, found: dict[str, Any]) -> None:
         rows = [[n, *row.values()] for n, row in parted.items()]
         console.out.print(table('where the ms of a forward go (profiled), batch 1', columns, rows))
     for task in found.get('tasks', ()):
-        columns = ['', 'parameters', 'tokens/forward', 'cost', 'tokens/s', 'speed-up']
-        columns += ['conversion', 'identical', 'quality']
-        rows = [[name, *row.values()] for name, row in task['ways'].items()]
+        columns = ['', *COLUMNS]
+        rows = [[name, *(row[k] for k in COLUMNS.values())] for name, row in task['ways'].items()]
         ar = task['ways']['target, AR']
         base = ar['tokens_per_second'] / ar['speedup']
-        rows += [
-            [f'transformers, {name}', '', '', '', value, value / base, '', '', '']
-            for name, value in task.get('transformers', {}).items()
-        ]
+        for name, value in task.get('transformers', {}).items():
+            timed = {'tokens_per_second': value, 'speedup': value / base}
+            rows.append([f'transformers, {name}', *(timed.get(k, '') for k in COLUMNS.values())])
         console.out.print(table(f'{task["task"]}: {task["n"]} prompts, batch 1', columns, rows))
         batched = task['batched']
         base = max(value for name, value in batched.items() if name.startswith('target, AR'))

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from cllm_jax import bench
-from cllm_jax.cli.console import Console
+from cllm_jax.cli.console import Console, number
 from cllm_jax.evaluation import comparison
 from cllm_jax.evaluation.comparison import BenchConfig
 from cllm_jax.evaluation.forward_cost import Cost
@@ -63,7 +63,12 @@ def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     assert set(part['collect']) == {'sliding', 'block'}
     assert all(one['prompts_per_second'] > 0 for one in part['collect'].values())
     assert part['train']['ratio'] > 0
-    assert 'c(N)' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'c(N)' in out
+    line = next(x for x in out.splitlines() if x.startswith(' CLLM, Jacobi 4 '))
+    shown = [cell.strip() for cell in line.split('\u2502')[1:]]
+    way = task['ways']['CLLM, Jacobi 4']
+    assert shown == [number(way[key]) for key in bench.COLUMNS.values()]
 
 
 def test_costs_count_from_a_forward_with_one_token(monkeypatch):
