@@ -17,7 +17,7 @@ from cllm_jax.cli.guard import guard
 from cllm_jax.cli.settings import parse
 from cllm_jax.data.sources import Source, open_source, rows_fingerprint
 from cllm_jax.errors import ConfigError
-from cllm_jax.hf.load import MIXED, Precision, load, peek, storage
+from cllm_jax.hf.load import MIXED, Precision, chosen, load, peek, storage
 from cllm_jax.hf.model import fingerprint, with_tokenizer
 from cllm_jax.hf.tokenizer import noted_or_new
 from cllm_jax.model.config import LlamaConfig
@@ -56,7 +56,8 @@ def plan(
     settings: CollectConfig, directory: Path, source: Source, config: LlamaConfig, console: Console
 ) -> None:
     """What the collection would need."""
-    width = 2 if settings.dtype == MIXED else storage(settings.dtype).itemsize
+    dtype = chosen(settings.dtype)
+    width = 2 if dtype == MIXED else storage(dtype).itemsize
     facts = {
         'writes to': directory,
         'prompts': len(source),

@@ -33,7 +33,7 @@ from cllm_jax.evaluation.bandwidth import bytes_per_token, memory_bandwidth, wei
 from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
 from cllm_jax.evaluation.verdict import verdict
 from cllm_jax.evaluation.window import choose, learn
-from cllm_jax.hf.load import MIXED, Precision, load, mixed, peek, storage
+from cllm_jax.hf.load import MIXED, Precision, chosen, load, mixed, peek, storage
 from cllm_jax.hf.model import Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache
@@ -174,9 +174,10 @@ def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
 
 def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
     """What decoding would need."""
-    config, dtype = peek(settings.model), storage(settings.dtype)
+    config, precision = peek(settings.model), chosen(settings.dtype)
+    dtype = storage(precision)
     weights = abstract_params(config, dtype)
-    if settings.dtype == MIXED:
+    if precision == MIXED:
         weights, dtype = jax.eval_shape(mixed, weights), jnp.bfloat16
     backend = backend_of(())
     kept = backend.cache_dtype(dtype, one_query=settings.drafter == 'ar')

@@ -153,6 +153,18 @@ def test_the_plan_of_a_collection_in_mixed_precision_has_half_the_sizes(
     assert sizes[0] != sizes[1] == sizes[2] and len(sizes[0]) == 2
 
 
+@pytest.mark.parametrize('name', ['decode', 'collect'])
+def test_plans_count_what_auto_stands_for(name, monkeypatch, capsys):
+    mixed = dataclasses.replace(backend.CPU, default_dtype='mixed')
+    monkeypatch.setattr('cllm_jax.hf.load.backend_of', lambda weights: mixed)
+    command, shown = import_module(f'cllm_jax.{name}'), {}
+    for dtype in ('auto', 'mixed', 'float32'):
+        call(monkeypatch, command, '--plan', '--dtype', dtype, '--model', 'embedded-target')
+        lines = capsys.readouterr().out.splitlines()
+        shown[dtype] = [line for line in lines if 'weights' in line or 'KV cache' in line]
+    assert shown['auto'] == shown['mixed'] != shown['float32']
+
+
 def test_the_plan_of_decoding_counts_matrices_that_are_kept_twice(monkeypatch, capsys):
     """On one device with AMX, if they are bfloat16."""
     monkeypatch.setattr(backend, 'hardware', lambda: (backend.AMX, '0.10'))
