@@ -35,7 +35,7 @@ from cllm_jax.runtime.sharding import check_batch
 from cllm_jax.training.config import TrainConfig, architecture, check_architecture, with_names
 from cllm_jax.training.data import held_out_rows, inputs_of, prepare, trained_on_too
 from cllm_jax.training.memory import compiled_step, longest, memory_per_device
-from cllm_jax.training.objective import checked, objective_of
+from cllm_jax.training.objectives import checked, objective_of
 from cllm_jax.training.trainer import train
 
 

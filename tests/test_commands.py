@@ -30,7 +30,7 @@ from cllm_jax.runs.stages import STAGES, exported_run
 from cllm_jax.runtime import backend
 from cllm_jax.training.config import TrainConfig, architecture, quick, with_names
 from cllm_jax.training.data import held_out_rows, inputs_of
-from cllm_jax.training.objective import checked
+from cllm_jax.training.objectives import checked
 from cllm_jax.trajectories.clean import Cleaning
 from cllm_jax.trajectories.store import open_manifest
 from tests.gguf_files import GQA, tokenizer_facts, write_gguf

@@ -13,8 +13,9 @@ from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig
 from cllm_jax.training.held_out import HeldOut
-from cllm_jax.training.objective import Learner, objective_of
-from cllm_jax.training.packing import Noise
+from cllm_jax.training.noise import Noise
+from cllm_jax.training.objective import Learner
+from cllm_jax.training.objectives import objective_of
 from tests.tiny import byte_tokenizer, text_config
 
 CONFIG, SHALLOW = text_config(layers=2), text_config(layers=1)

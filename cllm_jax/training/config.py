@@ -13,8 +13,8 @@ from cllm_jax.model.config import LlamaConfig
 from cllm_jax.runs.stages import EMBEDDED_ROOT, STAGES, model_of, tokenizer_of, trajectories_of
 from cllm_jax.runtime.mesh import MeshConfig
 from cllm_jax.training.held_out import HeldOut
+from cllm_jax.training.noise import Noise
 from cllm_jax.training.optimizer import OptimizerConfig
-from cllm_jax.training.packing import Noise
 from cllm_jax.training.step import LossWeights
 from cllm_jax.trajectories.clean import Cleaning
 
@@ -48,9 +48,12 @@ class TrainConfig:
 
     root: str = EMBEDDED_ROOT
     """Directory of the recipe's runs, runs/NAME of its file; this run is ROOT/STAGE."""
-    objective: Literal['ar', 'consistency', 'medusa', 'redrafter', 'eagle', 'space'] = 'consistency'
-    """Learn texts; or learn to jump from any Jacobi state to its fixed point; or train a drafter
-    of that kind on the answers of a model. By default that of the stage."""
+    objective: Literal['ar', 'consistency', 'spans', 'medusa', 'redrafter', 'eagle', 'space'] = (
+        'consistency'
+    )
+    """Learn texts; or learn to jump from any Jacobi state to its fixed point, or past spans of
+    random tokens; or train a drafter of that kind on the answers of a model. By default that of the
+    stage."""
     model: str = ''
     """Model to start from or to draft for; 'new' for random weights. Default of objective ar is
     embedded-target, of others ROOT/target, of stage refine ROOT/cllm; for the embedded recipe,
@@ -62,18 +65,18 @@ class TrainConfig:
     of ROOT/target (for the embedded recipe, until it has begun, embedded-target). Else one
     is trained on the dataset."""
     data: str = ''
-    """Dataset (see the README) for ar; else a trajectory directory, default ROOT/trajectories
-    (stage refine: ROOT/retrajectories). Drafters learn from its answers."""
+    """Dataset (see the README) for ar and spans; else a trajectory directory, by default
+    ROOT/trajectories (stage refine: ROOT/retrajectories). Drafters learn from its answers."""
     texts: str = ''
     """A dataset whose answers are trained on too, for consistency with states of right and random
     tokens. It keeps the quality up, and costs no collection."""
     examples: int | None = None
-    """Rows of the dataset (of ar, or of texts) to use; all of a file if not given."""
+    """Rows of the dataset (data, or texts) to use; all of a file if not given."""
     max_length: int = 512
     """Longer samples are left out, and counted."""
     task: str = ''
-    """Held-out prompts come from this dataset: by default data of ar, else texts, else that of the
-    trajectories."""
+    """Held-out prompts come from this dataset: by default data where it is one, else texts, else
+    that of the trajectories."""
     dtype: Literal['float32', 'bfloat16'] = 'float32'
     """Of weights, gradients and optimiser state. In bfloat16 an update below 1/512 of a weight is
     lost; at the rates at which large models are tuned most are: then keep float32 here."""
@@ -153,6 +156,8 @@ def with_names(settings: TrainConfig, stage: str) -> TrainConfig:
             tokenizer = tokenizer_of(stage, root, tokenizer)
         model = model_of('target', root, model)
         return dataclasses.replace(settings, model=model, tokenizer=tokenizer)
+    if settings.objective == 'spans':
+        return dataclasses.replace(settings, model=model_of(stage, root, model))
     if not STAGES[stage].trajectories:  # target or draft, with an objective of another stage
         stage = 'cllm'
     data = trajectories_of(stage, root, settings.data)

@@ -29,7 +29,7 @@ from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig, architecture
-from cllm_jax.training.objective import objective_of
+from cllm_jax.training.objectives import objective_of
 from cllm_jax.trajectories.clean import clean
 from cllm_jax.trajectories.collector import encode_rows
 from cllm_jax.trajectories.store import read_manifest, read_records
@@ -205,7 +205,8 @@ def prepare(
             model = new_model(settings, examples, run)
         else:
             model = with_tokenizer(hf.load(settings.model, settings.dtype, mesh))
-        samples = text_samples(model, examples, listener)
+        block = objective.block(settings) if objective.noise(settings, model) else 0
+        samples = text_samples(model, examples, listener, block)
     begun = [s for s in samples if len(s.prompt)]
     if len(begun) < len(samples):
         listener.note(f'{len(samples) - len(begun)} samples without a prompt left out')

@@ -20,7 +20,7 @@ from cllm_jax.runtime.backend import backend_for
 from cllm_jax.runtime.sharding import batch_sharding
 from cllm_jax.training.config import TrainConfig
 from cllm_jax.training.data import without_states
-from cllm_jax.training.objective import objective_of
+from cllm_jax.training.objectives import objective_of
 from cllm_jax.training.optimizer import make_optimizer
 from cllm_jax.training.packing import Batch, make_batch
 from cllm_jax.training.step import TrainState, make_step, new_state, state_places, text_loss
@@ -92,7 +92,9 @@ def activation_bytes(settings: TrainConfig, config: LlamaConfig, batch: Batch, m
 def memory_per_device(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> dict[str, int]:
     """Bytes on each device, by what they are for."""
     state, batch = abstract_state(settings, config, mesh), abstract_batch(settings, config, mesh)
+    frozen = {'weights before training': bytes_here(state.params)}
     return {
+        **(frozen if settings.loss.frozen_weight else {}),
         'weights': bytes_here(state.params),
         'gradients': bytes_here(state.params),
         'optimiser state': bytes_here(state.opt_state),
@@ -138,7 +140,8 @@ def compiled_step(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Com
     rule = make_optimizer(optimizer, settings.steps)
     step = make_step(loss, rule, optimizer.accumulate, places)
     begin = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
+    frozen = state.params if settings.loss.frozen_weight else ()
+    compiled = step.lower(state, batch, frozen).compile()
     seconds, found = time.perf_counter() - begin, compiled.memory_analysis()
     sizes = {
         'state and batch': found.argument_size_in_bytes,

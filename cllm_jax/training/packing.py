@@ -11,7 +11,6 @@ tokens, and nothing else. Four integers per token say all of this (`Batch`), so 
 is one comparison.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from cllm_jax.decoding.result import Trajectory
-from cllm_jax.errors import at_least, shares
+from cllm_jax.training.noise import Noise, pick, state_of
 
 Samples = Sequence[Trajectory]
 Rows = Sequence[int] | None
@@ -30,28 +29,6 @@ LENGTH_STEP = 32
 ANSWER_STEP = 64
 SORT_WINDOW = 16
 """Batches are cut from runs of this many batches sorted by length, to pad little."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Noise:
-    """Which states of an answer a batch takes."""
-
-    windows: int = 0
-    """States per answer; 0 takes as many as cover the longest answer of the batch once."""
-    fresh: float = 0.0
-    """Share of states replaced by a true random start: one right token, then random ones."""
-    corruption: float = 0.0
-    """Share of the guesses of the other states replaced by random tokens of the prompt."""
-    decay: float = 0.0
-    """Weight exp(-k / decay) for the k-th guess after the first wrong one; 0: equal weights."""
-    pairs: bool = False
-    """Take states with their successors, for local consistency."""
-    mask: int = -1
-    """Token that stands for every random one (SPACE); -1 draws tokens of the prompt."""
-
-    def __post_init__(self):
-        at_least(self, windows=0, decay=0, mask=-1)
-        shares(self, 'fresh', 'corruption')
 
 
 @struct.dataclass
@@ -162,42 +139,24 @@ def _clean_row(sample: Trajectory, length: int, answer: int, noisy: int) -> dict
     }
 
 
-def _pick(sample: Trajectory, noise: Noise, rng: np.random.Generator, count: int) -> list[int]:
-    """Indices of `count` states, spread over the answer: one from each of `count` equal parts.
-
-    Where states are made by chance, these are the offsets at which they start.
-    """
-    total = len(sample.states) or len(sample.answer)
-    drawn = count // 2 if noise.pairs else count
-    edges = np.linspace(0, total, drawn + 1)
-    low = np.floor(edges[:-1]).astype(int)
-    high = np.maximum(np.ceil(edges[1:]).astype(int), low + 1)
-    picked = np.minimum(rng.integers(low, high), total - 1).tolist()
-    return [i for s in picked for i in (s, min(s + 1, total - 1))] if noise.pairs else picked
-
-
 def _add_states(
     row: dict[str, np.ndarray], sample: Trajectory, noise: Noise, rng: Any, windows: int
 ) -> None:
     """Put `windows` states of a sample after its clean text, with their teachers and weights."""
     width, total, answer = sample.states.shape[1], len(sample.answer), len(row['ar_weight_BA'])
     length, steps = len(row['tokens_BT']) - windows * width, np.arange(width)
-    picked, placed = _pick(sample, noise, rng, windows), []
+    picked, placed = pick(sample, noise, rng, windows), []
     for place, index in enumerate(picked):
         begin = int(sample.start[index]) if len(sample.states) else index
         offsets = begin + steps  # answer offset of each state token; it predicts offset + 1
         real = offsets < total
         truth = sample.answer[np.minimum(offsets, total - 1)]
-        state = (sample.states[index] if len(sample.states) else truth).copy()
-        if not noise.pairs:
-            guess = rng.choice(sample.prompt, width) if noise.mask < 0 else noise.mask
-            share = noise.corruption if len(sample.states) else rng.random()
-            share = 1.0 if rng.random() < noise.fresh else share
-            state[1:] = np.where(rng.random(width) < share, guess, state)[1:]
+        state, size = state_of(sample, noise, rng, index, truth)
+        real &= steps < size
         wrong = (state != truth) & real
         first = int(np.argmax(wrong)) if wrong.any() else width
         ahead = steps - first
-        useful = (ahead >= 0) & (offsets + 1 < total)
+        useful = (ahead >= 0) & (offsets + 1 < total) & (steps < size)
         weight = np.exp(-np.maximum(ahead, 0) / noise.decay) if noise.decay else np.ones(width)
         at, here = length + place * width, slice(place * width, (place + 1) * width)
         row['tokens_BT'][at : at + width] = state

@@ -20,7 +20,7 @@ from cllm_jax.training.packing import Batch
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """L = global * GC + local * LC + state * SAR + ar * AR; objective ar has AR alone."""
+    """The loss is the sum of these, each times its weight; objective ar has the first alone."""
 
     ar_weight: float = 1.0
     """Weight of the autoregressive loss on the clean answer."""
@@ -30,9 +30,21 @@ class LossWeights:
     """Weight of local consistency: a state -> its successor."""
     state_weight: float = 0.0
     """Weight of cross-entropy of the state tokens on the answer (SPACE's semi-autoregression)."""
+    forced_weight: float = 0.0
+    """Weight of cross-entropy of the state tokens on what the model says after its own guesses in
+    place of the state's, which is what verification will ask (student forcing, arXiv 2602.06019,
+    with the model itself for a teacher). Costs a forward."""
+    frozen_weight: float = 0.0
+    """Weight of the divergence of state tokens from the clean rows of the model before training, as
+    global consistency has it from its own. Costs a forward and another copy of the weights."""
 
     def __post_init__(self):
-        at_least(self, ar_weight=0, global_weight=0, local_weight=0, state_weight=0)
+        at_least(self, **{field.name: 0 for field in dataclasses.fields(self)})
+
+    @property
+    def of_states(self) -> bool:
+        """Whether anything is learnt from states."""
+        return any(getattr(self, f.name) for f in dataclasses.fields(self)[1:])
 
 
 Loss = Callable[[Any, Any, Batch, dict], tuple[jax.Array, dict[str, jax.Array]]]
@@ -83,7 +95,8 @@ def text_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted loss and metrics of a batch, for a model all of which is trained.
 
-    Given its first two arguments this is a `Loss`.
+    Given its first two arguments this is a `Loss`. `frozen` is the parameters before training where
+    `frozen_weight` asks for them.
     """
     hidden_BTD = hidden_states(model, params, batch)
     hidden_BRD = take_rows(hidden_BTD, batch.rows_BR)
@@ -104,13 +117,51 @@ def text_loss(
             teacher_BWV = take_rows(source_BXV, teacher_BW)
             kl = divergence(student_BWV, teacher_BWV, weight_BW, totals[name])
             metrics[f'{name}_loss'], loss = kl, loss + weight * kl
+    where = batch.global_weight_BW, totals['global']
+    if weights.frozen_weight:
+        said_BAV = _clean_logits(model, frozen, batch)
+        kl = divergence(student_BWV, take_rows(said_BAV, batch.teacher_BW), *where)
+        metrics['frozen_loss'], loss = kl, loss + weights.frozen_weight * kl
     if weights.state_weight:
-        ce = cross_entropy(student_BWV, labels_BW, batch.global_weight_BW, totals['global'])
+        ce = cross_entropy(student_BWV, labels_BW, *where)
         metrics['state_loss'], loss = ce, loss + weights.state_weight * ce
-    if weights.global_weight or weights.local_weight or weights.state_weight:
+    if weights.forced_weight:
+        after_BW = said_after_guesses(model, params, batch, jnp.argmax(student_BWV, axis=-1))
+        ce = cross_entropy(student_BWV, after_BW, *where)
+        metrics['forced_loss'], loss = ce, loss + weights.forced_weight * ce
+    if weights.of_states:
         for name, at_BW in _after_first_wrong(batch).items():
             metrics[name] = (right_BR[:, answers:] * at_BW).sum() / totals[name]
     return loss, metrics
+
+
+def _clean_logits(model: Llama, params: Any, batch: Batch) -> jax.Array:
+    """Logits of the clean rows, which see no state: those of a batch without states."""
+    length = batch.tokens_BT.shape[1] - batch.offset_BW.shape[1]
+    clean = batch.replace(
+        tokens_BT=batch.tokens_BT[:, :length],
+        positions_BT=batch.positions_BT[:, :length],
+        segment_BT=batch.segment_BT[:, :length],
+        offset_BW=batch.offset_BW[:, :0],
+    )
+    rows_BA = batch.rows_BR[:, : batch.ar_weight_BA.shape[1]]
+    hidden_BAD = take_rows(hidden_states(model, params, clean), rows_BA)
+    return model.apply({'params': params}, hidden_BAD, method='logits')
+
+
+def said_after_guesses(model: Llama, params: Any, batch: Batch, guesses_BW: jax.Array) -> jax.Array:
+    """The model's choice after each token of the states, int, once guesses stand in their place.
+
+    A guess takes the place of the token after the one that made it, from the first wrong one on, as
+    in the next forward of decoding.
+    """
+    noisy, params = batch.offset_BW.shape[1], jax.lax.stop_gradient(params)
+    state_BW, clean_BT = batch.tokens_BT[:, -noisy:], batch.tokens_BT[:, :-noisy]
+    # The first token of a state is right, so that no guess comes from the state before.
+    next_BW = jnp.where(batch.offset_BW >= 0, jnp.roll(guesses_BW, 1, axis=1), state_BW)
+    again = batch.replace(tokens_BT=jnp.concatenate([clean_BT, next_BW], axis=1))
+    hidden_BTD = hidden_states(model, params, again)[:, -noisy:]
+    return jnp.argmax(model.apply({'params': params}, hidden_BTD, method='logits'), axis=-1)
 
 
 def _after_first_wrong(batch: Batch) -> dict[str, jax.Array]:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.hf.model import Model
 from cllm_jax.model.llama import Llama
+from cllm_jax.training.noise import Noise
 from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from cllm_jax.training.packing import Noise, make_batch
+from cllm_jax.training.packing import make_batch
 from cllm_jax.training.step import LossWeights, make_step, new_state, text_loss
 
 WEIGHTS, NOISE = LossWeights(ar_weight=6.0, global_weight=1.0), Noise(decay=8.0, fresh=0.15)

@@ -48,9 +48,10 @@ from cllm_jax.drafters.trained import HeadsConfig
 from cllm_jax.hf.load import load
 from cllm_jax.training.config import TrainConfig
 from cllm_jax.training.held_out import HeldOut
-from cllm_jax.training.objective import objective_of
+from cllm_jax.training.noise import Noise
+from cllm_jax.training.objectives import objective_of
 from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from cllm_jax.training.packing import Noise, make_batch
+from cllm_jax.training.packing import make_batch
 from cllm_jax.training.step import LossWeights, make_step, new_state
 from cllm_jax.trajectories.collector import collect, collect_rows
 from cllm_jax.trajectories.store import Collection, read_manifest

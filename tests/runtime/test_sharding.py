@@ -37,8 +37,9 @@ from cllm_jax.training.memory import (
     compiled_step,
     memory_per_device,
 )
+from cllm_jax.training.noise import Noise
 from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from cllm_jax.training.packing import Noise, make_batch
+from cllm_jax.training.packing import make_batch
 from cllm_jax.training.step import LossWeights, make_step, new_state, state_places, text_loss
 from tests.tiny import BIASES, ragged_prompts, random_model, tiny_config
 

@@ -13,7 +13,7 @@ from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.drafters.trained import HeadsConfig, TrainedDrafter
 from cllm_jax.errors import ConfigError
 from cllm_jax.training.config import TrainConfig
-from cllm_jax.training.objective import OBJECTIVES, checked, objective_of
+from cllm_jax.training.objectives import OBJECTIVES, checked, objective_of
 from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cllm_jax.training.packing import make_batch
 from cllm_jax.training.step import LossWeights, batch_totals, make_step, new_state
@@ -54,7 +54,8 @@ def test_what_an_objective_trains_and_keeps(mixed_dtypes, name, joint):
     assert objective.trains_model(settings) == trained.new_model == (not alone)
     assert (learner.frozen is MODEL.params) == alone
     assert isinstance(trained.drafter, TrainedDrafter) == (name in TRAINED)
-    assert (learner.noise is None) == (name not in ('consistency', 'space'))
+    assert (learner.noise is None) == (name not in ('consistency', 'spans', 'space'))
+    assert learner.faster == (name != 'ar')
     assert trained.model.params['norm'] is MODEL.params['norm']
 
 
@@ -114,3 +115,20 @@ def test_heads_may_guess_further_than_answers_reach():
     settings = TrainConfig(objective='medusa', heads=sizes)
     metrics = loss_of(objective_of(settings).learner(settings, MODEL, samples()), batch)
     assert np.isfinite(metrics['loss']) and metrics[f'accuracy_{ahead}'] == 0
+
+
+def test_consistency_with_the_model_before_training(mixed_dtypes):
+    """At first that is the model itself, so that the loss is the one of global consistency."""
+    weights = LossWeights(0.0, 1.0, frozen_weight=1.0)
+    learner = OBJECTIVES['consistency'].learner(TrainConfig(loss=weights), MODEL, samples())
+    batch, optimizer = (
+        make_batch(samples(), 8, 0, 0, learner.noise),
+        make_optimizer(OptimizerConfig(warmup=0.0, learning_rate=1e-2), 10),
+    )
+    step, state = make_step(learner.loss, optimizer), new_state(optimizer, learner.params)
+    state, first = step(state, batch, learner.frozen)
+    assert np.isclose(first['frozen_loss'], first['global_loss'], rtol=1e-5)
+    for _ in range(4):
+        state, last = step(state, batch, learner.frozen)
+    assert last['frozen_loss'] < first['frozen_loss']
+    assert not np.isclose(last['frozen_loss'], last['global_loss'], rtol=1e-3)

@@ -9,7 +9,8 @@ import pytest
 
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.model.llama import Llama, forward
-from cllm_jax.training.packing import Noise, batches, make_batch, samples_of_step
+from cllm_jax.training.noise import Noise, measured
+from cllm_jax.training.packing import batches, make_batch, samples_of_step
 from cllm_jax.training.step import hidden_states
 from tests.tiny import BIASES, random_model, text_config
 from tests.tiny_training import BLOCK, CONFIG, samples
@@ -159,3 +160,46 @@ def test_states_made_by_chance_mix_right_tokens_with_those_of_the_prompt():
             assert set(state[state != truth].tolist()) <= set(sample.prompt.tolist())
             share.append((state == truth)[1:].mean() if len(truth) > 1 else 1)
     assert min(share) < 0.3 and max(share) > 0.7 and len(set(share)) > 8
+
+
+def test_short_states_are_long_ones_that_teach_less():
+    """A state's length is drawn; what its tokens see stays as it is."""
+    data = samples(8)
+    whole = make_batch(data, 8, 0, 0, Noise(windows=3))
+    batch = make_batch(data, 8, 0, 0, Noise(windows=3, shortest=2))
+    assert (whole.context_BT == batch.context_BT).all()
+    length, lengths = batch.tokens_BT.shape[1] - 3 * BLOCK, set()
+    for row in range(8):
+        for w in range(3):
+            here = slice(w * BLOCK, (w + 1) * BLOCK)
+            real, learnt = batch.segment_BT[row, length:][here], batch.global_weight_BW[row, here]
+            size = int((real >= 0).sum())
+            assert (real[:size] == w + 1).all() and not learnt[size:].any()
+            if (whole.segment_BT[row, length:][here] >= 0).all():
+                lengths.add(size)
+    assert min(lengths) >= 2 and len(lengths) > 2
+    few = make_batch(data, 8, 0, 0, Noise(windows=3, shortest=99))
+    assert (few.segment_BT == whole.segment_BT).all()
+
+
+def test_states_of_texts_are_right_as_often_as_measured():
+    data, none = samples(60), np.zeros((0, BLOCK), np.int32)
+    noise = measured(Noise(windows=3, measured=True), data)
+    right = [[] for _ in range(BLOCK)]
+    for sample in data:
+        for state, start in zip(sample.states, sample.start, strict=True):
+            for slot, token in enumerate(state):
+                if start + slot < len(sample.answer):
+                    right[slot].append(token == sample.answer[start + slot])
+    assert np.allclose(noise.right, [np.mean(r) for r in right[1:]])
+    assert measured(noise, []) is noise and measured(Noise(), data) == Noise()
+    # Tokens of the prompt are not of the answer, so that no guess is right by luck.
+    texts = [
+        Trajectory(none, none[:, 0], np.full(4, 1, np.int32), np.full(40, 2 + i % 9, np.int32))
+        for i in range(200)
+    ]
+    batch = make_batch(texts, 200, 0, 0, noise)
+    state_BWn = batch.tokens_BT[:, -batch.offset_BW.shape[1] :].reshape(-1, BLOCK)
+    whole = (batch.segment_BT[:, -batch.offset_BW.shape[1] :] >= 0).reshape(-1, BLOCK).all(1)
+    found = (state_BWn[whole] != 1).mean(0)
+    assert found[0] == 1 and np.allclose(found[1:], noise.right, atol=0.08)

@@ -9,11 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cllm_jax.model.llama import Llama
+from cllm_jax.model.llama import Llama, forward
+from cllm_jax.training.noise import Noise
 from cllm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from cllm_jax.training.packing import Noise, make_batch
-from cllm_jax.training.step import LossWeights, batch_totals, make_step, new_state, text_loss
-from tests.tiny_training import CONFIG, params_of, samples
+from cllm_jax.training.packing import make_batch, samples_of_step
+from cllm_jax.training.step import (
+    LossWeights,
+    batch_totals,
+    hidden_states,
+    make_step,
+    new_state,
+    said_after_guesses,
+    text_loss,
+)
+from tests.tiny_training import BLOCK, CONFIG, params_of, samples
 
 
 def test_converged_states_have_no_gradient():
@@ -79,3 +88,38 @@ def test_an_update_is_made_only_if_loss_and_gradient_are_finite(mixed_dtypes, ac
         assert metrics['skipped'] == 0 and np.isfinite(metrics['loss'])
         assert not np.array_equal(before.params['w'], good.params['w'])
         state = good
+
+
+def test_forced_labels_are_what_verification_says():
+    """The label of a place is the model's choice after prompt, answer, and its own guesses."""
+    data, model, params = samples(6), Llama(CONFIG), params_of()
+    batch = make_batch(data, 6, 0, 0, Noise(windows=2))
+    noisy = batch.offset_BW.shape[1]
+    hidden_BWD = hidden_states(model, params, batch)[:, -noisy:]
+    guesses_BW = np.asarray(model.apply({'params': params}, hidden_BWD, method='logits').argmax(-1))
+    labels_BW = np.asarray(said_after_guesses(model, params, batch, guesses_BW))
+    compared = 0
+    for row, (_, sample) in enumerate(samples_of_step(data, 6, 0, 0)):
+        for here in (slice(0, BLOCK), slice(BLOCK, 2 * BLOCK)):
+            ahead, guesses = batch.offset_BW[row, here], guesses_BW[row, here]
+            if (ahead >= 0).any():
+                first = int(np.argmax(ahead >= 0))
+                begin = int(batch.context_BT[row, -noisy:][here][0])
+                text = np.concatenate([sample.prompt, sample.answer])[: begin + first]
+                for place in np.flatnonzero(ahead >= 0):
+                    said = np.concatenate([text, guesses[first - 1 : place]])
+                    plain = forward(model, params, jnp.asarray(said[None], jnp.int32))
+                    assert labels_BW[row, here][place] == int(plain[0, -1].argmax())
+                    compared += 1
+    assert compared > 10
+
+
+def test_forced_labels_teach(mixed_dtypes):
+    weights = LossWeights(ar_weight=1.0, global_weight=0.0, forced_weight=1.0)
+    optimizer = make_optimizer(OptimizerConfig(warmup=0.0, learning_rate=1e-2), 10)
+    batch, state = make_batch(samples(), 8, 0, 0, Noise()), new_state(optimizer, params_of())
+    step, found = make_step(partial(text_loss, Llama(CONFIG), weights), optimizer), []
+    for _ in range(6):
+        state, metrics = step(state, batch)
+        found.append(float(metrics['forced_loss']))
+    assert found[-1] < found[0] and np.isfinite(found).all()
