@@ -141,6 +141,8 @@ def _concluded(probed: dict[str, Any]) -> str:
     """What follows from a probe."""
     is_one = one_class(probed['varied'])
     found = 'one class' if is_one else 'NOT one class: some sizes round otherwise'
+    if 'devices' in probed['varied']:
+        found = f'on one device: {found}'
     if probed['noted']:
         default = '' if is_one else ' not'
         return f'{found}; class is{default} the default of this model here, by {probed["noted"]}'

@@ -136,7 +136,7 @@ def run() -> None:
     held_out = held_out_rows(settings)
     if held_out.name not in (settings.data, settings.texts):  # else said when it is read
         console.dropped(held_out)
-    with open_run(directory, claimed):
+    with open_run(directory, claimed, to_json(TrainConfig())):
         train_in(directory, settings, claimed, held_out, console)
 
 

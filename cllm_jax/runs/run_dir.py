@@ -20,10 +20,13 @@ from cllm_jax.runtime.processes import is_main
 
 
 @contextmanager
-def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+def open_run(
+    directory: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Own a run directory for the duration of a `with` block; of several processes the first does.
 
-    The settings are noted by `claim`, when there is something to be done with them.
+    The settings are noted by `claim`, when there is something to be done with them. A run that
+    began before a setting was thought of has the `defaults`'.
 
     Raises:
       ConfigError: another process works in it, or it has begun with other settings.
@@ -45,7 +48,7 @@ def open_run(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         lock.write(f'process {os.getpid()} on {os.uname().nodename}')
         lock.flush()
         if has_begun(directory):
-            _check(directory / 'settings.json', settings, 'use the old settings')
+            _check(directory / 'settings.json', settings, 'use the old settings', defaults or {})
         yield
 
 
@@ -80,7 +83,9 @@ def claim(directory: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any
             write_json(path, dict(noted))
 
 
-def _check(path: Path, settings: Mapping[str, Any], remedy: str) -> None:
+def _check(
+    path: Path, settings: Mapping[str, Any], remedy: str, defaults: Mapping[str, Any] | None = None
+) -> None:
     """Raise ConfigError if a file notes something else; what is not there yet does not."""
     if not path.exists():
         return
@@ -93,12 +98,22 @@ def _check(path: Path, settings: Mapping[str, Any], remedy: str) -> None:
             f'{path}: not a JSON object; remove this file to go on with what is given now'
         ) from None
     begun.pop('root', None)  # runs noted where they were once; they may be moved
+    known = {key: default for key, default in (defaults or {}).items() if key in settings}
+    begun = _completed(begun, known)
     for key in [*settings, *begun]:
         if (now := settings.get(key)) != (then := begun.get(key)):
             raise ConfigError(
                 f'{path.parent}: begun with {key} = {then!r}, now {now!r}; {remedy} to continue, '
                 'or use another directory'
             )
+
+
+def _completed(begun: Any, defaults: Any) -> Any:
+    """What was noted, with the defaults of all that it lacks, at any depth."""
+    if not (isinstance(begun, Mapping) and isinstance(defaults, Mapping)):
+        return begun
+    inner = {key: _completed(begun[key], defaults.get(key)) for key in begun}
+    return {**defaults, **inner}
 
 
 def noted(path: Path, key: str) -> Any:

@@ -88,3 +88,23 @@ def test_the_owner_is_named_and_a_killed_one_owns_nothing(tmp_path):
             owner.send_signal(signal.SIGKILL)
     with open_run(tmp_path, {}):
         assert (tmp_path / 'lock').read_text().startswith(f'process {os.getpid()} on ')
+
+
+def test_a_run_goes_on_with_settings_newer_than_it(tmp_path):
+    """What it did not note is as by default, and nothing else."""
+    begun, defaults = {'loss': {'ar': 6}}, {'loss': {'ar': 1, 'new': 0}, 'more': 2, 'free': 3}
+    claim(tmp_path, begun, {})
+    append_metrics(tmp_path / 'metrics.jsonl', {'step': 1})
+    with open_run(tmp_path, {'loss': {'ar': 6, 'new': 0}, 'more': 2}, defaults):
+        pass
+    for other in ({'ar': 6, 'new': 1}, {'ar': 1, 'new': 0}):
+        with (
+            pytest.raises(ConfigError, match='begun with loss'),
+            open_run(tmp_path, {'loss': other, 'more': 2}, defaults),
+        ):
+            pass
+    with (
+        pytest.raises(ConfigError, match='begun with more = 2, now 4'),
+        open_run(tmp_path, {'loss': {'ar': 6, 'new': 0}, 'more': 4}, defaults),
+    ):
+        pass
