@@ -65,11 +65,11 @@ class TrainConfig:
     of ROOT/target (for the embedded recipe, until it has begun, embedded-target). Else one
     is trained on the dataset."""
     data: str = ''
-    """Dataset (see the README) for ar and spans; else a trajectory directory, by default
+    """Dataset (see the README) for ar; else a trajectory directory, by default
     ROOT/trajectories (stage refine: ROOT/retrajectories). Drafters learn from its answers."""
     texts: str = ''
     """A dataset whose answers are trained on too, for consistency with states of right and random
-    tokens. It keeps the quality up, and costs no collection."""
+    tokens. It keeps the quality up, and costs no collection. For spans the only one."""
     examples: int | None = None
     """Rows of the dataset (data, or texts) to use; all of a file if not given."""
     max_length: int = 512

@@ -144,13 +144,13 @@ def text_samples(
 
 def held_out_rows(settings: TrainConfig) -> Source:
     """The rows of the held-out tests; ConfigError if there is nothing to learn, either."""
-    test, dataset = settings.held_out, settings.texts
-    if not objective_of(settings).reads_trajectories:
-        dataset = settings.data
-        if not dataset:
-            raise ConfigError(
-                f'objective {settings.objective!r} without data; name a dataset, such as data: sql'
-            )
+    test, objective = settings.held_out, objective_of(settings)
+    name = objective.dataset
+    dataset = getattr(settings, name)
+    if not (objective.reads_trajectories or dataset):
+        raise ConfigError(
+            f'objective {settings.objective!r} without {name}; name a dataset, such as {name}: sql'
+        )
     task = settings.task or dataset or read_manifest(Path(settings.data))['identity']['data']
     return open_source(task, split='heldout', seed=test.seed, limit=test.prompts)
 
@@ -200,7 +200,7 @@ def prepare(
             examples = read_examples(settings, settings.texts, listener)
             samples += text_samples(model, examples, listener, block)
     else:
-        examples = read_examples(settings, settings.data, listener)
+        examples = read_examples(settings, getattr(settings, objective.dataset), listener)
         if settings.model == 'new':
             model = new_model(settings, examples, run)
         else:

@@ -60,6 +60,8 @@ class Objective:
     """Whether it learns from a collection; else from a dataset."""
     keeps_states: bool = False
     """Whether it learns from the states of a collection; else from its answers alone."""
+    dataset: str = 'texts'
+    """The setting that names the dataset whose answers it learns, if any."""
     drafting: type[TrainedDrafter] | None = None
     """The drafter that is trained, or that a model is trained for."""
 
@@ -169,7 +171,7 @@ class LearnConsistency(Objective):
 
 
 class LearnSpans(Objective):
-    """A model learns a dataset's answers past spans of random tokens, by cross-entropy alone.
+    """A model learns the answers of texts past spans of random tokens, by cross-entropy alone.
 
     Make Some Noise (arXiv 2406.17404), which needs no trajectories. Its spans are part of the text;
     here they stand beside it, as states do, so that the text itself stays clean.
@@ -182,9 +184,9 @@ class LearnSpans(Objective):
             ('noise.pairs with objective spans: a span has no successor; leave it out'),
         )
         yield (
-            settings.texts,
-            f'texts {settings.texts} with objective {self.name}, which learns data alone; leave '
-            'texts out',
+            settings.data,
+            f'data {settings.data} with objective {self.name}, which learns texts alone; name it '
+            'as texts',
         )
 
     def loss_weights(self, settings):

@@ -29,7 +29,12 @@ def _drafting(name: str, drafter: type[TrainedDrafter]) -> Objective:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    'ar': LearnTexts('ar', ('noise', 'cleaning', 'heads', *OF_STATES), reads_trajectories=False),
+    'ar': LearnTexts(
+        'ar',
+        ('noise', 'cleaning', 'heads', *OF_STATES),
+        reads_trajectories=False,
+        dataset='data',
+    ),
     'consistency': LearnConsistency('consistency', ('heads',), keeps_states=True),
     'spans': LearnSpans(
         'spans', ('cleaning', 'heads', *OF_TRAJECTORIES, *TO_FIXED_POINTS), reads_trajectories=False
