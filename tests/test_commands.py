@@ -176,14 +176,16 @@ def test_the_plan_of_decoding_counts_matrices_that_are_kept_twice(monkeypatch, c
 
 def test_the_plan_of_space_counts_its_states(tmp_path, monkeypatch, capsys):
     facts = []
-    for line in ('space --heads.ahead 3', 'consistency --held-out.block 4', 'ar'):
+    lines = ('space --heads.ahead 3', 'consistency --held-out.block 4', 'spans --held-out.block 4')
+    for line in (*lines, 'consistency --held-out.block 4 --loss.frozen-weight 1', 'ar'):
         common = ('--model', 'embedded-target', '--root', tmp_path, '--plan')
         call(monkeypatch, train, *common, '--objective', *line.split())
         lines = capsys.readouterr().out.splitlines()
-        wanted = ('states per', 'activations', 'batch per')
+        wanted = ('states per', 'activations', 'batch per', 'before training')
         facts.append([line for line in lines if any(word in line for word in wanted)])
-    space, consistency, ar = facts
-    assert space == consistency and len(space) == 3
+    space, consistency, spans, frozen, ar = facts
+    assert space == consistency == spans and len(space) == 3
+    assert len(set(frozen) - set(space)) == 1 and set(space) < set(frozen)
     assert not set(space) & set(ar)
 
 
@@ -441,6 +443,18 @@ def test_a_collection_of_an_older_version_goes_on(tmp_path, monkeypatch):
         (train, ['--loss.global-weight', '0', '--root', 'ROOT'], 2, 'use objective ar'),
         (train, ['--texts', 'sql', '--noise.pairs', '--root', 'ROOT'], 2, 'no successor'),
         (train, ['--loss.local-weight', '1', '--root', 'ROOT'], 2, 'add noise.pairs'),
+        (train, ['--noise.measured', '--root', 'ROOT'], 2, 'noise.measured without texts'),
+        (train, ['--loss.forced-weight', '-1', '--root', 'ROOT'], 2, 'must be at least 0'),
+        (train, ['--objective', 'spans', '--model', 'embedded-target'], 2, 'without texts'),
+        (train, ['--objective', 'spans', '--data', 'sql'], 2, 'name it as texts'),
+        (train, ['--objective', 'spans', '--noise.pairs'], 2, 'a span has no successor'),
+        (
+            train,
+            ['--objective', 'spans', '--loss.frozen-weight', '1'],
+            2,
+            'loss.frozen_weight with',
+        ),
+        (train, ['--stage', 'space', '--noise.measured'], 2, 'noise.measured with'),
         (train, ['--noise.pairs', '--noise.fresh', '1', '--root', 'ROOT'], 2, 'is changed has no'),
         (train, ['--noise.pairs', '--objective', 'space', '--root', 'ROOT'], 2, 'masks have no'),
         (train, ['--noise.mask', '1536', '--model', 'embedded'], 2, 'the vocabulary 0..1535'),
