@@ -103,7 +103,7 @@ def invariance(settings: BenchConfig, model: Model, console: Console) -> dict[st
     nodes = sorted({*settings.nodes, *BETWEEN}) if whole else settings.nodes
     varied = setups(nodes, settings.batches, settings.slots, settings.tensor)
     models = {1: model} | {
-        devices: load(settings.model, settings.dtype, tensor_mesh(devices))
+        devices: load(settings.model, model.precision, tensor_mesh(devices))
         for devices in settings.tensor
         if devices > 1
     }
@@ -251,7 +251,7 @@ def run() -> None:
     if flags.plan:
         print_plan(console, settings, {'dtype': dtype})
         return
-    found = settings.environment()
+    found = settings.environment(dtype)
     if settings.invariance:
         random = settings.random_weights
         model = random_model(Path(random), dtype) if random else load(settings.model, dtype)

@@ -56,7 +56,7 @@ def plan(
     settings: CollectConfig, directory: Path, source: Source, config: LlamaConfig, console: Console
 ) -> None:
     """What the collection would need."""
-    dtype = chosen(settings.dtype)
+    dtype = chosen(settings.dtype, settings.tensor)
     width = 2 if dtype == MIXED else storage(dtype).itemsize
     facts = {
         'writes to': directory,
@@ -88,7 +88,10 @@ def run() -> None:
         return
     groups = MeshConfig(tensor=settings.tensor)
     mesh = None if settings.tensor == 1 else make_mesh(groups, jax.local_devices())
-    model = with_tokenizer(load(name, settings.dtype, mesh))
+    dtype = settings.dtype
+    if dtype == 'auto':  # as it was when the collection began, which another machine may have done
+        dtype = noted(directory / 'inputs.json', 'dtype') or dtype
+    model = with_tokenizer(load(name, dtype, mesh))
     console.opened(model)
     identity = settings.identity | {
         'data': source.name,
@@ -98,7 +101,8 @@ def run() -> None:
     }
     console.dropped(source)
     with open_run(directory, identity), console.progress('collect', len(source)) as bar:
-        claim(directory, identity, {'prompts': rows_fingerprint(source)})
+        inputs = {'prompts': rows_fingerprint(source), 'dtype': model.precision}
+        claim(directory, identity, inputs)
         begin, done = time.perf_counter(), 0
 
         def advance(prompts: int, tokens: int) -> None:

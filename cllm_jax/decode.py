@@ -30,13 +30,28 @@ from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import ConfigError
 from cllm_jax.evaluation.bandwidth import bytes_per_token, memory_bandwidth, weight_bytes
-from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
+from cllm_jax.evaluation.speed import (
+    Method,
+    other_precisions,
+    plain_methods,
+    tokens_per_second,
+)
 from cllm_jax.evaluation.verdict import verdict
 from cllm_jax.evaluation.window import choose, learn
-from cllm_jax.hf.load import MIXED, Precision, chosen, load, mixed, peek, storage
+from cllm_jax.hf.load import (
+    MIXED,
+    Precision,
+    chosen,
+    load,
+    mixed,
+    peek,
+    products_of,
+    storage,
+)
 from cllm_jax.hf.model import Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache
+from cllm_jax.model.config import LlamaConfig
 from cllm_jax.runs.atomic import write_atomic
 from cllm_jax.runtime.backend import Exactness, backend_of
 from cllm_jax.runtime.mesh import tensor_mesh
@@ -174,27 +189,40 @@ def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
 
 def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
     """What decoding would need."""
-    config, precision = peek(settings.model), chosen(settings.dtype)
-    dtype = storage(precision)
-    weights = abstract_params(config, dtype)
-    if precision == MIXED:
-        weights, dtype = jax.eval_shape(mixed, weights), jnp.bfloat16
-    backend = backend_of(())
+    config, precision = peek(settings.model), chosen(settings.dtype, settings.tensor)
+    dtype, backend = products_of(precision), backend_of((), settings.tensor)
+    in_class = settings.exact == 'auto' and str(dtype) in backend.rounding_class.dtypes
+    backend = backend.exactly('class' if in_class else settings.exact)
     kept = backend.cache_dtype(dtype, one_query=settings.drafter == 'ar')
     cache = weight_bytes(jax.eval_shape(lambda: init_cache(config, 1, 1, kept)))
-    copies = {}
-    if dtype == jnp.bfloat16 and backend.weights_left and settings.tensor == 1:
-        layers = [leaf for name, leaf in weights.items() if name.startswith('layers_')]
-        copies['matrices once more, for products from the left'] = size(weight_bytes(layers))
+    weights, copied = bytes_of_weights(config, precision, settings.tensor)
+    more = {'matrices once more, for products from the left': copied}
+    drafter, _, directory = settings.drafter.partition(':')
+    if drafter == 'model':
+        sizes = bytes_of_weights(peek(directory), precision, settings.tensor)
+        more['weights of the draft model'] = sum(sizes)
+    others = other_precisions(config, precision, backend) if settings.compare else ()
+    sizes = (bytes_of_weights(config, other, settings.tensor) for other in others)
+    more['AR in other precisions, to compare'] = sum(map(sum, sizes))
     facts = {
         'prompts': len(prompts),
         'parameters': f'{config.parameters:,}',
-        'weights': size(weight_bytes(weights)),
-        **copies,
+        'weights': size(weights),
+        **{name: size(count) for name, count in more.items() if count},
         'KV cache per token': size(cache),
         'KV cache of the answers of a batch': size(cache * settings.max_tokens * settings.batch),
     }
     print_plan(console, settings, facts)
+
+
+def bytes_of_weights(config: LlamaConfig, precision: str, tensor: int) -> tuple[int, int]:
+    """Bytes of a model's weights, and of what the decoding loop has of them once more."""
+    weights = abstract_params(config, storage(precision))
+    if precision == MIXED:
+        weights = jax.eval_shape(mixed, weights)
+    layers = [leaf for name, leaf in weights.items() if name.startswith('layers_')]
+    left = backend_of((), tensor).weights_left and products_of(precision) == jnp.bfloat16
+    return weight_bytes(weights), weight_bytes(layers) if left else 0
 
 
 def check_files(settings: DecodeConfig) -> None:

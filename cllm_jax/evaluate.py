@@ -36,7 +36,7 @@ from cllm_jax.evaluation.settings import ComparisonConfig
 from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
 from cllm_jax.evaluation.verdict import judged
 from cllm_jax.evaluation.window import FIRST, choose, learn
-from cllm_jax.hf.load import chosen, load
+from cllm_jax.hf.load import load
 from cllm_jax.hf.model import with_tokenizer
 from cllm_jax.runs.atomic import write_json
 from cllm_jax.runs.stages import output_of
@@ -155,7 +155,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'acceptance': acceptance(jacobi),
         'speedup': speed['CLLM Jacobi'] / base,
         'speedup_vanilla_jacobi': speed['target Jacobi'] / base,
-        **speeds(speed, base, chosen(dtype)),
+        **speeds(speed, base, target.precision),
         'identical': share_identical(jacobi, results['CLLM AR']),
         'exact': settings.exact,
         'identical_by': promise(cllm, methods['CLLM Jacobi'].request)[0],
@@ -168,7 +168,7 @@ def evaluate(settings: EvaluateConfig, source: Source, console: Console) -> dict
         'timed': min(settings.timed, len(source)),
         'models': {'cllm': cllm.title, 'target': target.title},
         'tensor': settings.tensor,
-        **settings.environment('transformers'),
+        **settings.environment(cllm.precision, 'transformers'),
     }
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,7 +157,7 @@ def test_the_plan_of_a_collection_in_mixed_precision_has_half_the_sizes(
 @pytest.mark.parametrize('name', ['decode', 'collect'])
 def test_plans_count_what_auto_stands_for(name, monkeypatch, capsys):
     mixed = dataclasses.replace(backend.CPU, default_dtype='mixed')
-    monkeypatch.setattr('cllm_jax.hf.load.backend_of', lambda weights: mixed)
+    monkeypatch.setattr('cllm_jax.hf.load.backend_of', lambda weights, sharing=1: mixed)
     command, shown = import_module(f'cllm_jax.{name}'), {}
     for dtype in ('auto', 'mixed', 'float32'):
         call(monkeypatch, command, '--plan', '--dtype', dtype, '--model', 'embedded-target')
@@ -172,6 +173,16 @@ def test_the_plan_of_decoding_counts_matrices_that_are_kept_twice(monkeypatch, c
         command = import_module('cllm_jax.decode')
         call(monkeypatch, command, '--plan', '--dtype', dtype, '--tensor', tensor)
         assert ('matrices once more' in ' '.join(capsys.readouterr().out.split())) == twice
+
+
+def test_the_plan_of_decoding_counts_all_models_that_will_be_there(monkeypatch, capsys):
+    """A draft model, and AR in other precisions where it is compared with."""
+    command, shown = import_module('cllm_jax.decode'), {}
+    for line in ('', '--no-compare', '--drafter model:embedded-target', '--dtype float32'):
+        call(monkeypatch, command, '--plan', '--dtype', 'mixed', *line.split())
+        text = ' '.join(capsys.readouterr().out.split())
+        shown[line] = ['AR in other precisions' in text, 'weights of the draft model' in text]
+    assert list(shown.values()) == [[True, False], [False, False], [True, True], [False, False]]
 
 
 def test_the_plan_of_space_counts_its_states(tmp_path, monkeypatch, capsys):
@@ -367,6 +378,24 @@ def test_a_resumed_collection_has_the_rows_that_it_began_with(tmp_path, monkeypa
         call(monkeypatch, collect, *arguments)
     (tmp_path / 'out/inputs.json').unlink()  # as a collection of an older version
     call(monkeypatch, collect, *arguments)
+
+
+def test_a_resumed_collection_has_the_precision_that_it_began_with(tmp_path, monkeypatch):
+    """Where none is asked for: what suits a machine may be another one on the next."""
+    model = model_directory(tmp_path / 'tiny')
+    write_rows(tmp_path / 'rows.jsonl', 'question')
+    arguments = [
+        '--model', model, '--data', f'{tmp_path}/rows.jsonl#all', '--out', tmp_path / 'out',
+        '--block', 2, '--max-tokens', 2,
+    ]  # fmt: skip
+    for dtype in ('float32', 'mixed'):
+        suits = dataclasses.replace(backend.CPU, default_dtype=dtype)
+        found = partial(lambda suits, weights, sharing=1: suits, suits)
+        monkeypatch.setattr('cllm_jax.hf.load.backend_of', found)
+        call(monkeypatch, collect, *arguments)
+    assert json.loads((tmp_path / 'out/inputs.json').read_text())['dtype'] == 'float32'
+    with pytest.raises(ConfigError, match='begun with model'):
+        call(monkeypatch, collect, *arguments, '--dtype', 'mixed')
 
 
 def test_a_collection_of_an_older_version_goes_on(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from cllm_jax.decoding.request import (
     check,
     encode_each,
     pad_prompts,
+    padded_batch,
     row_keys,
     stop_ids,
 )
@@ -79,7 +80,7 @@ def start(
       to_the_end: decode in the same call, to the end or until the cache is full.
     """
     check(model, request, prompts)
-    rows, width = rows or _power_of_two(len(prompts)), width or bucket(max(map(len, prompts)))
+    rows, width = rows or padded_batch(len(prompts)), width or bucket(max(map(len, prompts)))
     batch = pad_prompts(prompts, rows, width, request.max_tokens, keys)
     batch = batch.replace(keys_B=keys_for(model.params, batch.keys_B))
     steps, nodes = bucket(request.max_tokens), request.drafter.nodes
@@ -221,7 +222,7 @@ def decode_whole_batches(
 
     For where refilling gains nothing, and no stop string can end an answer.
     """
-    batch, found = _power_of_two(request.batch), []
+    batch, found = padded_batch(request.batch), []
     for first in range(0, len(prompts), batch):
         begin, some = time.perf_counter(), slice(first, first + batch)
         state = start(model, request, prompts[some], keys[some], batch, width, to_the_end=True)
@@ -240,7 +241,7 @@ def decode_refilling(
 
     So no row waits long for the slowest, and all of it runs with three compilations.
     """
-    begin, batch = time.perf_counter(), _power_of_two(request.batch)
+    begin, batch = time.perf_counter(), padded_batch(request.batch)
     size, refill = min(request.batch, len(prompts)), max(request.batch // 4, 1)
     state = start(model, request, prompts[:size], keys[:size], batch, width)
     held, begun = {row: row for row in range(size)}, dict.fromkeys(range(size), begin)
@@ -263,10 +264,6 @@ def decode_refilling(
             held |= dict(zip(rows, chosen, strict=True))
             begun |= dict.fromkeys(rows, begin)
     return [found[i] for i in range(len(prompts))]
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 def decode_batch(model: Model, request: Request, prompts: Ids, keys: jax.Array) -> DecodeResult:

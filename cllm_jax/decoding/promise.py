@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cllm_jax.decoding.drafter import Drafter, Sequences
-from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.request import Request, padded_batch
 from cllm_jax.decoding.sampling import Sampling, scores
 from cllm_jax.hf.model import Model
 from cllm_jax.model.llama import forward
@@ -58,7 +58,8 @@ def promise(model: Model, request: Request) -> tuple[str, str]:
         return '', 'one row may round otherwise than several'
     if how == 'class' and not model.has_class:
         return '', 'no class is known for this dtype and hardware'
-    if how == 'class' and (rows := request.batch * request.drafter.nodes) > MOST_ROWS:
+    rows = padded_batch(request.batch) * request.drafter.nodes
+    if how == 'class' and rows > MOST_ROWS:
         return '', f'of the {rows} rows of a forward at most {MOST_ROWS} were looked at'
     return how, ''
 

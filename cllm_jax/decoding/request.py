@@ -63,6 +63,11 @@ class Request:
             raise ConfigError("stop string '': must not be empty; leave it out")
 
 
+def padded_batch(size: int) -> int:
+    """Rows of a batch that is computed for so many prompts: the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
 def bucket(size: int) -> int:
     """The next of 16, 24, 32, 48, 64, 80, 96, 112, ...: few shapes, and at most a third wasted."""
     power = 16

@@ -104,9 +104,11 @@ def acceptance(result: DecodeResult) -> list[float]:
 
     The pending token has no slot. Up to the last slot that was ever right. A forward that ends an
     answer does not tell whether the slot after its last token was right, and does not count there.
+    Nor does the prefill, whose draft has nothing to go by.
     """
-    inner = [count for accepted in result.accepted for count in accepted[:-1]]
-    final = [accepted[-1] for accepted in result.accepted if accepted]
+    later = [accepted[1:] for accepted in result.accepted]
+    inner = [count for accepted in later for count in accepted[:-1]]
+    final = [accepted[-1] for accepted in later if accepted]
     shares = []
     for slot in range(1, max(inner + final, default=1)):
         right = sum(count > slot for count in inner + final)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import jax
 
-from cllm_jax.hf.load import Precision, chosen
+from cllm_jax.hf.load import Precision
 from cllm_jax.runs.stages import EMBEDDED_ROOT, pair_of
 from cllm_jax.runtime.backend import Exactness, hardware
 
@@ -41,12 +41,12 @@ class ComparisonConfig:
         model, target = pair_of(self.root, self.model, self.target)
         return dataclasses.replace(self, model=model, target=target)
 
-    def environment(self, *packages: str) -> dict[str, Any]:
-        """The devices, the precision and the versions of these and our own packages."""
+    def environment(self, dtype: str, *packages: str) -> dict[str, Any]:
+        """The devices, a precision, and the versions of these and our own packages."""
         devices, packages = jax.devices(), ('cllm_jax', 'jax', 'jaxlib', 'flax', *packages)
         return {
             'device': f'{len(devices)} x {devices[0].device_kind} ({platform.machine()})',
             'multiplies': hardware()[0],
-            'dtype': chosen(self.dtype),
+            'dtype': dtype,
             'versions': {name: version(name) for name in packages},
         }

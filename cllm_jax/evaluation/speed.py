@@ -17,6 +17,8 @@ from cllm_jax.decoding.request import Request, Texts, encode, row_keys
 from cllm_jax.decoding.result import DecodeResult
 from cllm_jax.hf.load import MIXED, load
 from cllm_jax.hf.model import Model
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runtime.backend import Backend
 
 IN_CLASS = 'in its class'
 """What is said of AR with as many rows as it takes to round like a draft."""
@@ -51,13 +53,19 @@ def plain_methods(name: str, plain: Method) -> dict[str, Method]:
     methods = {name: fastest}
     if request.exact == 'class' or (model.backend.exact and request.exact == 'auto'):
         methods[f'{name}, {IN_CLASS}'] = plain
-    any_precision = model.backend.any_precision_may_be_faster and model.precision != 'float32'
-    if any_precision and 4 * model.config.parameters <= MOST_COPIED:
-        mesh = getattr(model.params['norm'].sharding, 'mesh', None)  # None on a single device
-        for other in sorted({'float32', MIXED, 'bfloat16'} - {model.precision}):
-            copy = load(model.source, other, mesh)
-            methods[f'{name}, {other}'] = dataclasses.replace(fastest, model=copy)
+    mesh = getattr(model.params['norm'].sharding, 'mesh', None)  # None on a single device
+    for other in other_precisions(model.config, model.precision, model.backend):
+        copy = load(model.source, other, mesh)
+        methods[f'{name}, {other}'] = dataclasses.replace(fastest, model=copy)
     return methods
+
+
+def other_precisions(config: LlamaConfig, precision: str, backend: Backend) -> list[str]:
+    """In which other precisions AR of a model is timed; a copy of the model for each."""
+    if precision == 'float32' or not backend.any_precision_may_be_faster:
+        return []
+    too_large = 4 * config.parameters > MOST_COPIED
+    return [] if too_large else sorted({'float32', MIXED, 'bfloat16'} - {precision})
 
 
 def one_by_one(method: Method, prompts: Texts) -> DecodeResult:

@@ -88,7 +88,7 @@ def open_gguf(path: Path) -> Gguf:
       DataError: the file is cut, damaged, big-endian, or something else.
     """
     try:
-        reader = import_module('gguf').GGUFReader
+        package = import_module('gguf')
     except ImportError as e:
         reason = f'{path}: needs the package gguf ({one_line(e, 120)})'
         raise ConfigError(f"{reason}; pip install 'cllm_jax[gguf]'") from None
@@ -103,10 +103,35 @@ def open_gguf(path: Path) -> Gguf:
     if version and not version & 0xFFFF:
         raise DataError(f'{path}: a big-endian GGUF file; convert it to little-endian')
     try:
-        found = reader(path)
+        with np.errstate(over='ignore'):  # of a place, which is looked at below
+            found = _reader(package)(path)
+        _check_places(found)
     except Exception as e:  # the package meets damage with whatever NumPy raises
         raise explain(path, f'{type(e).__name__}: {e}', 'or cut GGUF') from None
     file = Gguf(path, found.fields, {tensor.name: tensor for tensor in found.tensors})
     if (parts := file.get('split.count', int, 0)) > 1:
         file.refuse('split.count', parts, 'merge the parts: llama-gguf-split --merge')
     return file
+
+
+def _reader(package: Any) -> type:
+    """The package's reader, but for a length that the file does not have: it would go on."""
+
+    class Reader(package.GGUFReader):
+        def _get(self, offset, dtype, count=1, *order, **named):
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError(f'at byte {offset} it claims more than the file has')
+            return super()._get(offset, dtype, count, *order, **named)
+
+    return Reader
+
+
+def _check_places(reader: Any) -> None:
+    """Raise ValueError unless the tensors follow each other: a place or kind that is damaged would
+    give other weights."""
+    expected = int(reader.data_offset)
+    for tensor in reader.tensors:
+        if tensor.data_offset != expected:
+            where = f'is at byte {tensor.data_offset}, where {expected} is expected'
+            raise ValueError(f'tensor {tensor.name} {where}')
+        expected += -(-int(tensor.n_bytes) // int(reader.alignment)) * int(reader.alignment)

@@ -56,14 +56,21 @@ def write_gguf(path: Path, model: Model, kind: str, without_tokenizer: bool = Fa
       without_tokenizer: leave the tokenizer out, whatever it is; token ids can be decoded then.
 
     Raises:
-      ConfigError: the package `gguf` is missing, or the file would be another model or tokenizer.
+      ConfigError: the package `gguf` is missing, the kind is unknown, or the file would be another
+        model or tokenizer.
       DataError: the file cannot be written.
     """
     package, place = _package(model.source), Path(model.source)
+    if kind not in GGUF_DTYPES:
+        raise ConfigError(f'kind {kind!r} is unknown; choose one of {", ".join(GGUF_DTYPES)}')
     tokenizer = None if without_tokenizer else model.tokenizer
     if model.lacks and not without_tokenizer:
         raise ConfigError(f'{place}: {model.lacks}')
     config = _told(place, model.config, tokenizer)
+    wrong = [i for i in _roles(config, tokenizer).values() if not 0 <= i < config.vocab_size]
+    if wrong:
+        fault = f'the token id {wrong[0]} is outside the vocabulary 0..{config.vocab_size - 1}'
+        raise ConfigError(f'{place}: {fault}; correct the config')
     facts = _facts(config, kind) | _roles(config, tokenizer)
     facts |= _tokenizer_facts(place, tokenizer, config.vocab_size)
     infos = _infos(config, kind, package.GGMLQuantizationType)

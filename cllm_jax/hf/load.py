@@ -41,11 +41,15 @@ FORMER_SUMS = {
 transformers: nothing that a run reads of them has changed."""
 
 
-def chosen(dtype: str) -> str:
-    """What 'auto' stands for on the devices that are here; ConfigError for an unknown name."""
+def chosen(dtype: str, sharing: int = 1) -> str:
+    """What 'auto' stands for on the devices that are here; ConfigError for an unknown name.
+
+    Args:
+      sharing: devices that share every layer.
+    """
     if dtype not in (known := get_args(Precision)):
         raise ConfigError(f'dtype {dtype!r} is unknown; choose one of {", ".join(known)}')
-    return backend_of(()).default_dtype if dtype == 'auto' else dtype
+    return backend_of((), sharing).default_dtype if dtype == 'auto' else dtype
 
 
 def resolve(name: str, files: Sequence[str] = HUB_FILES) -> Path:
@@ -202,7 +206,7 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
       ConfigError, DataError: see `resolve`, `base_of`, `read_config`, `read_model` and `open_gguf`,
         `read_gguf`, `tokenizer_of`.
     """
-    dtype = chosen(dtype)
+    dtype = chosen(dtype, 1 if mesh is None else mesh.shape.get('tensor', 1))
     directory = resolve(name)
     if directory.is_file():
         file = open_gguf(directory)
@@ -227,6 +231,12 @@ def storage(dtype: str) -> jnp.dtype:
     """The dtype of norms and residuals under a name that `load` accepts."""
     dtype = chosen(dtype)
     return DTYPES['float32' if dtype == MIXED else dtype]
+
+
+def products_of(dtype: str) -> jnp.dtype:
+    """The dtype of what is multiplied under a name that `load` accepts."""
+    dtype = chosen(dtype)
+    return DTYPES['bfloat16' if dtype == MIXED else dtype]
 
 
 def mixed(params: Any) -> Any:

@@ -29,6 +29,7 @@ class Model:
 
     config: LlamaConfig
     params: Any = dataclasses.field(repr=False)
+    """Not to be changed in place: a copy of them may decode. `dataclasses.replace` takes others."""
     tokenizer: Any = dataclasses.field(repr=False)
     """A `transformers` tokenizer, or None if its files have none, or `lacks` says why."""
     source: str
@@ -69,7 +70,9 @@ class Model:
         versions = [version(name) for name in ('jax', 'jaxlib', 'cllm_jax')]
         module, flags = repr(self.module_on(ANY)), os.environ.get('XLA_FLAGS', '')
         here = {'on': list(hardware()), 'machine': machine(), 'versions': versions, 'flags': flags}
-        return {'module': module, 'class': repr(backend_of(self.params).rounding_class), **here}
+        backend = backend_of(self.params)
+        way = {'class': repr(backend.rounding_class), 'weights_left': backend.weights_left}
+        return {'module': module, **way, **here}
 
     @property
     def products(self) -> jnp.dtype:
@@ -104,7 +107,8 @@ class Model:
     @functools.cached_property
     def params_outputs_first(self) -> Any:
         """A copy of the parameters, made once; the tables are shared."""
-        return with_outputs_first(self.params)
+        with jax.ensure_compile_time_eval():  # not as a part of a function that is traced
+            return with_outputs_first(self.params, self.products)
 
 
 def with_tokenizer(model: Model, remedy: str = '') -> Model:

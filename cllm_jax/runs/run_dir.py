@@ -68,7 +68,7 @@ def claim(directory: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any
     """Note the settings of a run, and what it reads, by name and by content.
 
     What one noted that has not begun (`has_begun`) is replaced. A run that began without inputs (by
-    an older version) notes them when it goes on.
+    an older version) notes them when it goes on; of what it has not noted nothing is asked.
 
     Raises:
       ConfigError: something is not what the run began with.
@@ -76,7 +76,7 @@ def claim(directory: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any
     if not is_main():
         return
     if begun := has_begun(directory):
-        _check(directory / 'inputs.json', inputs, 'put back what was there')
+        _check(directory / 'inputs.json', inputs, 'put back what was there', inputs)
     for name, noted in (('settings', settings), ('inputs', inputs)):
         path = directory / f'{name}.json'
         if not (begun and path.exists()):

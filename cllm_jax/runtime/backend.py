@@ -69,7 +69,7 @@ class Backend:
     default_dtype: str = 'bfloat16'
     """What dtype 'auto' stands for: matrix units multiply bfloat16, a CPU may have none. On one
     that has AMX a window of 16 decodes half as fast again or twice as fast in mixed precision as in
-    float32 (docs/benchmarks.md); that is the default where drafts are exact then."""
+    float32 (docs/benchmarks.md); that is the default where a class is known for it."""
     bfloat16_as_bits: bool = False
     """Keep a bfloat16 cache, and look up a bfloat16 table, as uint16. XLA's CPU backend writes a
     few bfloat16 rows, or reads a few, by converting the whole array to float32 and back."""
@@ -171,8 +171,10 @@ def backend_for(devices: Iterable[jax.Device]) -> Backend:
     return {'cpu': CPU, 'gpu': GPU, 'tpu': TPU}.get(next(iter(devices)).platform, ANY)
 
 
-def backend_of(weights: Any) -> Backend:
+def backend_of(weights: Any, sharing: int = 1) -> Backend:
     """The backend of the devices that a tree of weights lives on, JAX's first if on none yet.
+
+    `sharing` is how many devices will share weights that are nowhere yet.
 
     Small weights on a single CPU device decode in one thread per core of this process; those that
     are float32 throughout are multiplied by Eigen.
@@ -187,7 +189,7 @@ def backend_of(weights: Any) -> Backend:
     usual = usual and not jax.config.read('jax_disable_most_optimizations')
     known = CLASSED.get(hardware(), Class()) if usual else Class()
     backend = dataclasses.replace(CPU, rounding_class=known)
-    if hardware()[0] == AMX and len(devices) == 1:
+    if hardware()[0] == AMX and len(devices) == sharing == 1:
         dtype = 'mixed' if known.dtypes else CPU.default_dtype
         backend = dataclasses.replace(backend, weights_left=True, default_dtype=dtype)
     small = 4 * sum(leaf.size for leaf in leaves) <= CACHED

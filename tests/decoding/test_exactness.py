@@ -121,9 +121,9 @@ def test_a_class_is_promised_only_where_one_is_known():
 def test_a_class_is_promised_for_as_many_rows_as_were_looked_at():
     model = dataclasses.replace(MODEL)
     vars(model)['has_class'] = True
-    for batch, holds in ((64, True), (65, False)):
-        how, reason = promise(model, Request(Jacobi(16), batch=batch, exact='class'))
-        assert (how == 'class') == holds == ('1040 rows' not in reason)
+    for batch, block, rows in ((64, 16, 1024), (33, 16, 1024), (65, 16, 2048), (33, 31, 1984)):
+        how, reason = promise(model, Request(Jacobi(block), batch=batch, exact='class'))
+        assert (how == 'class') == (rows <= 1024) == (f'{rows} rows' not in reason)
 
 
 @pytest.mark.parametrize(

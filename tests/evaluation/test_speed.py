@@ -41,10 +41,12 @@ def test_answers_that_repeat_themselves_do_not_count_as_fast():
 
 
 def test_acceptance_of_a_slot_is_conditional_on_those_before():
-    """The forward that ends an answer does not say what would have come after its last token."""
-    found = result([[0] * 9, [0] * 4, []], [[1, 4, 2, 2], [1, 3], []])
-    assert acceptance(found) == [4 / 6, 2 / 3, 1.0]
+    """The forward that ends an answer does not say what would have come after its last token, and
+    a prefill, which by program commits one token by rule, says nothing."""
+    found = result([[0] * 9, [0] * 5, []], [[1, 4, 2, 1, 1], [1, 1, 3], []])
+    assert acceptance(found) == [3 / 5, 2 / 3, 1.0]
     assert acceptance(result([[0, 0]], [[1, 1]])) == []
+    assert acceptance(result([[0] * 4], [[4]])) == []
 
 
 def test_speed_is_measured_on_the_same_tokens():

@@ -234,6 +234,46 @@ def test_files_that_are_cut_or_no_gguf_are_named(tmp_path):
     assert 'big-endian' in refusal(load, str(path), of=DataError)
 
 
+def patched(path, at: int, value: np.generic) -> str:
+    data = bytearray(path.read_bytes())
+    data[at : at + value.nbytes] = value.tobytes()
+    path.with_name('bad.gguf').write_bytes(data)
+    return str(path.with_name('bad.gguf'))
+
+
+def test_a_damaged_place_or_kind_of_a_tensor_is_refused(tmp_path):
+    """It would give other weights, without a word."""
+    path = write_gguf(tmp_path / 'm.gguf', model_of(GQA), KIND.BF16)
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == 'blk.0.attn_q.weight')
+    name_len, name, count, dims, kind, _ = tensor.field.parts
+    at_kind = tensor.field.offset + sum(p.nbytes for p in (name_len, name, count, dims))
+    at_place = at_kind + kind.nbytes
+    for place in (0, 1, 32, 2**64 - 32, 2**62):
+        bad = patched(path, at_place, np.uint64(place))
+        with pytest.raises(DataError, match=r'bad\.gguf'):
+            load(bad)
+    for other in (KIND.F32, KIND.Q4_0, KIND.Q8_0):
+        bad = patched(path, at_kind, np.uint32(other))
+        with pytest.raises(DataError, match=r'bad\.gguf'):
+            load(bad)
+    assert load(patched(path, at_kind, np.uint32(KIND.BF16))).config == load(str(path)).config
+
+
+@pytest.mark.parametrize('kind', [0, 5, 8, 9, 10])
+def test_a_list_that_claims_more_than_the_file_has_is_refused_at_once(kind, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / 'm.gguf', 'llama')
+    writer.add_array('tokenizer.ggml.tokens', ['a', 'b'])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    data = bytearray((tmp_path / 'm.gguf').read_bytes())
+    at = data.index(b'tokens') + len('tokens') + 4
+    data[at : at + 12] = np.uint32(kind).tobytes() + np.uint64(2**40).tobytes()
+    (tmp_path / 'm.gguf').write_bytes(data)
+    with pytest.raises(DataError, match=r'm\.gguf'):
+        peek(str(tmp_path / 'm.gguf'))
+
+
 def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / 'm.gguf')
     monkeypatch.setitem(sys.modules, 'gguf', None)

@@ -356,3 +356,14 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, 'gguf', None)
     message = refusal(write_gguf, tmp_path / 'm.gguf', model_of(), 'f32', of=ConfigError)
     assert "pip install 'cllm_jax[gguf]'" in message and not any(tmp_path.iterdir())
+
+
+def test_kinds_and_ids_that_a_file_cannot_have_are_refused(tmp_path):
+    model = model_of(GQA)
+    with pytest.raises(ConfigError, match=r"kind 'q8_0' is unknown; choose one of f32, bf16"):
+        write_gguf(tmp_path / 'm.gguf', model, 'q8_0')
+    for name in ('bos_id', 'pad_id'):
+        config = dataclasses.replace(GQA, **{name: -1})
+        with pytest.raises(ConfigError, match='token id -1 is outside the vocabulary'):
+            write_gguf(tmp_path / 'm.gguf', dataclasses.replace(model, config=config), 'f32')
+    assert not list(tmp_path.iterdir())

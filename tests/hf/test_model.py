@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.core import FrozenDict
 
 import cllm_jax as cllm
 from cllm_jax.model.precision import linear
@@ -24,6 +25,21 @@ def test_bfloat16_matrices_are_turned_once_where_it_pays(dtype):
         return
     assert model.decoding_on(LEFT)[1] is params
     assert params['embed'] is model.params['embed']
+
+
+def test_matrices_are_turned_outside_of_what_is_traced():
+    """And rounded to what is multiplied, whatever their dtype, whatever holds them."""
+    model, wide = cllm.load('embedded', 'mixed'), cllm.load('embedded', 'float32')
+    layers = {
+        name: layer | {'q': wide.params[name]['q'], 'up': wide.params[name]['up']}
+        for name, layer in model.params.items()
+        if name.startswith('layers_')
+    }
+    other = dataclasses.replace(model, params=FrozenDict({**model.params, **layers}))
+    jax.jit(lambda x: other.decoding_on(LEFT) and x)(1)
+    found, expected = other.decoding_on(LEFT)[1], model.decoding_on(LEFT)[1]
+    for a, b in zip(jax.tree.leaves(dict(found)), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and (a == b).all()
 
 
 @pytest.mark.parametrize('rows', [1, 2, 16])
