@@ -287,5 +287,9 @@ def keep(settings: BenchConfig, found: dict[str, Any]) -> None:
         write_json(Path(settings.json), found)
 
 
-if __name__ == '__main__':
+def main() -> None:
     guard(run)
+
+
+if __name__ == '__main__':
+    main()

@@ -116,5 +116,9 @@ def run() -> None:
     console.note(f'{directory}: {collected}; {mean:.2f} tokens/forward')
 
 
-if __name__ == '__main__':
+def main() -> None:
     guard(run)
+
+
+if __name__ == '__main__':
+    main()

@@ -277,5 +277,9 @@ def run() -> None:
         compare(console, name, drafted, Method(model, request), prompts, result)
 
 
-if __name__ == '__main__':
+def main() -> None:
     guard(run)
+
+
+if __name__ == '__main__':
+    main()

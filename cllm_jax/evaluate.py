@@ -229,5 +229,9 @@ def run() -> None:
         write_json(Path(path), found[0] if settings.task else found)
 
 
-if __name__ == '__main__':
+def main() -> None:
     guard(run)
+
+
+if __name__ == '__main__':
+    main()

@@ -143,5 +143,9 @@ def run() -> None:
         console.note(f'{out / name}: {parameter_count(run_dir) / 1e6:.2f}M parameters')
 
 
-if __name__ == '__main__':
+def main() -> None:
     guard(run)
+
+
+if __name__ == '__main__':
+    main()

@@ -36,7 +36,6 @@ from cllm_jax.training.config import TrainConfig, architecture, check_architectu
 from cllm_jax.training.data import held_out_rows, inputs_of, prepare, trained_on_too
 from cllm_jax.training.memory import compiled_step, longest, memory_per_device
 from cllm_jax.training.objectives import checked, objective_of
-from cllm_jax.training.trainer import train
 
 
 def facts_of(settings: TrainConfig, mesh: Mesh) -> dict[str, object]:
@@ -94,6 +93,8 @@ def train_in(
     directory: Path, settings: TrainConfig, claimed: dict, held_out: Source, console: Console
 ) -> None:
     """Train in a run directory that is open."""
+    from cllm_jax.training.trainer import train  # brings Orbax, which no --help waits for
+
     mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
     model, samples = prepare(settings, mesh, console, directory)
     console.opened(model)
@@ -140,5 +141,9 @@ def run() -> None:
         train_in(directory, settings, claimed, held_out, console)
 
 
-if __name__ == '__main__':
+def main() -> None:
     guard(run, stop_together=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -22,6 +22,8 @@ from cllm_jax.runs.stages import STAGES
 C, S = TypeVar('C'), TypeVar('S')
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 Unnamed = tyro.conf.arg(name='')
+PROGRAM = 'cllm'
+"""What the commands are called together (`main.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,8 @@ def parse(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = STAGES[stage].command
-    program = f'python -m cllm_jax.{command}'
+    short = f'{PROGRAM} {command}'
+    program = short if sys.argv[0] == short else f'python -m cllm_jax.{command}'
     stages = tuple(name for name, about in STAGES.items() if about.command == command)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ('--config', '--stage'):  # they decide on the defaults of all others

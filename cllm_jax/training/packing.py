@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-import grain
 import numpy as np
 from flax import struct
 
@@ -64,6 +63,8 @@ class Batch:
 @lru_cache(maxsize=2)  # each look-up costs 15 us, and sixteen steps share a window
 def _window(count: int, size: int, seed: int, window: int) -> tuple[int, ...]:
     """The sample indices of one window of an endless, every epoch reshuffled, order (Grain)."""
+    import grain  # brings Orbax, which no --help waits for
+
     indices = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
     return tuple(int(indices[window * size + i]) for i in range(size))
 
@@ -112,6 +113,8 @@ def batches(
     samples: Samples, batch: int, seed: int, steps: range, noise: Noise | None, rows: Rows = None
 ) -> Iterator[Batch]:
     """The batches of consecutive steps; see `make_batch`. The next one is packed in a thread."""
+    import grain
+
     pack = partial(make_batch, samples, batch, seed, noise=noise, rows=rows)
     packed = grain.MapDataset.range(steps.start, steps.stop).map(pack)
     return iter(packed.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))
