@@ -39,11 +39,9 @@ from cllm_jax.evaluation.speed import (
 from cllm_jax.evaluation.verdict import verdict
 from cllm_jax.evaluation.window import choose, learn
 from cllm_jax.hf.load import (
-    MIXED,
     Precision,
     chosen,
     load,
-    mixed,
     peek,
     products_of,
     storage,
@@ -217,9 +215,7 @@ def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
 
 def bytes_of_weights(config: LlamaConfig, precision: str, tensor: int) -> tuple[int, int]:
     """Bytes of a model's weights, and of what the decoding loop has of them once more."""
-    weights = abstract_params(config, storage(precision))
-    if precision == MIXED:
-        weights = jax.eval_shape(mixed, weights)
+    weights = abstract_params(config, storage(precision), products_of(precision))
     layers = [leaf for name, leaf in weights.items() if name.startswith('layers_')]
     left = backend_of((), tensor).weights_left and products_of(precision) == jnp.bfloat16
     return weight_bytes(weights), weight_bytes(layers) if left else 0

@@ -554,7 +554,7 @@ def test_training_tells_of_rows_that_a_reader_left_out(monkeypatch, capsys, tmp_
         (tmp_path / f'{name}.json').write_text(json.dumps(rows))
     data, test = (f'sharegpt:{tmp_path}/{name}.json#all' for name in ('train', 'test'))
     common = ('--objective', 'ar', '--model', model_directory(tmp_path / 'tiny'), '--data', data)
-    monkeypatch.setattr(train, 'train', lambda *arguments: None)
+    monkeypatch.setattr('cllm_jax.training.trainer.train', lambda *arguments: None)
     for task in (test, data):
         call(monkeypatch, train, *common, '--task', task, '--root', tmp_path / 'run')
         said = capsys.readouterr().err
@@ -568,7 +568,7 @@ def test_rows_without_an_answer_are_no_samples(monkeypatch, capsys, tmp_path):
     data = tmp_path / 'rows.jsonl'
     common = ('--objective', 'ar', '--model', model_directory(tmp_path / 'tiny'))
     common += ('--data', f'{data}#all', '--task', 'arithmetic', '--max-length', '64')
-    monkeypatch.setattr(train, 'train', lambda *arguments: None)
+    monkeypatch.setattr('cllm_jax.training.trainer.train', lambda *arguments: None)
     rows = [{'prompt': f'question {i}', 'completion': 'yes'} for i in range(3)]
     data.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     with pytest.raises(DataError, match='no training sample is left'):

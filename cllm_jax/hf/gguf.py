@@ -29,7 +29,9 @@ PARTS = {
 """Names of parameters in a file: as they are, and those of a layer without its number."""
 
 
-def read_gguf(file: Gguf, dtype: jnp.dtype, mesh: Mesh | None) -> tuple[LlamaConfig, Any]:
+def read_gguf(
+    file: Gguf, dtype: jnp.dtype, mesh: Mesh | None, matrices: jnp.dtype | None = None
+) -> tuple[LlamaConfig, Any]:
     """The config and the parameters of a file, as `read_model` gives those of a directory.
 
     Names, shapes and kinds are checked before any weight is read. One tensor at a time is in memory
@@ -46,7 +48,8 @@ def read_gguf(file: Gguf, dtype: jnp.dtype, mesh: Mesh | None) -> tuple[LlamaCon
     own = f'a {config.family} model of its metadata'
     check_tensors(file.path, stored, shapes, shapes, f'{own} has not', AGAIN)
     file.check_kinds(file.tensors)
-    return config, params_of(config, dtype, mesh, [nullcontext(tensors)])
+    abstract = abstract_params(config, dtype, matrices)
+    return config, params_of(config, abstract, mesh, [nullcontext(tensors)])
 
 
 def names_of(config: LlamaConfig) -> tuple[dict[str, str], dict[str, int]]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -20,7 +19,7 @@ from cllm_jax.hf.gguf_file import SUFFIX, is_gguf, open_gguf
 from cllm_jax.hf.gguf_tokenizer import tokenizer_of
 from cllm_jax.hf.model import MIXED, Model
 from cllm_jax.hf.tokenizer import VOCABULARIES, lacks_package, read_tokenizer
-from cllm_jax.hf.weights import DTYPES, read_model
+from cllm_jax.hf.weights import DTYPES, map_matrices, read_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.runs.checksums import SUMS, sha256
 from cllm_jax.runtime.backend import backend_of
@@ -210,14 +209,11 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
     directory = resolve(name)
     if directory.is_file():
         file = open_gguf(directory)
-        config, params = read_gguf(file, storage(dtype), mesh)
-        params = mixed(params) if dtype == MIXED else params
+        config, params = read_gguf(file, storage(dtype), mesh, products_of(dtype))
         tokenizer, lacks = tokenizer_of(file)
         return Model(config, params, tokenizer, name, '', directory, lacks)
     base, adapter = base_of(directory)
-    config, params = read_model(base, storage(dtype), mesh, adapter)
-    if dtype == MIXED:
-        params = mixed(params)
+    config, params = read_model(base, storage(dtype), mesh, adapter, products_of(dtype))
     merged = ''
     if adapter is not None:
         into = base if base == directory else one_line(adapter.base)
@@ -241,12 +237,7 @@ def products_of(dtype: str) -> jnp.dtype:
 
 def mixed(params: Any) -> Any:
     """The same parameters with bfloat16 matrices; norms and biases as they are."""
-
-    def lower(path: tuple, leaf: jax.Array) -> jax.Array:
-        vector = path[-1].key.endswith(('norm', 'bias'))
-        return leaf if vector else leaf.astype(jnp.bfloat16)
-
-    return jax.tree_util.tree_map_with_path(lower, params)
+    return map_matrices(lambda leaf: leaf.astype(jnp.bfloat16), params)
 
 
 def files_fingerprint(directory: Path) -> str:

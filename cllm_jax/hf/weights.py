@@ -43,9 +43,25 @@ HEAD_AXES = {'q': 1, 'k': 1, 'v': 1, 'o': 0, 'q_bias': 0, 'k_bias': 0, 'v_bias':
 
 
 @functools.lru_cache(maxsize=16)
-def abstract_params(config: LlamaConfig, dtype: jnp.dtype = jnp.float32) -> Any:
-    """Shapes and dtypes of the parameters, computing none; the tree is shared, do not change it."""
-    return jax.eval_shape(lambda: init_params(Llama(config, dtype), prng_key(0)))
+def abstract_params(
+    config: LlamaConfig, dtype: jnp.dtype = jnp.float32, matrices: jnp.dtype | None = None
+) -> Any:
+    """Shapes and dtypes of the parameters, computing none; the tree is shared, do not change it.
+
+    `matrices` is the dtype of what is multiplied, `dtype` too if None.
+    """
+    params = jax.eval_shape(lambda: init_params(Llama(config, dtype), prng_key(0)))
+    lower = matrices or dtype
+    return map_matrices(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, lower), params)
+
+
+def map_matrices(change: Callable[[Any], Any], params: Any) -> Any:
+    """The parameters with all changed but norms and biases."""
+
+    def changed(path: tuple, leaf: Any) -> Any:
+        return leaf if path[-1].key.endswith(('norm', 'bias')) else change(leaf)
+
+    return jax.tree_util.tree_map_with_path(changed, params)
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -97,6 +113,7 @@ def read_model(
     dtype: jnp.dtype = jnp.float32,
     mesh: Mesh | None = None,
     adapter: Adapter | None = None,
+    matrices: jnp.dtype | None = None,
 ) -> tuple[LlamaConfig, Any]:
     """Read a model directory: its config and its parameters, cast to `dtype`.
 
@@ -105,7 +122,7 @@ def read_model(
 
     Args:
       directory: holds config.json and safetensors.
-      dtype: of the parameters.
+      dtype, matrices: of the parameters, see `abstract_params`.
       mesh: devices that share the weights; each process reads only what its own devices hold. None
         leaves the choice to JAX.
       adapter: merged into the weights before they are cast.
@@ -122,18 +139,19 @@ def read_model(
         _check_tied(directory, found)
     deltas = {}
     if adapter is not None:
-        matrices = {n: shape for n, shape in tensor_shapes(config).items() if len(shape) == 2}
-        modules = {n.removesuffix('.weight'): s for n, s in matrices.items() if n != EMBED}
+        shapes = {n: s for n, s in tensor_shapes(config).items() if len(s) == 2 and n != EMBED}
+        modules = {n.removesuffix('.weight'): s for n, s in shapes.items()}
         deltas = read_deltas(adapter, modules)
     for place in {directory, adapter.directory if adapter else directory}:
         check_sums(place)
     files = dict.fromkeys(stored.file for stored in found.values())
-    return config, params_of(config, dtype, mesh, map(open_tensors, files), deltas)
+    abstract = abstract_params(config, dtype, matrices)
+    return config, params_of(config, abstract, mesh, map(open_tensors, files), deltas)
 
 
 def params_of(
     config: LlamaConfig,
-    dtype: jnp.dtype,
+    abstract: Any,
     mesh: Mesh | None,
     files: Iterable[AbstractContextManager[Any]],
     deltas: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
@@ -141,12 +159,12 @@ def params_of(
     """The parameters, read one tensor at a time from files that have been checked.
 
     Args:
-      dtype, mesh: see `read_model`.
+      abstract: their shapes and dtypes.
+      mesh: see `read_model`.
       files: what they give in a `with` block has `keys()`, Hugging Face's names, and `get_slice`.
       deltas: what is added to matrices, by module.
     """
-    abstract, places, arrays = abstract_params(config, dtype), {}, {}
-    wanted = named(abstract)
+    places, arrays, wanted = {}, {}, named(abstract)
     if mesh is not None:
         shardings = jax.tree.leaves(param_shardings(param_axes(config), abstract, mesh))
         places = dict(zip(wanted, shardings, strict=True))
