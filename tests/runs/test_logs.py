@@ -113,8 +113,8 @@ def test_a_tensorboard_that_is_open_shows_a_run_that_went_back(tmp_path):
             for step in range(begin + 1, end):
                 append_metrics(metrics, line := {'step': step, 'loss': factor * step})
                 write(line)
-        board = board or open_board(str(tmp_path / 'tensorboard'))
-        board.Reload()
+            board = board or open_board(str(tmp_path / 'tensorboard'))
+            board.Reload()  # while the run goes on
     seen = [(event.step, event.value) for event in board.Scalars('train/loss')]
     assert seen == [(2, 2.0), (3, 3.0), (4, 8.0)]
 
@@ -154,10 +154,10 @@ def test_a_log_that_fails_is_one_warning_and_the_others_go_on(tmp_path, monkeypa
 
         if moment == 'open':
             return fail
-        quiet = logs.Log(lambda step, numbers: None, lambda: None)
+        quiet = logs.Log(lambda step, numbers: None, lambda: closed.append(moment))
         return lambda *given: logs.dataclasses.replace(quiet, **{moment: fail})
 
-    kept = []
+    kept, closed = [], []
     good = logs.Log(lambda step, numbers: kept.append(step), lambda: kept.append('closed'))
     for moment in ('open', 'write', 'close'):
         opened = {'bad': failing(moment), 'good': lambda *given: good}
@@ -171,6 +171,7 @@ def test_a_log_that_fails_is_one_warning_and_the_others_go_on(tmp_path, monkeypa
         assert ('No space left' if moment == 'write' else 'RuntimeError') in warning
         assert kept == [0, 1, 2, 'closed']
         kept.clear()
+    assert closed == ['write']  # what has failed is not kept open
 
 
 def test_a_full_disk_ends_the_event_file_and_nothing_else(tmp_path, monkeypatch):
