@@ -91,7 +91,7 @@ def _draw_cost(cost: Results, directory: Path, source: str) -> Path:
     }
     best = min(ms / n / batch for batch, rows in batches.items() for n, ms in rows.items())
     path, weights = directory / 'forward-cost.svg', cost['weight_limit_ms']
-    title = f'c(N): a forward with N tokens over one with a single token, prompt {cost["prompt"]}'
+    title = f'c(N): a forward with N tokens over one with a single token, after {cost["prompt"]}'
     with picture(path, title, source, (1, len(batches))) as axes:
         for ax, (batch, rows) in zip(axes, batches.items(), strict=True):
             roof, label = roofline(rows, weights, batch * best), 'limit: the most tokens/s measured'
@@ -119,9 +119,10 @@ def _draw_task(
 ) -> list[Path]:
     """Of one task: what each way commits and gains, and how often its guesses are right."""
     name = re.sub(r'[^\w.-]+', '_', task['task']).strip('_')
-    told = f'{task["task"]}: {task["n"]} held-out prompts, batch 1'
+    told, timed = f'{task["task"]}: {task["n"]} held-out prompts', task.get('timed', task['n'])
+    speed = f'Tokens per forward, and speed-up. {told}, {timed} of them timed at batch 1'
     paths = [directory / f'speedup-{name}.svg']
-    with picture(paths[0], f'Tokens per forward, and speed-up. {told}', source, height=4.6) as axes:
+    with picture(paths[0], speed, source, height=4.6) as axes:
         _draw_speedups(axes[0], ways)
     if any(shares.values()):
         paths.append(directory / f'acceptance-{name}.svg')

@@ -43,7 +43,8 @@ def evaluation(task: str = 'sql', drafter: str = 'jacobi') -> dict[str, Any]:
     return {
         **FACTS,
         'task': task,
-        'n': 40,
+        'n': 500,
+        'timed': 40,
         'drafter': drafter,
         'tokens_per_forward': {'target': 1.05, 'cllm': 6.26},
         'loop_free_tokens_per_forward': 6.13,

@@ -44,7 +44,7 @@ def test_a_benchmark_is_drawn_with_its_numbers_and_where_they_come_from(tmp_path
     for name, (_, gain, shares) in WAYS.items():
         assert f'{name}: {gain:.2f}x' in speedup
         assert (name in right) == bool(shares)
-    assert 'limit: ' in speedup and '40 held-out prompts, batch 1' in speedup
+    assert 'limit: ' in speedup and '40 held-out prompts, 40 of them timed at batch 1' in speedup
     assert '100 %' in right and 'slot of the draft' in right
 
 
@@ -105,6 +105,7 @@ def test_an_evaluation_is_drawn_like_a_benchmark(tmp_path):
         way = 'CLLM, Medusa' if isinstance(found, list) else 'CLLM, Jacobi'
         assert all(x in speedup for x in ('target, Jacobi: 0.74x', f'{way}', ': 3.64x', '0.95x'))
         assert way in right and 'mine; target: yours' in right
+        assert '500 held-out prompts, 40 of them timed' in speedup
     both = ['speedup-sql.svg', 'acceptance-sql.svg']
     assert names == [both, [*both, 'speedup-arithmetic.svg', 'acceptance-arithmetic.svg']]
 
