@@ -36,6 +36,7 @@ STYLE = {
     'legend.labelcolor': LIGHT,
     'font.size': 9,
     'text.color': LIGHT,
+    'text.parse_math': False,  # a dollar in the name of a file is one
     'xtick.color': DIM,
     'ytick.color': DIM,
     'svg.fonttype': 'none',  # text stays text

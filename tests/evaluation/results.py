@@ -35,7 +35,7 @@ def bench_results(milliseconds=MILLISECONDS, weight_limit: float = 0.4) -> dict[
         'model': 'a model',
         'target': 'a target',
         'cost': {'prompt': 48, 'weight_limit_ms': weight_limit, 'per_batch': batches},
-        'tasks': [{'task': 'data/my task.jsonl', 'n': 40, 'ways': ways}],
+        'tasks': [{'task': 'data/my $1_ task $2_.jsonl', 'n': 40, 'ways': ways}],
     }
 
 

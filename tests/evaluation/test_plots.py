@@ -34,7 +34,8 @@ def call(monkeypatch, module, *arguments: object) -> None:
 def test_a_benchmark_is_drawn_with_its_numbers_and_where_they_come_from(tmp_path):
     drawn = draw_bench(bench_results(), tmp_path / 'new')
     assert [path.name for path in drawn] == [
-        'forward-cost.svg', 'speedup-data_my_task.jsonl.svg', 'acceptance-data_my_task.jsonl.svg',
+        'forward-cost.svg', 'speedup-data_my_1__task_2_.jsonl.svg',
+        'acceptance-data_my_1__task_2_.jsonl.svg',
     ]  # fmt: skip
     cost, speedup, right = map(text_of, drawn)
     for text in (cost, speedup, right):
@@ -45,7 +46,9 @@ def test_a_benchmark_is_drawn_with_its_numbers_and_where_they_come_from(tmp_path
         assert f'{name}: {gain:.2f}x' in speedup
         assert (name in right) == bool(shares)
     assert 'limit: ' in speedup and '40 held-out prompts, 40 of them timed at batch 1' in speedup
-    assert '100 %' in right and 'slot of the draft' in right
+    assert (
+        'data/my $1_ task $2_.jsonl' in right and '100 %' in right and 'slot of the draft' in right
+    )
 
 
 @needs_matplotlib
@@ -89,10 +92,12 @@ def test_a_roof_says_what_it_is_of(weights, tmp_path):
     """A forward with one token takes 0.5 and 0.6 ms here, in its two batches."""
     with axes_of(plots) as axes:
         draw_bench(bench_results(weight_limit=weights) | {'tasks': ()}, tmp_path)
+    gaps = []
     for ax in axes:
         (label,) = (t.get_text() for t in ax.get_legend().get_texts() if 'limit' in t.get_text())
         assert 'tokens/s measured' in label and ('bandwidth' in label) == (weights == 0.4)
-        assert np.all(ax.lines[1].get_ydata() <= ax.lines[0].get_ydata() * (1 + 1e-9))
+        gaps.append(min(ax.lines[0].get_ydata() / ax.lines[1].get_ydata()))
+    assert min(gaps) == pytest.approx(1)  # the forward with the most tokens/s, of all batches
 
 
 @needs_matplotlib
