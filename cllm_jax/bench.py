@@ -27,6 +27,7 @@ from cllm_jax.evaluation.bandwidth import bytes_per_token, memory_bandwidth
 from cllm_jax.evaluation.comparison import BATCH, BenchConfig, compare_methods
 from cllm_jax.evaluation.forward_cost import costs
 from cllm_jax.evaluation.invariance import BETWEEN, one_class, probe, setups
+from cllm_jax.evaluation.plots import draw_bench, redraw
 from cllm_jax.evaluation.profile import milliseconds_by_part
 from cllm_jax.evaluation.throughput import collection_speed
 from cllm_jax.hf.config import read_config
@@ -237,6 +238,10 @@ def run() -> None:
         settings = tiny(settings)
     console = Console()
     dtype = chosen(settings.dtype)
+    settings.check_plots()
+    if settings.redraw:
+        console.drawn(redraw(settings.json, draw_bench, Path(settings.plots)))
+        return
     can_write('json', settings.json)
     sources: dict[str, list[Source]] = {}
     if not settings.random_weights:
@@ -278,6 +283,8 @@ def run() -> None:
             found.setdefault('pipeline', []).append(pipeline(settings, source, target, console))
             keep(settings, found)
     report(console, found)
+    if settings.plots:
+        console.drawn(draw_bench(found, Path(settings.plots)))
 
 
 def keep(settings: BenchConfig, found: dict[str, Any]) -> None:

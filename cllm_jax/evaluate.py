@@ -31,7 +31,10 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import AUTO, Jacobi
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
-from cllm_jax.errors import at_least, check_seed
+from cllm_jax.errors import ConfigError, at_least, check_seed
+from cllm_jax.evaluation.ablations import draw_ablations
+from cllm_jax.evaluation.curves import draw_trainings
+from cllm_jax.evaluation.plots import draw_evaluation, redraw
 from cllm_jax.evaluation.settings import ComparisonConfig
 from cllm_jax.evaluation.speed import Method, plain_methods, tokens_per_second
 from cllm_jax.evaluation.verdict import judged
@@ -200,6 +203,26 @@ def report(console: Console, found: dict[str, Any]) -> None:
     )
 
 
+def draw(settings: EvaluateConfig, named: str, found: list | None, console: Console) -> None:
+    """Draw what was found, or else what a file of results says, and what ROOT's trainings left.
+
+    ROOT's own results and trainings belong to ROOT's models, not to others that are `named`.
+    """
+    root, plots, path = Path(settings.root), Path(settings.plots), settings.json
+    own = output_of('evaluate', settings.root)
+    if not (path or named) and Path(own).is_file():
+        path = own
+    if found is None:
+        drawn = redraw(path, draw_evaluation, plots) if path else []
+    else:
+        drawn = draw_evaluation(found, plots)
+    if not named:
+        drawn += draw_trainings(root, plots) + draw_ablations(root, plots)
+    if not drawn:
+        raise ConfigError(f'redraw: nothing is measured in {root}; name results with --json')
+    console.drawn(drawn)
+
+
 def run() -> None:
     settings, flags = parse(EvaluateConfig, stage='evaluate', description=__doc__)
     if settings.quick:
@@ -210,7 +233,12 @@ def run() -> None:
     if not path and own and not settings.quick:
         path = output_of('evaluate', settings.root)
     can_write('json', path)
-    settings, console = settings.with_models(), Console()
+    settings.check_plots()
+    console = Console()
+    if settings.redraw:
+        draw(settings, given, None, console)
+        return
+    settings = settings.with_models()
     tasks = [settings.task] if settings.task else ['sql', 'arithmetic']
     sources = [
         open_source(task, split='heldout', seed=settings.seed, limit=settings.limit)
@@ -227,6 +255,8 @@ def run() -> None:
         report(console, found[-1])
     if path:
         write_json(Path(path), found[0] if settings.task else found)
+    if settings.plots:
+        draw(settings, given, found, console)
 
 
 def main() -> None:

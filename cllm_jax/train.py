@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from cllm_jax.cli.console import Console, print_plan, size, table
 from cllm_jax.cli.guard import guard
-from cllm_jax.cli.settings import MeshFlags, parse
+from cllm_jax.cli.settings import MeshFlags, installed, parse
 from cllm_jax.data.sources import Source, rows_fingerprint
 from cllm_jax.data.tokenizer import drop_prompts_without_room
 from cllm_jax.decoding.request import cache_slots
@@ -122,11 +122,13 @@ def run() -> None:
     settings, flags = parse(TrainConfig, stage='cllm', description=__doc__, flags=MeshFlags)
     if (flags.devices or flags.compile) and not flags.plan:
         raise ConfigError('devices and compile are for planning; add --plan, or leave them out')
+    for name in settings.log:
+        installed(f'log {name}', name, name)
     if flags.devices:
         pretend(flags.devices)
     settings = checked(settings)
     directory, console = Path(output_of(flags.stage, settings.root)), Console()
-    free = ('mesh', 'remat', 'root')  # devices may change, and where the directory is
+    free = ('mesh', 'remat', 'root', 'log')  # devices may change, and where the directory is
     claimed = {k: v for k, v in to_json(settings).items() if k not in free}
     settings = with_names(settings, flags.stage)
     check_architecture(settings)

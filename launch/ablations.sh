@@ -93,7 +93,7 @@ for name, changed in (pair.split('|') for pair in names):
         quality = (task['quality']['cllm'] for task in tasks)
         cells = (
             ', '.join('-' if q is None else f'{q:.1%}' for q in quality),
-            ', '.join(f'{t["loop_free_tokens_per_forward"]["cllm"]:.2f}' for t in tasks),
+            ', '.join(f'{t["loop_free_tokens_per_forward"]:.2f}' for t in tasks),
             ', '.join(f'{t["identical"]:.0%}' for t in tasks),
         )
         print('|', ' | '.join((changed, tasks[0]['task'], *cells)), '|')

@@ -16,6 +16,7 @@ from cllm_jax.evaluation.forward_cost import Cost
 from cllm_jax.evaluation.speed import Method
 from cllm_jax.hf.config import config_json, read_config
 from cllm_jax.runtime.backend import CPU, Class
+from tests.evaluation.results import needs_matplotlib
 from tests.tiny import model_directory, random_model, tiny_config
 
 MODEL = random_model()
@@ -34,13 +35,15 @@ def and_negated(name: str, plain: Method) -> dict[str, Method]:
 
 
 @pytest.mark.slow
+@needs_matplotlib
 def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(comparison, 'plain_methods', and_negated)
     with jax.numpy_dtype_promotion('standard'):  # optax relies on it
         model = model_directory(tmp_path / 'tiny')
         models = ('--model', model, '--target', model)
-        call(monkeypatch, '--quick', '--no-torch', *models, '--json', 'out/bench.json')
+        results = ('--json', 'out/bench.json', '--plots', 'plots')
+        call(monkeypatch, '--quick', '--no-torch', *models, *results)
     found = json.loads((tmp_path / 'out/bench.json').read_text())
     assert found['cost']['per_batch']['1']['1']['c'] == 1
     parts = found['cost']['parts']['4']
@@ -66,6 +69,8 @@ def test_the_command_reports_every_part(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert 'c(N)' in out
     line = next(x for x in out.splitlines() if x.startswith(' CLLM, Jacobi 4 '))
+    drawn = {path.name for path in (tmp_path / 'plots').iterdir()}
+    assert {'forward-cost.svg', 'speedup-sql.svg'} <= drawn
     shown = [cell.strip() for cell in line.split('\u2502')[1:]]
     way = task['ways']['CLLM, Jacobi 4']
     assert shown == [number(way[key]) for key in bench.COLUMNS.values()]

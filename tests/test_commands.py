@@ -34,6 +34,7 @@ from cllm_jax.training.data import held_out_rows, inputs_of
 from cllm_jax.training.objectives import checked
 from cllm_jax.trajectories.clean import Cleaning
 from cllm_jax.trajectories.store import open_manifest
+from tests.evaluation.results import needs_matplotlib
 from tests.gguf_files import GQA, tokenizer_facts, write_gguf
 from tests.tiny import byte_tokenizer, model_directory, random_model, text_config
 from tests.tiny_model import model_of
@@ -59,6 +60,7 @@ def call(monkeypatch, module, *arguments: str) -> None:
 
 
 @pytest.mark.slow
+@needs_matplotlib
 def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     common = ('--config', RECIPE, '--root', '.', '--quick')  # relative, as in the README
@@ -70,7 +72,9 @@ def test_the_pipeline_from_nothing_to_an_evaluated_model(tmp_path, monkeypatch, 
     call(monkeypatch, evaluate, *common, '--task', 'sql', '--json', tmp_path / 'result.json')
     assert not (tmp_path / 'evaluate.json').exists()  # --quick is no result of the run
     few = ('--limit', '1', '--timed', '1', '--repeats', '1', '--max-tokens', '4')
-    call(monkeypatch, evaluate, *common[:-1], *few, '--task', 'sql')
+    call(monkeypatch, evaluate, *common[:-1], *few, '--task', 'sql', '--plots', 'plots')
+    drawn = {path.name for path in Path('plots').iterdir()}
+    assert {'speedup-sql.svg', 'training-target.svg', 'training-cllm.svg'} <= drawn
     assert json.loads((tmp_path / 'evaluate.json').read_text())['n'] == 1
     assert 'CLLM: export/cllm; target: export/target' in capsys.readouterr().out
     found = json.loads((tmp_path / 'result.json').read_text())

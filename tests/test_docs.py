@@ -158,7 +158,7 @@ def test_commands_parse(page, monkeypatch):
                 parse_only(monkeypatch, inner[inner.index('python') :])
         elif words[0] == 'pip':
             assert words[1:3] == ['install', '-e']
-            extras = re.findall(r'\[(\w+)\]', words[3])
+            extras = re.findall(r'[\[,](\w+)', words[3])
             assert set(extras) <= project['project']['optional-dependencies'].keys()
         elif words[0] == 'pytest':
             markers = project['tool']['pytest']['ini_options']['markers']

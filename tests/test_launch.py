@@ -22,6 +22,7 @@ from cllm_jax.errors import CllmError, ConfigError, DataError, Interrupted, Nume
 from cllm_jax.runs.recipe import read_recipe
 from cllm_jax.runtime.mesh import shape
 from cllm_jax.training.config import TrainConfig
+from tests.evaluation.results import evaluation
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'
@@ -146,6 +147,20 @@ def test_dry_runs_print_every_command_and_run_none(name, tmp_path):
     assert (done.returncode, 'a dry run ran' in done.stderr) == (0, False), done.stderr
     # `python tests/test_launch.py` writes these files again.
     assert done.stdout == (GOLDEN / f'{name}.txt').read_text()
+
+
+def test_ablations_print_the_rows_that_are_done(tmp_path):
+    for seed in (0, 1):
+        file = tmp_path / f'ablations/400-steps/seed-{seed}/recipe/evaluate.json'
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps([evaluation('sql'), evaluation('arithmetic')]))
+    settings = {'PYTHON': sys.executable, 'ROWS': 'recipe'}
+    done = bash('launch/ablations.sh', RECIPE, '--root', str(tmp_path), **settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[2:] == [
+        f'| the recipe | {task} | 98.2%, 98.2% | 6.13, 6.13 | 100%, 100% |'
+        for task in ('sql', 'arithmetic')
+    ]
 
 
 def test_every_script_ends_in_commands_that_exist():

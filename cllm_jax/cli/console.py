@@ -1,8 +1,9 @@
 """What commands print: notes, progress, metrics, plans. Nothing below a command imports this."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,6 +52,10 @@ class Console:
         for model in models:
             if model.adapter:
                 self.note(f'model {model.title}')
+
+    def drawn(self, paths: Sequence[Path]) -> None:
+        """Say which pictures there are now."""
+        self.note(f'drew {", ".join(map(str, paths))}')
 
     def result(self, text: object) -> None:
         self.out.print(text)

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
 
@@ -102,6 +103,13 @@ def can_write(name: str, path: str) -> None:
     place = next(p for p in Path(path).absolute().parents if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f'{name} {path!r}: cannot write below {place}; name another place')
+
+
+def installed(what: str, package: str, extra: str) -> None:
+    """Raise ConfigError, before the work, for what needs a package that is not there."""
+    found = find_spec(package)
+    if not (found and found.origin):  # a directory of that name would be found, without an origin
+        raise ConfigError(f"{what}: needs the package {package}; pip install 'cllm_jax[{extra}]'")
 
 
 def _defaults(config_class: type[C], path: str | None, stage: str) -> C:

@@ -88,6 +88,8 @@ class BenchConfig(ComparisonConfig):
 
     def __post_init__(self):
         at_least(self, limit=1, prompt=1, max_tokens=1, repeats=1, collected=0)
+        if self.invariance and self.plots:
+            raise ConfigError('plots: --invariance has nothing to draw; leave out one of them')
         at_least(
             self, nodes=1, batches=1, blocks=1, slots=1, **({'parts': 1} if self.parts else {})
         )

@@ -7,6 +7,8 @@ from typing import Any, Self
 
 import jax
 
+from cllm_jax.cli.settings import can_write, installed
+from cllm_jax.errors import ConfigError
 from cllm_jax.hf.load import Precision
 from cllm_jax.runs.stages import EMBEDDED_ROOT, pair_of
 from cllm_jax.runtime.backend import Exactness, hardware
@@ -35,6 +37,19 @@ class ComparisonConfig:
     class where that is known to hold. With bench --invariance: which of them is probed."""
     quick: bool = False
     """A tiny version, to see that it works."""
+    plots: str = ''
+    """Draw the results into this directory too, as SVG files; evaluate also draws the trainings and
+    ablations in ROOT, if no model is named."""
+    redraw: bool = False
+    """Measure nothing: draw what the file of results (json) and the runs hold already."""
+
+    def check_plots(self) -> None:
+        """Raise ConfigError, before the work, for plots that cannot be drawn."""
+        if self.redraw and not self.plots:
+            raise ConfigError('redraw: draws what was measured before; name a directory: --plots')
+        if self.plots:
+            installed(f'plots {self.plots!r}', 'matplotlib', 'plots')
+            can_write('plots', f'{self.plots}/x.svg')
 
     def with_models(self) -> Self:
         """The same settings with the names of both models, as given or of the exports in `root`."""

@@ -136,6 +136,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line by what they are of: 'train/loss', 'held_out/quality'.
+
+    Step 0 is the held-out test before training.
+    """
+    numbers = {}
+    for name, value in record.items():
+        tested = name.startswith('held_out_') or record['step'] == 0
+        if name != 'step' and isinstance(value, int | float):
+            group = 'held_out' if tested else 'train'
+            numbers[f'{group}/{name.removeprefix("held_out_")}'] = float(value)
+    return numbers
+
+
 def rewind_metrics(path: Path, step: int) -> None:
     """Drop what was logged after `step`, when a run goes back to a checkpoint."""
     kept = [m for m in read_metrics(path) if m['step'] <= step]

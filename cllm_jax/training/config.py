@@ -10,6 +10,7 @@ from cllm_jax.drafters.trained import HeadsConfig
 from cllm_jax.errors import ConfigError, at_least, check_seed
 from cllm_jax.hf.load import peek
 from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runs.logs import LogName
 from cllm_jax.runs.stages import EMBEDDED_ROOT, STAGES, model_of, tokenizer_of, trajectories_of
 from cllm_jax.runtime.mesh import MeshConfig
 from cllm_jax.training.held_out import HeldOut
@@ -92,6 +93,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    log: tuple[LogName, ...] = ()
+    """Other logs of the same numbers, in the run's directory: tensorboard, wandb (offline, unless
+    WANDB_MODE says otherwise). May change when a run goes on."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW or Muon."""
     loss: LossWeights = LossWeights()

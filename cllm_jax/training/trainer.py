@@ -15,6 +15,8 @@ from jax.experimental import multihost_utils
 from cllm_jax.data.sources import Source
 from cllm_jax.errors import DataError, Interrupted, NumericalError
 from cllm_jax.runs.atomic import recover_replacement
+from cllm_jax.runs.logs import open_logs
+from cllm_jax.runs.recipe import to_json
 from cllm_jax.runs.run_dir import append_metrics, read_metrics, rewind_metrics
 from cllm_jax.runtime.processes import is_main
 from cllm_jax.runtime.sharding import place_batch, rows_here
@@ -70,11 +72,13 @@ def train(
         if lost := progress['best'] >= 0 and not there:
             note(f'{directory}: what was kept is gone; the next test keeps what it finds')
             progress['best'] = -1.0
-        # No steps: the model as it is, in the form of a run.
-        if settings.steps == 0 or (lost and int(state.step) == settings.steps):
-            _test_and_keep(run, state, progress)
-        if int(state.step) < settings.steps:
-            _iterate(run, step_fn, checkpoints, stop, state, progress)
+        with open_logs(settings.log, directory, to_json(settings), note) as also:
+            run = dataclasses.replace(run, also=also)
+            # No steps: the model as it is, in the form of a run.
+            if settings.steps == 0 or (lost and int(state.step) == settings.steps):
+                _test_and_keep(run, state, progress)
+            if int(state.step) < settings.steps:
+                _iterate(run, step_fn, checkpoints, stop, state, progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,8 @@ class _Run:
     """The held-out test before training."""
     report: Callable[[dict], None]
     note: Callable[[str], None]
+    also: Callable[[dict], None] = lambda line: None
+    """Adds a line to the other logs."""
 
     @property
     def log(self) -> Path:
@@ -100,6 +106,7 @@ class _Run:
         line = {'step': step, **numbers}
         if is_main():
             append_metrics(self.log, line)
+        self.also(line)
         self.report(line)
 
 

@@ -12,6 +12,7 @@ from cllm_jax.cli.main import COMMANDS, SHELLS, main
 from cllm_jax.runs.stages import STAGES
 
 HEAVY = ('transformers', 'orbax', 'tensorflow_datasets', 'grain', 'torch')
+HEAVY += ('matplotlib', 'tensorboard', 'wandb')
 
 
 def call(monkeypatch, *arguments: str) -> int:
