@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from cllm_jax.data.chat import LONGEST, check_chat
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.promise import promise as _promise
-from cllm_jax.decoding.request import Request, bucket, token_array
+from cllm_jax.decoding.request import Request, Texts, bucket, encode, token_array
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.sampling import Sampling
 from cllm_jax.decoding.stream import stream as _stream
@@ -38,11 +39,12 @@ from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import forward as _plain_forward
 from cllm_jax.runtime.backend import Exactness
 from cllm_jax.runtime.programs import bounded
+from cllm_jax.tasks.example import Messages
 
 __all__ = [
     'AutoRegressive', 'CllmError', 'ConfigError', 'DataError', 'DecodeResult', 'Drafter', 'Jacobi',
     'JacobiTree', 'LlamaConfig', 'Lookahead', 'Model', 'PromptLookup', 'Sampling', 'Trajectory',
-    'decode', 'draft_model', 'forward', 'load', 'load_drafter', 'promise',
+    'chat', 'decode', 'draft_model', 'forward', 'load', 'load_drafter', 'promise',
     'stream', 'with_references',
 ]  # fmt: skip
 
@@ -65,7 +67,7 @@ def forward(model: Model, tokens_BT: ArrayLike) -> jax.Array:
 
 def decode(
     model: Model,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Texts,
     drafter: Drafter | None = None,
     max_tokens: int = 128,
     temperature: float = 0.0,
@@ -79,9 +81,11 @@ def decode(
     exact: Exactness = 'auto',
     commit: int = 0,
 ) -> DecodeResult:
-    """Decode prompts (texts or lists of token ids), in the given order, whatever the drafter.
+    """Decode prompts, in the given order, whatever the drafter.
 
     Args:
+      prompts: texts as they stand, lists of token ids, or chats: lists of messages such as
+        `{'role': 'user', 'content': 'Hello'}`, to which the model's chat template is applied.
       drafter: how tokens are proposed, `Jacobi(block=16)` by default. It changes the number of
         forwards, never the answer: greedy and sampled, the tokens are those of `AutoRegressive()`
         with the same seed; `exact` says how far rounding can matter.
@@ -113,6 +117,25 @@ def decode(
     return result
 
 
+def chat(model: Model, messages: Messages, drafter: Drafter | None = None, **options: Any) -> str:
+    """The answer to a chat, a list of messages such as `{'role': 'user', 'content': 'Hello'}`.
+
+    The last one is the user's. Options are those of `decode`; answers have at most 512 tokens, or
+    as many as there is room for.
+
+    >>> model.chat([{'role': 'user', 'content': 'Hello'}])
+
+    Raises ConfigError for messages that are not a chat, and a model without a chat template.
+    """
+    check_chat(messages)
+    ids = encode(model, messages)
+    room = max(1, model.config.max_positions - len(ids))
+    return decode(model, [ids], drafter, **{'max_tokens': min(LONGEST, room), **options}).texts[0]
+
+
+Model.chat = chat  # what decodes a model is above it, so its own file cannot have the method
+
+
 def promise(model: Model, drafter: Drafter | None = None, exact: Exactness = 'auto') -> str:
     """What makes the tokens of `decode` those of AR in spite of rounding (docs/exactness.md).
 
@@ -124,7 +147,10 @@ def promise(model: Model, drafter: Drafter | None = None, exact: Exactness = 'au
 
 
 def stream(
-    model: Model, prompt: str | Sequence[int], drafter: Drafter | None = None, **options: Any
+    model: Model,
+    prompt: str | Messages | Sequence[int],
+    drafter: Drafter | None = None,
+    **options: Any,
 ):
     """Yield the answer to one prompt in pieces that are never taken back; see `decode`."""
     chosen = {f.name for f in dataclasses.fields(Sampling)} & options.keys()

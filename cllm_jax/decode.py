@@ -2,6 +2,7 @@
 
     python -m cllm_jax.decode                                    a demonstration, no network needed
     python -m cllm_jax.decode --model DIR --prompts 'Once upon'  your model, your prompt
+    python -m cllm_jax.decode --model DIR --chat                 a chat with your model
     python -m cllm_jax.decode --input prompts.jsonl --output answers.jsonl --no-compare
 
 With --compare both decode, and the verdict tells whether their tokens are the same.
@@ -9,22 +10,25 @@ With --compare both decode, and the verdict tells whether their tokens are the s
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from cllm_jax.cli.console import Console, print_plan, size, table
+from cllm_jax.cli.conversation import converse
 from cllm_jax.cli.guard import guard
 from cllm_jax.cli.settings import can_write, parse
+from cllm_jax.data.chat import LONGEST, check_template, user_chat
 from cllm_jax.data.formats import read_jsonl
 from cllm_jax.data.sources import open_source
 from cllm_jax.decoding.engine import decode_all
 from cllm_jax.decoding.promise import reference
-from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.request import Request, Texts
 from cllm_jax.decoding.result import DecodeResult, tokens_per_forward
 from cllm_jax.decoding.sampling import Sampling
-from cllm_jax.decoding.stream import stream
+from cllm_jax.decoding.stream import reply, stream
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
@@ -46,7 +50,7 @@ from cllm_jax.hf.load import (
     products_of,
     storage,
 )
-from cllm_jax.hf.model import Model
+from cllm_jax.hf.model import Model, with_tokenizer
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache
 from cllm_jax.model.config import LlamaConfig
@@ -66,13 +70,18 @@ class DecodeConfig(DrafterConfig):
     prompts: tuple[str, ...] = ()
     """Prompts; without any, held-out prompts of the embedded tasks."""
     input: str = ''
-    """JSONL file (.gz too) with a prompt per line, instead of prompts."""
+    """JSONL file (.gz too) with a prompt, or the messages of a chat, per line."""
+    chat: bool = False
+    """Each prompt is what a user says, and the model's chat template is applied; without prompts
+    and input, a chat in the terminal."""
+    system: str | None = None
+    """System message with which each chat begins."""
     output: str = ''
     """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds
     (from the beginning of its batch to its end, compilation included). It has all of them or is
     not written."""
-    max_tokens: int = 128
-    """Longest answer."""
+    max_tokens: int | None = None
+    """Longest answer; 128 if not given, with chat 512."""
     temperature: float = 0.0
     """0 is greedy; above 0 samples, and every drafter still returns AR's tokens for the same
     seed."""
@@ -102,6 +111,16 @@ class DecodeConfig(DrafterConfig):
     window and the batch; program: AR runs the drafter's program; off: each as fast as it can. auto:
     class where that is known to hold."""
 
+    @property
+    def talks(self) -> bool:
+        """Whether a user is asked for what to answer."""
+        return self.chat and not (self.prompts or self.input)
+
+    def resolved(self) -> 'DecodeConfig':
+        """The same with the longest answer as a number."""
+        known = (LONGEST if self.chat else 128) if self.max_tokens is None else self.max_tokens
+        return dataclasses.replace(self, max_tokens=known)
+
     def request(self) -> Request:
         """What is asked of AR: the drafter, and a lossy rule that it may have, come later."""
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
@@ -110,29 +129,33 @@ class DecodeConfig(DrafterConfig):
         return Request(drafter, *how, exact=self.exact)
 
 
-def read_prompts(settings: DecodeConfig) -> list[str]:
+def read_prompts(settings: DecodeConfig) -> Texts:
     """The prompts of the command line, of a file, or of the demonstration."""
     if settings.prompts and settings.input:
         raise ConfigError('both prompts and input are given; give one of them')
-    if settings.prompts:
-        return list(settings.prompts)
-    if settings.input:
-        return [e.prompt for e in read_jsonl(settings.input)]
+    if settings.chat or settings.prompts or settings.input:
+        found = [e.prompt for e in read_jsonl(settings.input)] if settings.input else ()
+        given = [*settings.prompts, *found]
+        return [user_chat(p, settings.system) for p in given] if settings.chat else given
     source = open_source('sql+arithmetic', split='heldout', seed=settings.seed, limit=DEMO_PROMPTS)
     return [row.prompt for row in source.rows]
 
 
-def write_answers(path: Path, prompts: list[str], result: DecodeResult) -> None:
+def write_answers(path: Path, prompts: Texts, result: DecodeResult) -> None:
     """Write what --output holds, a line per prompt."""
-    columns = {'prompt': prompts, 'text': result.texts}
-    columns |= {k: getattr(result, k) for k in ('tokens', 'forwards', 'accepted', 'seconds')}
-    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    names = ('texts', 'tokens', 'forwards', 'accepted', 'seconds')
+    columns = {name.replace('texts', 'text'): getattr(result, name) for name in names}
+    rows = (
+        {'prompt' if isinstance(prompt, str) else 'messages': prompt}
+        | dict(zip(columns, row, strict=True))
+        for prompt, *row in zip(prompts, *columns.values(), strict=True)
+    )
     text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text.encode())
 
 
-def decode_many(console: Console, name: str, method: Method, prompts: list[str]) -> DecodeResult:
+def decode_many(console: Console, name: str, method: Method, prompts: Texts) -> DecodeResult:
     """Decode all prompts, and show how far that is if they are more than a demonstration has."""
     if len(prompts) <= DEMO_PROMPTS:
         return decode_all(method.model, method.request, prompts)
@@ -145,7 +168,7 @@ def compare(
     name: str,
     drafted: Method,
     ar: Method,
-    prompts: list[str],
+    prompts: Texts,
     result: DecodeResult,
 ) -> None:
     """Autoregressive decoding next to the result: identity, tokens/forward, speed-up."""
@@ -177,15 +200,16 @@ def read_per_second(name: str, model: Model, tokens_per_second: float) -> str:
     )
 
 
-def show(console: Console, prompts: list[str], result: DecodeResult) -> None:
+def show(console: Console, prompts: Texts, result: DecodeResult) -> None:
     """Prompts and answers, and what each answer took."""
     for i, prompt in enumerate(prompts):
-        console.literal(prompt, result.texts[i] or '')
+        asked = prompt if isinstance(prompt, str) else f'> {prompt[-1]["content"]}\n'
+        console.literal(asked, result.texts[i] or '')
         took = f'{len(result.tokens[i])} tokens in {result.forwards[i]} forwards'
         console.literal(f'-- {took}\n', '')
 
 
-def plan(settings: DecodeConfig, console: Console, prompts: list[str]) -> None:
+def plan(settings: DecodeConfig, console: Console, prompts: Texts) -> None:
     """What decoding would need."""
     config, precision = peek(settings.model), chosen(settings.dtype, settings.tensor)
     dtype, backend = products_of(precision), backend_of((), settings.tensor)
@@ -223,6 +247,8 @@ def bytes_of_weights(config: LlamaConfig, precision: str, tensor: int) -> tuple[
 
 def check_files(settings: DecodeConfig) -> None:
     """Raise ConfigError if the answers could not be written, or would replace the prompts."""
+    if settings.output and settings.talks:
+        raise ConfigError(f'output {settings.output!r}: of a chat in the terminal; give prompts')
     if settings.output and settings.stream:
         raise ConfigError('both stream and output are given; leave stream out to write a file')
     can_write('output', settings.output)
@@ -231,15 +257,30 @@ def check_files(settings: DecodeConfig) -> None:
             raise ConfigError(f'output {settings.output!r}: is read too; name another file')
 
 
+def check_chats(settings: DecodeConfig, model: Model, console: Console) -> None:
+    """Raise ConfigError if a chat is wanted of a model that has no template for it.
+
+    Of one that has a template, say that texts are taken as they stand.
+    """
+    if settings.chat:
+        check_template(with_tokenizer(model).tokenizer, model.source)
+    elif settings.prompts and model.tokenizer is not None and model.tokenizer.chat_template:
+        marks = model.tokenizer.get_added_vocab()
+        if not any(mark in prompt for prompt in settings.prompts for mark in marks):
+            console.note(f'{model.source} has a chat template; with --chat it is applied')
+
+
 def run() -> None:
     settings, flags = parse(DecodeConfig, stage='decode', description=__doc__)
-    console = Console()
+    settings, console = settings.resolved(), Console()
     settings.check_drafter()
     check_files(settings)
     request = settings.request()
     sampling = dataclasses.replace(request.sampling, typical=settings.typical)
+    if settings.system is not None and not settings.chat:
+        raise ConfigError(f'system {settings.system!r}: is a message of a chat; add --chat')
     prompts = read_prompts(settings)
-    if settings.stream and len(prompts) != 1:
+    if settings.stream and len(prompts) != 1 and not settings.talks:
         raise ConfigError(f'stream with {len(prompts)} prompts: give exactly one prompt')
     if flags.plan:
         plan(settings, console, prompts)
@@ -247,6 +288,7 @@ def run() -> None:
     mesh = tensor_mesh(settings.tensor)
     model = load(settings.model, settings.dtype, mesh)
     console.opened(model)
+    check_chats(settings, model, console)
     drafter = open_drafter(settings, model, settings.dtype, mesh)
     asked = dataclasses.replace(request, drafter=drafter, sampling=sampling)
     choice = choose(model, asked, prompts, sample=not settings.stream)
@@ -255,6 +297,11 @@ def run() -> None:
     drafted = Method(model, choice.request)
     if sampling.typical:
         console.note('LOSSY: with typical acceptance answers are not those of AR')
+    if settings.talks:
+        converse(
+            console, partial(reply, model, drafted.request), list(user_chat([], settings.system))
+        )
+        return
     if settings.stream:
         for piece in stream(model, drafted.request, prompts[0]):
             print(piece, end='', flush=True)

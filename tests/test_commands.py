@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
 import sys
@@ -36,7 +37,7 @@ from cllm_jax.trajectories.clean import Cleaning
 from cllm_jax.trajectories.store import open_manifest
 from tests.evaluation.results import needs_matplotlib
 from tests.gguf_files import GQA, tokenizer_facts, write_gguf
-from tests.tiny import byte_tokenizer, model_directory, random_model, text_config
+from tests.tiny import byte_tokenizer, chat_model, model_directory, random_model, text_config
 from tests.tiny_model import model_of
 
 api = cllm_jax.decode
@@ -454,6 +455,10 @@ def test_a_collection_of_an_older_version_goes_on(tmp_path, monkeypatch):
         (decode, ['--plan', '--output', 'ROOT'], 2, 'is a directory; name a file'),
         (decode, ['--plan', '--output', 'ROOT/a', '--input', 'ROOT/./a'], 2, 'is read too'),
         (decode, ['--plan', '--output', 'a', '--stream', '--prompts', 'a'], 2, 'both stream and'),
+        (decode, ['--chat'], 2, 'embedded has no chat template; name an instruct model'),
+        (decode, ['--chat', '--prompts', 'a'], 2, 'embedded has no chat template'),
+        (decode, ['--system', 'a', '--prompts', 'a'], 2, "system 'a': is a message of a chat; add"),
+        (decode, ['--chat', '--output', 'a'], 2, "output 'a': of a chat in the terminal; give"),
         (evaluate, ['--task', 'sqll'], 2, "did you mean 'sql'"),
         *(
             (evaluate, [f'--{name}', '0', '--plan'], 2, f'{name} 0: must be at least 1')
@@ -766,3 +771,73 @@ def test_what_cannot_be_judged_has_no_quality(monkeypatch, tmp_path, capsys):
 def test_stream_takes_one_prompt(monkeypatch):
     with pytest.raises(ConfigError, match='exactly one prompt'):
         call(monkeypatch, decode, '--prompts', 'a', 'b', '--stream')
+
+
+def chat_directory(directory, **changes) -> str:
+    write_model(directory, chat_model(**changes), dtype='float32')
+    return str(directory)
+
+
+def test_each_prompt_of_a_chat_is_what_a_user_says(tmp_path, monkeypatch, capsys):
+    """Its ids are the template's, and the verdict is printed as without a chat."""
+    where, answers = chat_directory(tmp_path / 'm'), tmp_path / 'answers.jsonl'
+    common = ('--model', where, '--dtype', 'float32', '--max-tokens', '8', '--exact', 'program')
+    said = ['--prompts', 'the city', 'def']
+    call(monkeypatch, decode, *common, *said, '--chat', '--system', 'x', '--output', answers)
+    told = capsys.readouterr()
+    assert 'agree token for token on 2 of 2 prompts' in told.out
+    assert 'has a chat template' not in told.err
+    chats = [
+        [{'role': 'system', 'content': 'x'}, {'role': 'user', 'content': text}] for text in said[1:]
+    ]
+    model = cllm_jax.load(where, 'float32')
+    result = cllm_jax.decode(model, chats, max_tokens=8, exact='program')
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row['messages'] for row in rows] == chats and 'prompt' not in rows[0]
+    assert [row['tokens'] for row in rows] == result.tokens
+    inputs = tmp_path / 'inputs.jsonl'
+    answered = [*chats[0], {'role': 'assistant', 'content': 'reference'}]
+    inputs.write_text(
+        ''.join(json.dumps(r) + '\n' for r in ({'messages': answered}, {'prompt': 'def'}))
+    )
+    few = (*common, '--no-compare', '--input', inputs)
+    call(monkeypatch, decode, *few)
+    shown = capsys.readouterr().out
+    assert shown.startswith(f'> the city\n{result.texts[0]}') and '\ndef' in shown
+    call(monkeypatch, decode, *few, '--chat', '--output', answers)
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert rows[0]['tokens'] == result.tokens[0]
+    assert rows[1]['messages'] == chats[1][1:]
+    with pytest.raises(ConfigError, match="a chat has 'x' already; leave one out"):
+        call(monkeypatch, decode, *few, '--chat', '--system', 'y')
+
+
+def test_a_chat_in_the_terminal_is_that_of_python(tmp_path, monkeypatch, capsys):
+    where = chat_directory(tmp_path / 'm', eos_ids=(), max_positions=160)
+    monkeypatch.setattr('sys.stdin', io.StringIO('the city\ndef\n'))
+    call(monkeypatch, decode, '--chat', '--model', where, '--max-tokens', '9', '--system', 'x')
+    told = capsys.readouterr()
+    model, chat = cllm_jax.load(where), [{'role': 'system', 'content': 'x'}]
+    for text in ('the city', 'def'):
+        chat.append({'role': 'user', 'content': text})
+        chat.append({'role': 'assistant', 'content': model.chat(chat, max_tokens=9)})
+    assert told.out == ''.join(m['content'] + '\n' for m in chat if m['role'] == 'assistant')
+    assert told.err.count('(cut off after 9 tokens; --max-tokens sets how many)') == 2
+
+
+def test_a_prompt_for_a_chat_model_may_have_wanted_its_template(tmp_path, monkeypatch, capsys):
+    where = chat_directory(tmp_path / 'm')
+    few = ('--max-tokens', '2', '--no-compare')
+    for prompt, hint in (('the city', 1), ('<|im_start|>user\nthe city', 0)):
+        call(monkeypatch, decode, '--model', where, *few, '--prompts', prompt)
+        assert capsys.readouterr().err.count('has a chat template; with --chat') == hint
+    call(monkeypatch, decode, '--prompts', 'the city', *few)
+    assert 'chat template' not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'longest'), [((), 128), (('--chat',), 512), (('--chat', '--max-tokens', '7'), 7)]
+)
+def test_answers_in_a_chat_may_be_longer(arguments, longest, monkeypatch, capsys):
+    call(monkeypatch, decode, '--plan', '--prompts', 'a', *arguments)
+    assert f'max_tokens: {longest}\n' in capsys.readouterr().out

@@ -16,6 +16,7 @@ from cllm_jax.hf.write import write_model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama, init_params
 from cllm_jax.runtime.backend import CPU, EIGEN
+from tests.kinds import tokenizer_of
 
 
 def tiny_config(vocab: int = 29, width: int = 16, **changes) -> LlamaConfig:
@@ -177,3 +178,13 @@ def compiled() -> set:
     """The functions that decode, as they are compiled with whichever compiler options."""
     backends = CPU, dataclasses.replace(CPU, compiler_options=EIGEN)
     return {run for backend in backends for run in programs(backend)} | {grow, replace_rows}
+
+
+def chat_model(kind: str = 'Qwen2, ChatML', **changes) -> Model:
+    """Random weights for one of the tokenizers of `tests/kinds.py` that have a chat template."""
+    tokenizer = tokenizer_of(kind)
+    ids = {'bos_id': tokenizer.bos_token_id, 'eos_ids': (tokenizer.eos_token_id,), 'pad_id': None}
+    config = tiny_config(
+        len(tokenizer), 64, **(ids | {'layers': 1, 'max_positions': 512} | changes)
+    )
+    return random_model(config=config, tokenizer=tokenizer)

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from cllm_jax.data.chat import chat_text
+from cllm_jax.errors import ConfigError
+from cllm_jax.tasks.example import Prompt
+
 WORDS = '\n', 'a', '.', ':', '0'
 """Texts to encode an answer after if its own prompt will not do; no token has a part of both."""
 ROLES = 'user', 'system', 'assistant', 'tool', 'developer'
@@ -26,20 +30,21 @@ def text_of_ids(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def prompt_ids(
-    tokenizer: Any, prompts: Sequence[str], bos_id: int | None = None
+    tokenizer: Any, prompts: Sequence[Prompt], bos_id: int | None = None
 ) -> list[list[int]]:
     """Ids of each prompt, as they are decoded, collected and learnt from.
 
     They begin with what the tokenizer adds to a text (a BOS token), as far as the text has not got
     it already. What it would add to the end is left out: an answer follows. The tokenizer adds
-    nothing to a chat that `apply_chat_template` has made a text. A prompt without a token becomes
-    `bos_id`, or stays empty where that is None.
+    nothing to a chat, nor to a text that `apply_chat_template` has made of one. A prompt without a
+    token becomes `bos_id`, or stays empty where that is None.
     """
     before = _added_before(tokenizer)
     chats = _chat_openings(tokenizer, repr(tokenizer.chat_template)) if before else ()
+    texts = [p if isinstance(p, str) else chat_text(tokenizer, p) for p in prompts]
     found = []
-    for text, ids in zip(prompts, plain_ids(tokenizer, prompts), strict=True):
-        if not text.startswith(chats):
+    for prompt, text, ids in zip(prompts, texts, plain_ids(tokenizer, texts), strict=True):
+        if isinstance(prompt, str) and not text.startswith(chats):
             there = range(len(before), 0, -1)
             known = next((n for n in there if before[-n:] == ids[:n]), 0)
             ids = before[: len(before) - known] + ids
@@ -94,6 +99,20 @@ def ended(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
     while size and ids[size - 1] in eos_ids:
         size -= 1
     return ids[: size + 1] if size < len(ids) else [*ids, eos_ids[0]]
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token with which the chat template ends an answer, None if it has none."""
+    if not tokenizer.chat_template:
+        return None
+    chat = [{'role': role, 'content': MARK} for role in ('user', 'assistant')]
+    try:
+        _, found, after = chat_text(tokenizer, chat, answered=True).rpartition(MARK)
+    except ConfigError:  # who asks for an answer by this template is told
+        return None
+    [ids] = plain_ids(tokenizer, [after.lstrip()])
+    special = found and ids and ids[0] in tokenizer.get_added_vocab().values()
+    return ids[0] if special else None
 
 
 def _added_before(tokenizer: Any) -> list[int]:

@@ -10,9 +10,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from cllm_jax.data.chat import fault_of, split_answer
 from cllm_jax.data.json_rows import Row, expect_object, items, rows, short
 from cllm_jax.errors import DataError
-from cllm_jax.tasks.example import Example, read_words
+from cllm_jax.tasks.example import Example, Messages, Prompt, read_words
 from cllm_jax.tasks.grader import final_number
 
 PROMPTS = read_words('prompts', __package__)
@@ -26,13 +27,14 @@ _MODEL = ('gpt', 'chatgpt', 'assistant', 'bing', 'bard')
 def read_jsonl(path: str | Path) -> list[Example]:
     """Rows `{"prompt": str, "answer": str, "id": str}`; answer (then '') and id are optional.
 
-    An id may be a whole number too; ids must differ. Prompt and answer are used as they stand.
+    A row may have `messages`, a chat, instead of both; its answer is the last message if that is
+    the assistant's. An id may be a whole number too; ids must differ. Prompt and answer are used as
+    they stand.
     """
     examples: list[Example] = []
     line_of: dict[str, int] = {}
     for row in rows(path):
-        prompt = row.text('prompt')
-        answer = row.text('answer') if 'answer' in row.fields else ''
+        prompt, answer = _prompt_and_answer(row)
         name = f'jsonl-{row.number}'
         if 'id' in row.fields:
             name = str(row.fields['id']) if type(row.fields['id']) is int else row.text('id')
@@ -40,6 +42,18 @@ def read_jsonl(path: str | Path) -> list[Example]:
             raise row.error(f'id {short(name)} is that of line {first} too; make it unique')
         examples.append(Example(name, prompt, answer))
     return examples
+
+
+def _prompt_and_answer(row: Row) -> tuple[Prompt, str]:
+    if 'messages' not in row.fields:
+        return row.text('prompt'), row.text('answer') if 'answer' in row.fields else ''
+    for name in ('prompt', 'answer'):
+        if name in row.fields:
+            raise row.error(f"both 'messages' and {name!r}; a chat has its answer as a message")
+    messages = row.array('messages')
+    if fault := fault_of(messages):
+        raise row.error(fault)
+    return split_answer(messages)
 
 
 def read_gsm8k(path: str | Path, *, calculator_marks: bool = True) -> list[Example]:
@@ -137,17 +151,52 @@ def read_sharegpt(path: str | Path, dropped: Counter[str] | None = None) -> list
     return _some(examples, path)
 
 
+def read_sharegpt_chat(path: str | Path, dropped: Counter[str] | None = None) -> list[Example]:
+    """ShareGPT with all turns from the first human one on, as chats for a model's own template.
+
+    A system turn before them is kept, and a model's is not. `dropped` counts the conversations that
+    are left out, by reason. White space around each turn is removed.
+    """
+    dropped = Counter() if dropped is None else dropped
+    examples = []
+    for item in items(path):
+        turns = list(zip(*_turns(item), strict=True))
+        system = turns[:1] if turns and turns[0][0] == 'system' else []
+        first = next((i for i, (who, _) in enumerate(turns) if who in _HUMAN), len(turns))
+        turns = system + turns[first:]
+        if len(turns) == len(system):
+            dropped['no human turn'] += 1
+        elif not all(value for _, value in turns):
+            dropped['an empty turn'] += 1
+        elif fault_of(messages := _messages(turns)):
+            dropped['turns of others, or out of turn'] += 1
+        else:
+            examples.append(Example(f'sharegpt-{item.number}', *split_answer(messages)))
+    return _some(examples, path)
+
+
+def _messages(turns: list[tuple[str, str]]) -> Messages:
+    role_of = dict.fromkeys(_HUMAN, 'user') | dict.fromkeys(_MODEL, 'assistant')
+    return [{'role': role_of.get(who, who), 'content': value} for who, value in turns]
+
+
 def _first_exchange(item: Row) -> tuple[str, str]:
     """The first human turn and the turn after it, if that is the model's; '' for what is absent."""
+    speakers, values = _turns(item)
+    first = next((i for i, speaker in enumerate(speakers) if speaker in _HUMAN), len(speakers))
+    reply = next(zip(speakers[first + 1 :], values[first + 1 :], strict=True), ('', ''))
+    return ''.join(values[first : first + 1]), reply[1] if reply[0] in _MODEL else ''
+
+
+def _turns(item: Row) -> tuple[list[str], list[str]]:
+    """Who speaks in a conversation of ShareGPT, and what they say."""
     speakers, values = [], []
     for value in item.array('conversations'):
         expect_object(value, f"{item.where}, turn in 'conversations'")
         turn = Row(value, item.where, item.number)
         speakers.append(turn.text('from').lower())
         values.append(turn.text('value').strip())
-    first = next((i for i, speaker in enumerate(speakers) if speaker in _HUMAN), len(speakers))
-    reply = next(zip(speakers[first + 1 :], values[first + 1 :], strict=True), ('', ''))
-    return ''.join(values[first : first + 1]), reply[1] if reply[0] in _MODEL else ''
+    return speakers, values
 
 
 def _spider_schema(item: Row) -> str:

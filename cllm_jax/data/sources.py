@@ -12,6 +12,7 @@ from functools import partial
 from types import ModuleType
 
 from cllm_jax.data import formats, tfds
+from cllm_jax.data.chat import opening
 from cllm_jax.errors import ConfigError, DataError, did_you_mean
 from cllm_jax.tasks import arithmetic, grader, sql
 from cllm_jax.tasks.example import Example, Split, holds_out
@@ -68,6 +69,7 @@ FORMATS: Mapping[str, Format] = {
     'spider': Format(formats.read_spider, grader.same_sql),
     'codesearchnet': Format(formats.read_codesearchnet, grader.same_text, graded=False),
     'sharegpt': Format(formats.read_sharegpt, grader.same_text, graded=False, drops=True),
+    'sharegpt-chat': Format(formats.read_sharegpt_chat, grader.same_text, graded=False, drops=True),
     'tfds': Format(tfds.read_spec, grader.same_text),
 }
 
@@ -91,9 +93,10 @@ def open_source(
       ends in .jsonl or .jsonl.gz is `jsonl:PATH`.
     - `tfds:NAME?split=train&data_dir=DIR&prompt=FIELD&answer=FIELD`, see `tfds.read_spec`.
 
-    Of a file, split 'heldout' has the rows whose prompt's sha256 is divisible by 20 and 'train'
-    the others, so no prompt is in both; a spec that ends in `#all` has every row. `limit` then
-    takes a random choice given by `seed`; a smaller limit takes a prefix of a larger one's choice.
+    Of a file, split 'heldout' has the rows whose prompt's sha256 is divisible by 20 (of a chat what
+    is before its first answer) and 'train' the others, so no prompt is in both; a spec that ends in
+    `#all` has every row. `limit` then takes a random choice given by `seed`; a smaller limit takes
+    a prefix of a larger one's choice.
 
     Raises ConfigError for a spec, split or limit that cannot be, DataError for a bad file.
     """
@@ -161,7 +164,7 @@ def _kind_and_path(spec: str) -> tuple[str, str]:
 
 def _of_split(rows: list[Example], split: Split, spec: str) -> list[Example]:
     heldout = holds_out(split)
-    kept = [row for row in rows if (_digest(row.prompt) % HELDOUT_ONE_IN == 0) == heldout]
+    kept = [row for row in rows if (_digest(opening(row.prompt)) % HELDOUT_ONE_IN == 0) == heldout]
     if not kept:
         trained = ', also those that are trained on' if heldout else ''
         raise DataError(

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cllm_jax.data.encoding import answer_ids, ended, prompt_ids
+from cllm_jax.data.chat import chat_text
+from cllm_jax.data.encoding import answer_ids, ended, plain_ids, prompt_ids
 from cllm_jax.data.sources import Source
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.tasks.example import Example
@@ -79,19 +80,51 @@ def encode_examples(
     model that writes exactly this text goes on (`answer_ids`). An answer that ends with an end
     token of its own keeps that one, others get the first of `eos_ids`. A prompt without a token
     becomes `bos_id`, or stays empty where that is None: then nothing can be decoded or learnt
-    from it.
+    from it. Chats: see `encode_chat`.
     """
-    ends = tuple(name for name, i in tokenizer.get_added_vocab().items() if i in eos_ids)
     pairs = []
     for begin in range(0, len(examples), BATCH):
         rows = examples[begin : begin + BATCH]
-        texts, answers = [row.prompt for row in rows], [row.answer for row in rows]
-        # Blanks after an end token: a chat template writes them between two messages.
-        answers = [a if not (b := a.rstrip()).endswith(ends) else b for a in answers]
-        prompts = prompt_ids(tokenizer, texts, bos_id)
-        found = answer_ids(tokenizer, texts, answers, prompts)
-        pairs += [
-            (np.asarray(p, np.int32), np.asarray(ended(a, eos_ids), np.int32))
-            for p, a in zip(prompts, found, strict=True)
-        ]
+        texts = [row for row in rows if isinstance(row.prompt, str)]
+        found = iter(_encode_texts(tokenizer, texts, eos_ids, bos_id))
+        for row in rows:
+            text = isinstance(row.prompt, str)
+            pair = next(found) if text else encode_chat(tokenizer, row, eos_ids)
+            pairs.append(tuple(np.asarray(ids, np.int32) for ids in pair))
     return pairs
+
+
+def encode_chat(
+    tokenizer: Any, row: Example, eos_ids: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Ids of a chat and of its answer, as the template has both; it ends the answer, too.
+
+    There is no id of an answer that nobody could decode: the template writes other ids than the
+    prompt's before it, or the answer spells an end token. Raises DataError if it refuses the chat.
+    """
+    try:
+        [prompt] = prompt_ids(tokenizer, [row.prompt])
+        if not row.answer:
+            return prompt, [eos_ids[0]]
+        answer = {'role': 'assistant', 'content': row.answer}
+        text = chat_text(tokenizer, [*row.prompt, answer], answered=True)
+    except ConfigError as e:
+        raise DataError(f'row {row.id}: {e}') from None
+    whole, alone = plain_ids(tokenizer, [text, row.answer])
+    ids = whole[len(prompt) :]
+    if whole[: len(prompt)] != prompt or not {*eos_ids}.isdisjoint(alone):
+        return prompt, []
+    size = next((n for n, i in enumerate(ids, 1) if i in eos_ids), None)
+    return prompt, ended(ids[:size], eos_ids)
+
+
+def _encode_texts(
+    tokenizer: Any, rows: Sequence[Example], eos_ids: Sequence[int], bos_id: int | None
+) -> list[tuple[list[int], list[int]]]:
+    ends = tuple(name for name, i in tokenizer.get_added_vocab().items() if i in eos_ids)
+    texts, answers = [row.prompt for row in rows], [row.answer for row in rows]
+    # Blanks after an end token: a chat template writes them between two messages.
+    answers = [a if not (b := a.rstrip()).endswith(ends) else b for a in answers]
+    prompts = prompt_ids(tokenizer, texts, bos_id)
+    found = answer_ids(tokenizer, texts, answers, prompts)
+    return [(p, ended(a, eos_ids)) for p, a in zip(prompts, found, strict=True)]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from cllm_jax.data.chat import check_chat, check_template, is_chat
 from cllm_jax.data.encoding import prompt_ids
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.loop import Prompts
@@ -19,9 +20,10 @@ from cllm_jax.hf.model import Model, with_tokenizer
 from cllm_jax.runtime.backend import Exactness
 from cllm_jax.runtime.keys import prng_key
 from cllm_jax.runtime.processes import fetch
+from cllm_jax.tasks.example import Messages
 
-Texts = Sequence[str | Sequence[int]]
-"""Prompts as texts or lists of token ids."""
+Texts = Sequence[str | Messages | Sequence[int]]
+"""Prompts as texts, chats (lists of messages), or lists of token ids."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +106,21 @@ def encode_each(model: Model, prompts: Texts, name: str = 'prompts') -> list[lis
     return encoded
 
 
-def encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
-    """Token ids of a prompt; a list of ids is only checked.
+def encode(model: Model, prompt: str | Messages | Sequence[int]) -> list[int]:
+    """Token ids of a prompt; a list of ids is only checked, a chat is written by its template.
 
-    Raises ConfigError for text without a tokenizer or that is not Unicode, no token at all, or an
-    id that is not a whole number of the vocabulary.
+    Raises ConfigError for text without a tokenizer or that is not Unicode, a chat that the model
+    has no template for or that nobody can answer, no token at all, or an id that is not a whole
+    number of the vocabulary.
     """
-    if not isinstance(prompt, str):
+    if isinstance(prompt, Mapping):
+        rule = 'is a message, and a chat is a list of them; write [[...]]'
+        raise ConfigError(f'prompt {one_line(repr(prompt), 40)}: {rule}')
+    if is_chat(prompt):
+        check_chat(prompt)
+        check_template(with_tokenizer(model).tokenizer, model.source)
+        [ids] = prompt_ids(model.tokenizer, [prompt])
+    elif not isinstance(prompt, str):
         try:
             ids = list(prompt)
         except TypeError:

@@ -1,5 +1,6 @@
 """Opening a model by name: an embedded one, a directory, a run, a GGUF file, or a hub id."""
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from cllm_jax.data.encoding import turn_end
 from cllm_jax.errors import ConfigError, DataError, one_line
 from cllm_jax.hf.adapter import SETTINGS, TENSORS, Adapter, find_adapter
 from cllm_jax.hf.config import read_config
@@ -193,7 +195,8 @@ def _home_of_tokenizer(directory: Path) -> Path:
 def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
     """Open a model: `embedded`, `embedded-target`, a directory, a run, a GGUF file, or a hub id.
 
-    A LoRA adapter of PEFT is merged into its base (`base_of`), in float32.
+    A LoRA adapter of PEFT is merged into its base (`base_of`), in float32. End tokens are those of
+    the config, of `generation_config.json` and of the chat template.
 
     Args:
       name: see `resolve`; a run directory means its best exported checkpoint.
@@ -211,6 +214,7 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
         file = open_gguf(directory)
         config, params = read_gguf(file, storage(dtype), mesh, products_of(dtype))
         tokenizer, lacks = tokenizer_of(file)
+        config = with_turn_end(config, tokenizer)
         return Model(config, params, tokenizer, name, '', directory, lacks)
     base, adapter = base_of(directory)
     config, params = read_model(base, storage(dtype), mesh, adapter, products_of(dtype))
@@ -220,7 +224,19 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
         merged = f'{adapter.title} merged into {into}'
     lacks = lacks_package(home := _home_of_tokenizer(directory))
     tokenizer = None if lacks else read_tokenizer(home)
+    config = with_turn_end(config, tokenizer)
     return Model(config, params, tokenizer, name, merged, directory, lacks)
+
+
+def with_turn_end(config: LlamaConfig, tokenizer: Any) -> LlamaConfig:
+    """The config whose answers also end where the chat template of a tokenizer ends them.
+
+    The files of a model that was made a chat model later may name another end alone.
+    """
+    end = None if tokenizer is None else turn_end(tokenizer)
+    if end is None or end in config.eos_ids or end >= config.vocab_size:
+        return config
+    return dataclasses.replace(config, eos_ids=(*config.eos_ids, end))
 
 
 def storage(dtype: str) -> jnp.dtype:

@@ -1,7 +1,7 @@
 """The record that every dataset yields, and what the generated tasks share."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Literal
@@ -11,6 +11,9 @@ import yaml
 from cllm_jax.errors import ConfigError
 
 Split = Literal['train', 'heldout']
+Messages = Sequence[Mapping[str, Any]]
+"""A chat: messages with a role and a content, as `apply_chat_template` takes them."""
+Prompt = str | Messages
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,13 @@ class Example:
     """One prompt and its reference answer.
 
     `prompt + answer` is the training text: the prompt ends exactly where the answer begins. The
-    end-of-sequence token is not part of the text. `meta` holds JSON values that the task's
+    end-of-sequence token is not part of the text. A prompt may be a chat instead; the answer is
+    then what the assistant says next, '' if nothing. `meta` holds JSON values that the task's
     checker needs, such as a database schema or the right number.
     """
 
     id: str
-    prompt: str
+    prompt: Prompt
     answer: str
     meta: Mapping[str, Any] = field(default_factory=dict)
 

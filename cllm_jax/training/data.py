@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cllm_jax.data.chat import is_chat, turns_of
 from cllm_jax.data.encoding import prompt_ids
 from cllm_jax.data.sources import Source, open_source
 from cllm_jax.data.tokenizer import train_tokenizer
@@ -54,6 +55,9 @@ def new_model(settings: TrainConfig, examples: list[Example], run: Path) -> Mode
     config = architecture(settings)
     if settings.tokenizer:
         tokenizer, special = shared_tokenizer(settings.tokenizer, config.vocab_size)
+    elif any(is_chat(example.prompt) for example in examples):
+        fault = f'model new: its tokenizer has no chat template, and {settings.data} has chats'
+        raise ConfigError(f'{fault}; set tokenizer to a model that has one')
     else:
         tokenizer = own_tokenizer(settings, examples, run)
         special = {'eos_ids': (tokenizer.eos_token_id,), 'pad_id': tokenizer.pad_token_id}
@@ -90,6 +94,7 @@ def shared_tokenizer(name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
             f'new.vocab_size {vocab_size}: the tokenizer of {name} has {config.vocab_size} tokens; '
             'set the same'
         )
+    config = hf.with_turn_end(config, tokenizer)
     return tokenizer, {'eos_ids': config.eos_ids, 'pad_id': config.pad_id}
 
 
@@ -130,15 +135,23 @@ def without_states(block: int, prompt: np.ndarray, answer: np.ndarray) -> Trajec
 def text_samples(
     model: Model, examples: list[Example], listener: Listener, block: int = 0
 ) -> list[Trajectory]:
-    """Prompts with their reference answers, where they have one; no states of `block` tokens."""
+    """Prompts with their reference answers, where they have one; no states of `block` tokens.
+
+    Every answer of a chat is learnt, each by a sample of its own that has all before it as prompt.
+    """
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
     with listener.status('tokenising'):
-        pairs = encode_rows(model, examples)
+        turns = [turn for example in examples for turn in turns_of(example)]
+        pairs = encode_rows(model, turns)
     # An end token alone is not an answer: a model that learns it says nothing any more.
     kept = [without_states(block, *pair) for pair in pairs if len(pair[1]) > 1]
-    if len(kept) < len(pairs):
-        listener.note(f'{len(pairs) - len(kept)} rows without an answer left out')
+    unlike = sum(not len(answer) for _, answer in pairs)
+    if len(kept) + unlike < len(pairs):
+        listener.note(f'{len(pairs) - len(kept) - unlike} rows without an answer left out')
+    if unlike:
+        why = 'the template does not go on from their prompts, or they spell an end token'
+        listener.note(f'{unlike} answers of chats left out: {why}')
     return kept
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cllm_jax.data.chat import check_template, is_chat
 from cllm_jax.data.sources import Source
 from cllm_jax.data.tokenizer import encode_examples
 from cllm_jax.decoding.request import bucket, check_ids
@@ -50,8 +51,10 @@ def collect(
     """
     if not model.config.eos_ids:
         raise ConfigError(f'{model.source} has no end token; set eos_token_id in its config.json')
-    if len(model.tokenizer) > model.config.vocab_size:  # known before the first shard, not the last
-        encode_rows(model, list(source.rows))
+    read = isinstance(source.rows, list)  # rows that are made on demand are texts
+    chats = read and any(is_chat(row.prompt) for row in source.rows)
+    if chats or len(model.tokenizer) > model.config.vocab_size:
+        encode_rows(model, list(source.rows))  # its faults are known before the first shard
     shards = -(-len(source) // settings.shard)
     mine = range(jax.process_index(), shards, jax.process_count())
     manifest = store.open_manifest(directory, identity, shards, mine)
@@ -118,7 +121,12 @@ def collect_rows(
 
 
 def encode_rows(model: Model, rows: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What `encode_examples` makes of some rows; DataError for ids outside the model's table."""
+    """What `encode_examples` makes of some rows; DataError for ids outside the model's table.
+
+    Raises ConfigError for chats if the model has no template.
+    """
+    if any(is_chat(row.prompt) for row in rows):
+        check_template(model.tokenizer, model.source)
     pairs = encode_examples(model.tokenizer, rows, model.config.eos_ids, model.config.bos_id)
     for row, arrays in zip(rows, pairs, strict=True):
         for ids in arrays:

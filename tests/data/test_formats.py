@@ -50,7 +50,8 @@ VALID = {
         'conversations': [{'from': 'human', 'value': 'h'}, {'from': 'gpt', 'value': 'g'}]
     },
 }
-LISTS = (formats.read_spider, formats.read_sharegpt)
+VALID[formats.read_sharegpt_chat] = VALID[formats.read_sharegpt]
+LISTS = (formats.read_spider, formats.read_sharegpt, formats.read_sharegpt_chat)
 JSON = st.recursive(
     st.none() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner),
@@ -67,7 +68,9 @@ def read_or_refuse(read, path: Path) -> bool:
         return False
     assert found
     for example in found:
-        (example.id + example.prompt + example.answer).encode('utf-8')
+        chat = [] if isinstance(example.prompt, str) else [m['content'] for m in example.prompt]
+        texts = chat or [example.prompt]
+        ''.join([example.id, *texts, example.answer]).encode('utf-8')
     return True
 
 
@@ -112,6 +115,74 @@ def test_jsonl_fields_are_used_as_they_stand(tmp_path):
         tmp_path / 'a.jsonl', {'prompt': ' p\n', 'answer': ' a ', 'id': 'x'}, {'prompt': ''}
     )
     assert formats.read_jsonl(path) == [Example('x', ' p\n', ' a '), Example('jsonl-2', '', '')]
+
+
+USER, ASSISTANT = {'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': ' b'}
+SYSTEM = {'role': 'system', 'content': 's'}
+
+
+def test_a_row_of_messages_is_a_chat_up_to_its_last_answer(tmp_path):
+    path = write(
+        tmp_path / 'a.jsonl',
+        {'messages': [SYSTEM, USER, ASSISTANT], 'id': 'x'},
+        {'prompt': 'p'},
+        {'messages': [USER, ASSISTANT, USER]},
+    )
+    assert formats.read_jsonl(path) == [
+        Example('x', (SYSTEM, USER), ' b'),
+        Example('jsonl-2', 'p', ''),
+        Example('jsonl-3', (USER, ASSISTANT, USER), ''),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('row', 'words'),
+    [
+        ({'messages': [USER], 'prompt': 'p'}, "both 'messages' and 'prompt'; a chat has"),
+        ({'messages': [USER], 'answer': 'p'}, "both 'messages' and 'answer'; a chat has"),
+        ({'messages': 'x'}, "'messages' is a string; it must be a list"),
+        ({'messages': []}, r'messages \[\]: must be a list of one or more; write'),
+        ({'messages': [USER, USER]}, "message 2: role 'user': must be 'assistant'.*; join"),
+        ({'messages': [{'role': 'user'}]}, 'message 1: no content; write'),
+        ({'messages': [ASSISTANT]}, "message 1: role 'assistant': must be 'user'"),
+        (
+            {'messages': [{'role': 'user', 'content': '\ud800'}]},
+            'message 1: content has .* write UTF-8',
+        ),
+    ],
+)
+def test_messages_that_are_no_chat_are_refused_with_the_line(row, words, tmp_path):
+    path = write(tmp_path / 'a.jsonl', {'prompt': 'p'}, row)
+    with pytest.raises(DataError, match=rf'a\.jsonl line 2: {words}'):
+        formats.read_jsonl(path)
+
+
+def test_sharegpt_chats_have_all_their_turns(tmp_path):
+    """From the first human one on; what does not alternate is left out and counted."""
+    names = {'s': 'system', 'h': 'human', 'u': 'User', 'g': 'gpt', 'c': 'chatgpt', 't': 'tool'}
+
+    def item(kinds: str, **changes) -> dict:
+        values = [changes.get(str(i), f' {kind}{i}\n') for i, kind in enumerate(kinds)]
+        turns = [{'from': names[k], 'value': v} for k, v in zip(kinds, values, strict=True)]
+        return {'conversations': turns}
+
+    kinds = ('hgug', 'ghg', 'shghc', 'h', 'hgh', 'hh', 'ggs', 'htg', 'sg', '')
+    rows = [item(k) for k in kinds] + [item('hg', **{'1': ' '})]
+    (tmp_path / 'a.json').write_text(json.dumps(rows))
+    found = formats.read_sharegpt_chat(tmp_path / 'a.json', dropped := Counter())
+    said = {
+        row.id: (' '.join(f'{m["role"][0]}:{m["content"]}' for m in row.prompt), row.answer)
+        for row in found
+    }
+    assert said == {
+        'sharegpt-1': ('u:h0 a:g1 u:u2', 'g3'),
+        'sharegpt-2': ('u:h1', 'g2'),
+        'sharegpt-3': ('s:s0 u:h1 a:g2 u:h3', 'c4'),
+        'sharegpt-4': ('u:h0', ''),
+        'sharegpt-5': ('u:h0 a:g1 u:h2', ''),
+    }
+    wanted = {'no human turn': 3, 'turns of others, or out of turn': 2, 'an empty turn': 1}
+    assert dropped == wanted
 
 
 def test_gsm8k_prompt_and_marks(tmp_path):

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from cllm_jax.data.sources import DEFAULT_LIMIT, FORMATS, GENERATED, open_source
+from cllm_jax.data.sources import DEFAULT_LIMIT, FORMATS, GENERATED, open_source, rows_fingerprint
 from cllm_jax.errors import ConfigError, DataError
 
 
@@ -129,12 +129,29 @@ def test_checkable_says_whether_a_check_means_something(rows, tmp_path):
     assert not open_source(f'codesearchnet:{code}#all').checkable
 
 
+def test_chats_that_begin_alike_are_on_the_same_side(tmp_path):
+    path, said = tmp_path / 'chats.jsonl', []
+    for i in range(200):
+        first = {'role': 'user', 'content': f'question {i}'}
+        answers = [{'role': 'assistant', 'content': f'answer {j}'} for j in range(2)]
+        said += [[first], [first, answers[0]], [first, answers[1], first]]
+    path.write_text(''.join(json.dumps({'messages': chat}) + '\n' for chat in said))
+    sides = {side: open_source(str(path), split=side) for side in ('train', 'heldout')}
+    firsts = {k: {row.prompt[0]['content'] for row in rows} for k, rows in sides.items()}
+    assert firsts['train'].isdisjoint(firsts['heldout'])
+    assert [len(sides[k]) for k in sides] == [3 * len(firsts[k]) for k in sides]
+    assert len(firsts['heldout']) > 2
+    assert len({rows_fingerprint(source) for source in sides.values()}) == 2
+
+
 def test_dropped_rows_are_counted(tmp_path):
     turns = [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}]
     path = tmp_path / 'chats.json'
     path.write_text(json.dumps([{'conversations': turns}, {'conversations': turns[1:]}]))
     source = open_source(f'sharegpt:{path}#all')
     assert len(source) == 1 and source.dropped == {'no human turn': 1}
+    chats = open_source(f'sharegpt-chat:{path}#all')
+    assert len(chats) == 1 and chats.dropped == {'no human turn': 1} and not chats.checkable
 
 
 def test_gsm8k_plain_has_no_marks(tmp_path):

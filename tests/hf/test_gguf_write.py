@@ -137,7 +137,8 @@ def test_a_tokenizer_is_read_back(rule, around, tmp_path):
         special = [(mark, inner.token_to_id(mark)) for mark in marks]
         inner.post_processor = processors.TemplateProcessing(single, None, special)
     tokenizer = tokenizer_by(tmp_path / 'a', inner, unk_token='!', chat_template=CHATML)
-    model, path = with_words(tokenizer), tmp_path / 'm.gguf'
+    ends = tokenizer.convert_tokens_to_ids([MARKS[1], '<|im_end|>'])  # the last is the template's
+    model, path = with_words(tokenizer, eos_ids=tuple(ends)), tmp_path / 'm.gguf'
     write_gguf(path, model, 'f32')
     back = load(str(path), 'float32')
     assert back.config == model.config and same_bits(back.params, model.params)

@@ -1,6 +1,7 @@
 """Opening a model by name: where it is looked for, and what is never done."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from cllm_jax.hf.load import load, resolve
 from cllm_jax.hf.model import fingerprint
 from cllm_jax.hf.write import write_model
 from cllm_jax.model.llama import Llama, forward
+from tests.kinds import tokenizer_of
+from tests.tiny import byte_tokenizer, chat_model
 from tests.tiny_model import (
     TINY,
+    edit_config,
     model_of,
     refusal,
     tiny_tokenizer,
@@ -157,3 +161,32 @@ def test_a_fingerprint_sees_every_bit(single, sharded):
         params = jax.tree.unflatten(tree, [*leaves[:i], bits, *leaves[i + 1 :]])
         seen.add(fingerprint(dataclasses.replace(model, params=params)))
     assert len(seen) == 3 + len(leaves)
+
+
+def test_answers_end_where_the_config_the_generation_config_or_the_template_ends_them(tmp_path):
+    """Each of the three, and the template's end token is in what is written of the model."""
+    tokenizer = tokenizer_of('Qwen2, ChatML')
+    the, x, end = tokenizer.convert_tokens_to_ids(['the', 'x', '<|im_end|>'])
+    write_model(tmp_path / 'm', chat_model(eos_ids=(the,)), dtype='float32')
+    (tmp_path / 'm' / 'generation_config.json').write_text(f'{{"eos_token_id": [{x}, {the}]}}')
+    model = load(str(tmp_path / 'm'), 'float32')
+    assert model.config.eos_ids == (the, x, end)
+    write_model(tmp_path / 'again', model, dtype='float32')
+    assert json.loads((tmp_path / 'again' / 'config.json').read_text())['eos_token_id'] == [
+        the, x, end,
+    ]  # fmt: skip
+    (tmp_path / 'm' / 'generation_config.json').write_text(f'{{"eos_token_id": {end}}}')
+    edit_config(tmp_path / 'm', eos_token_id=None)
+    assert load(str(tmp_path / 'm')).config.eos_ids == (end,), 'once'
+    bare = dataclasses.replace(chat_model(eos_ids=(the,)), tokenizer=byte_tokenizer())
+    write_model(tmp_path / 'bare', bare)
+    assert load(str(tmp_path / 'bare')).config.eos_ids == (the,)
+
+
+def test_a_template_s_end_outside_the_table_ends_nothing(tmp_path):
+    model = chat_model('legacy, ChatML')
+    end = model.config.eos_ids[0]
+    params = {**model.params, **{k: model.params[k][:end] for k in ('embed', 'head')}}
+    config = dataclasses.replace(model.config, vocab_size=end, eos_ids=())
+    write_model(tmp_path / 'm', dataclasses.replace(model, config=config, params=params))
+    assert load(str(tmp_path / 'm')).config.eos_ids == ()

@@ -8,15 +8,17 @@ import pytest
 
 import cllm_jax as cllm
 from cllm_jax.cli.console import Console
+from cllm_jax.data.sources import open_source
 from cllm_jax.data.tokenizer import train_tokenizer
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.tokenizer import tokenizer_fingerprint, vocabulary_fingerprint
 from cllm_jax.hf.write import write_model
 from cllm_jax.training.config import NewModel, TrainConfig, with_names
-from cllm_jax.training.data import prepare, trajectory_samples
+from cllm_jax.training.data import prepare, trained_on_too, trajectory_samples
+from cllm_jax.training.packing import SORT_WINDOW, make_batch
 from cllm_jax.trajectories.collector import collect
 from cllm_jax.trajectories.store import finish, open_manifest, write_shard
-from tests.tiny import larger_tokenizer
+from tests.tiny import chat_model, larger_tokenizer, model_directory
 from tests.trajectories.examples import MODEL, SETTINGS, identity, source, trajectory
 
 
@@ -100,3 +102,59 @@ def test_rows_without_a_prompt_are_not_trained_on(tmp_path, capsys):
     assert model.config.bos_id is None
     assert len(kept) == 4 and all(len(sample.prompt) for sample in kept)
     assert '4 samples without a prompt left out' in capsys.readouterr().err
+
+
+def chat_of(*texts: str) -> dict:
+    roles = ('user', 'assistant')
+    return {'messages': [{'role': roles[i % 2], 'content': t} for i, t in enumerate(texts)]}
+
+
+def test_the_loss_is_on_what_the_assistant_says_and_nothing_else(tmp_path, capsys):
+    """Each of its turns once, with its end token, after all that the template writes before it."""
+    model = chat_model()
+    write_model(tmp_path / 'm', model, dtype='float32')
+    texts = ('the city', 'def', 'and x?', 'y\nthe', 'why')
+    rows = [chat_of(*texts), {'prompt': 'a text', 'answer': ' b'}, chat_of('open')]
+    rows += [chat_of('x', '\nstarts with a line break'), chat_of('x', 'a<|im_end|>b', 'y', 'z')]
+    path = tmp_path / 'rows.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    settings = TrainConfig(objective='ar', model=str(tmp_path / 'm'), data=f'{path}#all')
+    model, samples = prepare(settings, None, Console(), tmp_path)
+    said = capsys.readouterr().err
+    assert '2 answers of chats left out: the template does not go on' in said
+    assert '1 rows without an answer left out' in said
+    learnt = []
+    for step in range(SORT_WINDOW):  # every sample is in one of the batches
+        batch = make_batch(samples, len(samples), 0, step, None)
+        for row in range(len(samples)):
+            weighted = batch.ar_weight_BA[row] > 0
+            labels = batch.labels_BR[row][: len(weighted)][weighted]
+            learnt.append(model.tokenizer.decode(labels))
+    assert {*learnt} == {'def<|im_end|>', 'y\nthe<|im_end|>', ' b<|im_end|>', 'z<|im_end|>'}
+    template = model.tokenizer.apply_chat_template
+    begun = {
+        template(rows[0]['messages'][:i], tokenize=False, add_generation_prompt=True)
+        for i in (1, 3)
+    }
+    assert begun <= {model.tokenizer.decode(sample.prompt) for sample in samples}
+    assert trained_on_too(samples, open_source(f'{path}#all'), model) == 2, 'the text, and z'
+
+
+def test_chats_need_a_template(tmp_path):
+    path = tmp_path / 'rows.jsonl'
+    path.write_text(json.dumps(chat_of('a', 'b')) + '\n')
+    common = {'objective': 'ar', 'data': f'{path}#all'}
+    settings = TrainConfig(model=model_directory(tmp_path / 'base'), **common)
+    with pytest.raises(ConfigError, match='base has no chat template; name an instruct model'):
+        prepare(settings, None, Console(), tmp_path)
+    new = TrainConfig(model='new', **common)
+    with pytest.raises(ConfigError, match=r'rows\.jsonl#all has chats; set tokenizer to a model'):
+        prepare(new, None, Console(), tmp_path / 'run')
+    write_model(tmp_path / 'm', model := chat_model(eos_ids=(5,)), dtype='float32')
+    small = NewModel(
+        dim=32, layers=1, heads=2, kv_heads=2, mlp_dim=32, vocab_size=model.config.vocab_size
+    )
+    shared = dataclasses.replace(new, new=small, tokenizer=str(tmp_path / 'm'))
+    made, samples = prepare(shared, None, Console(), tmp_path / 'run')
+    end = model.tokenizer.eos_token_id
+    assert made.config.eos_ids == (5, end) and samples[0].answer[-1] == end

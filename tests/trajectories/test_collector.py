@@ -9,7 +9,7 @@ import pytest
 
 from cllm_jax.data.sources import Source
 from cllm_jax.decoding.engine import decode_all
-from cllm_jax.decoding.request import Request
+from cllm_jax.decoding.request import Request, encode_each
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.runtime.backend import backend_of
@@ -17,7 +17,7 @@ from cllm_jax.tasks.example import Example
 from cllm_jax.trajectories import collector
 from cllm_jax.trajectories.collector import collect, collect_rows
 from cllm_jax.trajectories.store import Collection, read_records
-from tests.tiny import larger_tokenizer
+from tests.tiny import chat_model, larger_tokenizer
 from tests.trajectories.examples import MODEL, SETTINGS, collect_into, identity, source
 
 
@@ -143,3 +143,21 @@ def test_a_collection_has_the_same_bytes_with_any_number_of_cores(tmp_path, mode
         assert told == [4] * 5
         files.append({path.name: path.read_bytes() for path in out.glob('*-of-*')})
     assert files[0] == files[1] and files[0]
+
+
+def test_chats_are_answered_after_their_last_user_turn(tmp_path):
+    model = chat_model()
+    user, answer = ({'role': r, 'content': 'the city'} for r in ('user', 'assistant'))
+    chats = [(user,), (user, answer, user)]
+    rows = [Example(f'row-{i}', chat, 'x' * i) for i, chat in enumerate(chats)]
+    both = Source('rows', rows, lambda example, text: True)
+    collect_into(tmp_path / 'a', model=model, rows=both)
+    records = read_records(tmp_path / 'a')
+    request = Request(AutoRegressive(), max_tokens=SETTINGS.max_tokens)
+    assert [r.answer.tolist() for r in records] == decode_all(model, request, chats).tokens
+    assert [r.prompt.tolist() for r in records] == encode_each(model, chats)
+    rows.append(Example('row-2', 'a text', ''))
+    with pytest.raises(ConfigError, match='tiny has no chat template'):
+        base = dataclasses.replace(MODEL, source='tiny')
+        collect_into(tmp_path / 'b', model=base, rows=dataclasses.replace(both, rows=rows[::-1]))
+    assert not (tmp_path / 'b').exists()

@@ -1,0 +1,68 @@
+"""A chat in a terminal: the user's turns from standard input, the answers to standard output."""
+
+import sys
+from collections.abc import Callable, Generator
+
+from cllm_jax.cli.console import Console
+from cllm_jax.errors import CllmError
+
+Chat = list[dict[str, str]]
+Answer = Callable[[Chat], Generator[str, None, str]]
+"""Yields an answer in pieces, and returns why it was cut off, or ''."""
+
+
+def converse(console: Console, answer: Answer, chat: Chat) -> None:
+    """Read turns and print answers, until an empty line, the end of input, or Ctrl-C between them.
+
+    Ctrl-C during an answer ends the answer. `chat` holds what was said before, and takes the rest.
+    A turn that cannot be answered is taken back if somebody is there to type another.
+    """
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    if typed:
+        console.note('An empty line or Ctrl-C ends the chat; Ctrl-C ends an answer first.')
+    try:
+        while turn := _asked(console, typed):
+            chat.append({'role': 'user', 'content': turn})
+            try:
+                text = _answered(console, answer(chat))
+            except CllmError as error:
+                if not typed:
+                    raise
+                console.note(f'error: {error}')
+                chat.pop()
+            else:
+                chat.append({'role': 'assistant', 'content': text})
+    except (EOFError, KeyboardInterrupt):
+        if typed:
+            console.note('')  # leaves the line of the prompt
+
+
+def _asked(console: Console, typed: bool) -> str:
+    """The next turn, '' if there is none."""
+    if sys.stdin is None:  # closed by whoever started this
+        return ''
+    if typed:
+        console.err.print('> ', end='')
+    try:
+        return input().strip()
+    except UnicodeDecodeError as error:
+        # The bytes, as characters that no text has: what checks a turn refuses them.
+        return error.object.decode(errors='surrogateescape').strip()
+
+
+def _answered(console: Console, pieces: Generator[str, None, str]) -> str:
+    """Print an answer as it comes; its text, as far as it came."""
+    text = ''
+    try:
+        while True:
+            piece = next(pieces)
+            text += piece
+            print(piece, end='', flush=True)
+    except StopIteration as end:
+        cut = end.value
+    except KeyboardInterrupt:
+        cut = 'interrupted'
+    print(flush=True)
+    if cut:
+        console.note(f'({cut})')
+    return text
