@@ -181,10 +181,16 @@ def _of_split(rows: list[Example], split: Split, spec: str) -> list[Example]:
     heldout = holds_out(split)
     kept = [row for row in rows if (_digest(row.prompt) % HELDOUT_ONE_IN == 0) == heldout]
     if not kept:
-        trained = ', also those that are trained on' if heldout else ''
-        raise DataError(
+        fault = (
             f'{spec}: none of its {len(rows)} rows is in split {split!r} (1 in {HELDOUT_ONE_IN} '
-            f"is held out); name another file, or write '{spec}#all' to use every row{trained}"
+        )
+        if heldout:
+            raise DataError(
+                f'{fault}is, for tests); name the rows of tests with --task: another file, or '
+                f"'{spec}#all' for all of these, also those that are trained on"
+            )
+        raise DataError(
+            f"{fault}is held out); name another file, or write '{spec}#all' to use every row"
         )
     return kept
 

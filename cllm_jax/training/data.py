@@ -30,7 +30,7 @@ from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig, architecture
 from cllm_jax.training.objectives import objective_of
-from cllm_jax.trajectories.clean import clean
+from cllm_jax.trajectories.clean import clean, cut_warning
 from cllm_jax.trajectories.collector import encode_rows
 from cllm_jax.trajectories.store import read_manifest, read_records
 
@@ -99,8 +99,8 @@ def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) 
     Raises ConfigError if it was made with another tokenizer, DataError for ids outside the table.
     """
     directory = Path(settings.data)
-    made_with = read_manifest(directory)['identity'].get('tokenizer')
-    if not same_tokenizer(made_with, model.tokenizer):
+    made_with = read_manifest(directory)['identity']
+    if not same_tokenizer(made_with.get('tokenizer'), model.tokenizer):
         raise ConfigError(
             f'{directory}: collected with another tokenizer than that of {model.source}; '
             'collect again with this model'
@@ -111,6 +111,10 @@ def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) 
             for ids in (one.prompt, one.answer, one.states):
                 check_ids(model, ids, f'{directory}: record {one.id}: ', DataError)
     listener.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
+    limit, total = made_with.get('max_tokens', 0), counts.total() - counts['augmented states']
+    cut = (directory, counts['truncated'], total, limit, model.config.max_positions)
+    if warning := cut_warning(*cut):
+        listener.note(warning)
     return kept
 
 
