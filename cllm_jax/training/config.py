@@ -130,7 +130,9 @@ def quick(settings: TrainConfig) -> TrainConfig:
         # After six steps no answer is right, and few end.
         cleaning=Cleaning(repetitive=False, truncated=False),
         new=dataclasses.replace(settings.new, dim=16 * settings.new.heads, layers=2, mlp_dim=128),
-        held_out=dataclasses.replace(settings.held_out, every=3, prompts=4, max_tokens=48),
+        held_out=dataclasses.replace(
+            settings.held_out, every=settings.held_out.every and 3, prompts=4, max_tokens=48
+        ),
     )
 
 

@@ -146,8 +146,8 @@ def text_samples(
     return kept
 
 
-def held_out_rows(settings: TrainConfig) -> Source:
-    """The rows of the held-out tests; ConfigError if there is nothing to learn, either."""
+def held_out_rows(settings: TrainConfig) -> Source | None:
+    """The rows of the held-out tests, None if there are none; ConfigError for nothing to learn."""
     test, objective = settings.held_out, objective_of(settings)
     name = objective.dataset
     dataset = getattr(settings, name)
@@ -155,6 +155,8 @@ def held_out_rows(settings: TrainConfig) -> Source:
         raise ConfigError(
             f'objective {settings.objective!r} without {name}; name a dataset, such as {name}: sql'
         )
+    if not test.every:
+        return None
     task = settings.task or dataset or read_manifest(Path(settings.data))['identity']['data']
     return open_source(task, split='heldout', seed=test.seed, limit=test.prompts)
 

@@ -35,7 +35,7 @@ class HeldOut:
     """
 
     every: int = 500
-    """Steps between two tests."""
+    """Steps between two tests; 0 for none, and no held-out rows: the last state is kept."""
     prompts: int = 64
     """Held-out prompts per test."""
     seed: int = 1000
@@ -53,7 +53,7 @@ class HeldOut:
     """How many of the best are kept; the best one in RUN/model, all of them in RUN/best/STEP."""
 
     def __post_init__(self):
-        at_least(self, every=1, prompts=1, max_tokens=1, keep=1)
+        at_least(self, every=0, prompts=1, max_tokens=1, keep=1)
         check_seed(self)
         Jacobi(self.block)  # checks it
 

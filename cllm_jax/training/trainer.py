@@ -20,7 +20,7 @@ from cllm_jax.runtime.processes import is_main
 from cllm_jax.runtime.sharding import place_batch, rows_here
 from cllm_jax.training.checkpoint import Checkpoints, open_checkpoints, restore, save
 from cllm_jax.training.config import TrainConfig
-from cllm_jax.training.held_out import alarm, held_out_test, keep_the_best, score
+from cllm_jax.training.held_out import Trained, alarm, held_out_test, keep_the_best, score
 from cllm_jax.training.objective import Learner
 from cllm_jax.training.optimizer import make_optimizer
 from cllm_jax.training.packing import Samples, batches
@@ -34,7 +34,7 @@ def train(
     directory: Path,
     learner: Learner,
     samples: Samples,
-    source: Source,
+    source: Source | None,
     settings: TrainConfig,
     report: Callable[[dict], None] = lambda record: None,
     note: Callable[[str], None] = lambda text: None,
@@ -42,8 +42,9 @@ def train(
     """Train until `settings.steps`, continuing from the newest checkpoint in `directory`.
 
     The best model by the score of the held-out prompts of `source` is kept in `directory/model`, or
-    a drafter in `directory/drafter`. Every number is a function of the step, so an interrupted run
-    ends with the metrics of an uninterrupted one. `report` gets each line of them, `note` warnings.
+    a drafter in `directory/drafter`; the last one where `source` is None. Every number is a
+    function of the step, so an interrupted run ends with the metrics of an uninterrupted one.
+    `report` gets each line of them, `note` warnings.
 
     Raises:
       DataError: the run was begun, but its checkpoints are damaged or gone; nothing is replaced.
@@ -60,7 +61,9 @@ def train(
     optimizer, mesh = make_optimizer(settings.optimizer, settings.steps), learner.mesh
     shardings = mesh and state_places(optimizer, learner.axes, learner.params, mesh)
     state = new_state(optimizer, learner.params, shardings)
-    reference = held_out_test(learner.trained(learner.params), source, settings.held_out, None)
+    reference = {}
+    if source is not None:
+        reference = held_out_test(learner.trained(learner.params), source, settings.held_out, None)
     step_fn = make_step(learner.loss, optimizer, settings.optimizer.accumulate, shardings)
     run = _Run(directory, learner, samples, source, settings, reference, report, note)
     with open_checkpoints(directory / 'checkpoints', note) as checkpoints, _stop_signals() as stop:
@@ -84,10 +87,10 @@ class _Run:
     directory: Path
     learner: Learner
     samples: Samples
-    source: Source
+    source: Source | None
     settings: TrainConfig
     reference: dict
-    """The held-out test before training."""
+    """The held-out test before training; empty if there are no tests."""
     report: Callable[[dict], None]
     note: Callable[[str], None]
 
@@ -122,8 +125,9 @@ def _begin_or_restore(
         raise _lost(run.directory)
     if is_main():
         rewind_metrics(run.log, -1)
-    run.record(0, {k: v for k, v in run.reference.items() if k != 'tokens'})
-    return state, {'first_quality': run.reference['quality'], 'best': -1.0}
+    if run.reference:
+        run.record(0, {k: v for k, v in run.reference.items() if k != 'tokens'})
+    return state, {'first_quality': run.reference.get('quality', 0.0), 'best': -1.0}
 
 
 def _iterate(
@@ -144,7 +148,8 @@ def _iterate(
         state, metrics = step_fn(state, placed, run.learner.frozen)
         tokens += (placed.segment_BT >= 0).sum()
         step += 1
-        tested = step % settings.held_out.every == 0 or step == settings.steps
+        every = settings.held_out.every or settings.steps
+        tested = step % every == 0 or step == settings.steps
         if step % settings.log_every == 0 or tested:
             numbers = {k: round(float(v), 6) for k, v in metrics.items()}
             speed = int(tokens) / (time.perf_counter() - begin)
@@ -182,8 +187,16 @@ def _is_sound(run: _Run, step: int, metrics: dict) -> bool:
 
 def _test_and_keep(run: _Run, state: TrainState, progress: dict) -> None:
     """Test on held-out prompts, and keep what was trained if none so far is better."""
-    step, test, first_quality = int(state.step), run.settings.held_out, progress['first_quality']
+    step, test = int(state.step), run.settings.held_out
     trained = run.learner.trained(jax.tree.map(jnp.copy, state.params))
+    # Of equals the later one is kept.
+    best = 0.0 if run.source is None else _test(run, trained, step, progress)
+    keep_the_best(run.directory, trained, step, best, progress, test.keep)
+
+
+def _test(run: _Run, trained: Trained, step: int, progress: dict) -> float:
+    """The score of what was trained on held-out prompts; logs the test."""
+    test, first_quality = run.settings.held_out, progress['first_quality']
     found = held_out_test(trained, run.source, test, run.reference['tokens'])
     judged = run.source.checkable and test.quality == 'check'
     found['score'] = score(found, first_quality, run.learner.faster, judged, test)
@@ -191,7 +204,7 @@ def _test_and_keep(run: _Run, state: TrainState, progress: dict) -> None:
     run.record(step, {f'held_out_{k}': v for k, v in numbers.items()})
     if warning := alarm(found, run.reference):
         run.note(f'warning: step {step}: {warning}')
-    keep_the_best(run.directory, trained, step, found['score'], progress, test.keep)
+    return found['score']
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Which checkpoint a run keeps, and when it warns."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,40 @@ def test_the_best_few_models_are_kept(mixed_dtypes, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / 'best').iterdir()) == ['2', '4']
     best = load(str(tmp_path / 'best' / '4')).params['norm']  # the later of equals
     np.testing.assert_array_equal(best, load(str(tmp_path)).params['norm'])
+
+
+@pytest.mark.parametrize('steps', [0, 6])
+def test_without_tests_the_last_state_is_kept(mixed_dtypes, tmp_path, monkeypatch, steps):
+    """Also by a run that was killed, and by one whose model went away."""
+
+    def no_test(*_):
+        raise AssertionError('a test')
+
+    monkeypatch.setattr(trainer, 'held_out_test', no_test)
+    learner, samples, _, settings = tiny_run(steps=steps, held_out=HeldOut(every=0))
+    run, states = (learner, samples, None, settings), []
+    keep = trainer.save
+    monkeypatch.setattr(trainer, 'save', lambda *a: states.append(a[2].params) or keep(*a))
+
+    def kill(record):
+        if record['step'] == 3:
+            raise KeyboardInterrupt
+
+    if steps:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, *run, report=kill)
+        assert not (tmp_path / 'model').exists() and (tmp_path / 'checkpoints/2').is_dir()
+    train(tmp_path, *run)
+    kept = tmp_path / 'model/model.safetensors'
+    last = states[-1] if steps else learner.params
+    np.testing.assert_array_equal(load(str(tmp_path)).params['norm'], last['norm'])
+    logged = read_metrics(tmp_path / 'metrics.jsonl')
+    assert not any(key.startswith('held_out') for line in logged for key in line)
+    assert best_numbers(tmp_path) == {'step': steps}
+    before = kept.read_bytes()
+    shutil.rmtree(kept.parent)
+    train(tmp_path, *run)
+    assert kept.read_bytes() == before
 
 
 @pytest.mark.parametrize('quality', ['check', 'agreement'])
