@@ -120,7 +120,8 @@ def train_in(
     claim(directory, claimed, inputs)
     console.note(
         f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '
-        f'of {settings.batch} on {jax.device_count()} {jax.devices()[0].platform} device(s)'
+        f'of {settings.batch} on {jax.device_count()} {jax.devices()[0].platform} device(s), '
+        f'learning rate {settings.optimizer.learning_rate:g}'
     )
     learner = objective_of(settings).learner(settings, model, samples, mesh)
     train(directory, learner, samples, held_out, settings, console.metrics, console.note)
