@@ -24,7 +24,7 @@ class DataError(CllmError):
 
 
 class NumericalError(CllmError):
-    """Training produced NaN or Inf; the last good checkpoint is untouched."""
+    """Training produced NaN or Inf, or a model that collapsed; what was good before is kept."""
 
     exit_code = 4
 

@@ -138,7 +138,8 @@ def run() -> None:
         pretend(flags.devices)
     settings = checked(settings)
     directory, console = Path(output_of(flags.stage, settings.root)), Console()
-    free = ('mesh', 'remat', 'root')  # devices may change, and where the directory is
+    # Devices may change, where the directory is, and whether a run that collapsed goes on.
+    free = ('mesh', 'remat', 'root', 'on_collapse')
     claimed = {k: v for k, v in to_json(settings).items() if k not in free}
     settings = with_names(settings, flags.stage)
     check_architecture(settings)

@@ -20,7 +20,14 @@ from cllm_jax.runtime.processes import is_main
 from cllm_jax.runtime.sharding import place_batch, rows_here
 from cllm_jax.training.checkpoint import Checkpoints, open_checkpoints, restore, save
 from cllm_jax.training.config import TrainConfig
-from cllm_jax.training.held_out import Trained, alarm, held_out_test, keep_the_best, score
+from cllm_jax.training.held_out import (
+    ALARMED,
+    Trained,
+    alarm,
+    held_out_test,
+    keep_the_best,
+    score,
+)
 from cllm_jax.training.objective import Learner
 from cllm_jax.training.optimizer import make_optimizer
 from cllm_jax.training.packing import Samples, batches
@@ -28,6 +35,8 @@ from cllm_jax.training.step import TrainState, make_step, new_state, state_place
 
 MAX_SKIPPED = 20
 """Updates in a row that may be left out, for NaN or Inf, before a run ends."""
+ALARMS = 2
+"""Held-out tests in a row that find a collapsed model before a run ends."""
 
 
 def train(
@@ -49,7 +58,7 @@ def train(
     Raises:
       DataError: the run was begun, but its checkpoints are damaged or gone; nothing is replaced.
       NumericalError: too many updates in a row were not finite (`_is_sound`); no checkpoint is
-        overwritten.
+        overwritten. Or the model collapsed, in this call or before (`on_collapse`).
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     log = directory / 'metrics.jsonl'
@@ -58,6 +67,9 @@ def train(
         raise _lost(directory)
     for kept in ('model', 'drafter') if is_main() else ():
         recover_replacement(directory / kept)
+    ended = [m['step'] for m in read_metrics(log) if 'collapsed' in m]
+    if ended and settings.on_collapse == 'stop':
+        raise _collapsed(directory, ended[-1], 'this run ended here before')
     optimizer, mesh = make_optimizer(settings.optimizer, settings.steps), learner.mesh
     shardings = mesh and state_places(optimizer, learner.axes, learner.params, mesh)
     state = new_state(optimizer, learner.params, shardings)
@@ -70,12 +82,12 @@ def train(
         state, progress = _begin_or_restore(run, checkpoints, state)
         there = any((directory / name).is_dir() for name in ('model', 'drafter'))
         there = multihost_utils.broadcast_one_to_all(np.asarray(there))  # as their writer sees it
-        if lost := progress['best'] >= 0 and not there:
+        if lost := progress['best'] > -1 and not there:
             note(f'{directory}: what was kept is gone; the next test keeps what it finds')
             progress['best'] = -1.0
         # No steps: the model as it is, in the form of a run.
         if settings.steps == 0 or (lost and int(state.step) == settings.steps):
-            _test_and_keep(run, state, progress)
+            _test_and_keep(run, state, progress | {'alarms': 0})  # the last test, once more
         if int(state.step) < settings.steps:
             _iterate(run, step_fn, checkpoints, stop, state, progress)
 
@@ -109,6 +121,17 @@ class _Run:
 def _lost(directory: Path) -> DataError:
     fault = 'was begun, but its checkpoints are damaged or gone; it is left as it is'
     return DataError(f'{directory}: {fault}: move or remove it to begin again')
+
+
+def _collapsed(directory: Path, step: int, why: str) -> NumericalError:
+    scores = [m.get('held_out_score', ALARMED) for m in read_metrics(directory / 'metrics.jsonl')]
+    kept = 'model' if (directory / 'model').is_dir() else 'drafter'
+    best = f'the best one is in {directory / kept}' if max(scores) > ALARMED else 'none was sound'
+    return NumericalError(
+        f'step {step}: {why}: {ALARMS} held-out tests in a row found that the model collapsed, and '
+        f'{best}; begin another run (--root) with a lower optimizer.learning_rate, cleaner '
+        'trajectories or a higher loss.ar_weight, or go on in this one with --on-collapse warn'
+    )
 
 
 def _begin_or_restore(
@@ -200,10 +223,23 @@ def _test(run: _Run, trained: Trained, step: int, progress: dict) -> float:
     found = held_out_test(trained, run.source, test, run.reference['tokens'])
     judged = run.source.checkable and test.quality == 'check'
     found['score'] = score(found, first_quality, run.learner.faster, judged, test)
+    why = alarm(found, run.reference, run.learner.faster, test)
+    # A new model says anything at first: it has nothing to lose.
+    collapsed = why is not None and run.settings.model != 'new'
+    if collapsed:
+        found['score'] = ALARMED
     numbers = {k: round(float(v), 6) for k, v in found.items() if k != 'tokens'}
     run.record(step, {f'held_out_{k}': v for k, v in numbers.items()})
-    if warning := alarm(found, run.reference):
-        run.note(f'warning: step {step}: {warning}')
+    progress['alarms'] = progress.get('alarms', 0) + 1 if collapsed else 0
+    if progress['alarms'] >= ALARMS and run.settings.on_collapse == 'stop':
+        # Nothing is saved, and the log keeps the same command from coming here again.
+        run.record(step, {'collapsed': ALARMS})
+        raise _collapsed(run.directory, step, why)
+    if why:
+        run.note(
+            f'warning: step {step}: {why}: the model may be collapsing; the best one so far is '
+            'kept, clean the trajectories or raise loss.ar_weight'
+        )
     return found['score']
 
 
