@@ -24,6 +24,7 @@ from cllm_jax.model.config import LlamaConfig
 from cllm_jax.runs.run_dir import claim, noted, open_run
 from cllm_jax.runs.stages import EMBEDDED_ROOT, model_of, output_of
 from cllm_jax.runtime.mesh import MeshConfig, make_mesh
+from cllm_jax.trajectories.clean import cut_warning
 from cllm_jax.trajectories.collector import collect
 from cllm_jax.trajectories.store import Collection
 
@@ -114,6 +115,10 @@ def run() -> None:
     collected = ', '.join(f'{v} {k}' for k, v in counts.items())
     mean = counts['tokens'] / max(counts['forwards'], 1)
     console.note(f'{directory}: {collected}; {mean:.2f} tokens/forward')
+    answers = counts['prompts'] - counts['too long'] - counts['empty']
+    cut = (directory, counts['truncated'], answers, settings.max_tokens, config.max_positions)
+    if (warning := cut_warning(*cut)) and not settings.quick:
+        console.note(warning)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ class DataError(CllmError):
 
 
 class NumericalError(CllmError):
-    """Training produced NaN or Inf; the last good checkpoint is untouched."""
+    """Training produced NaN or Inf, or a model that collapsed; what was good before is kept."""
 
     exit_code = 4
 
@@ -57,10 +57,11 @@ def check_seed(config: Any) -> None:
 
 
 def shares(config: Any, *names: str) -> None:
-    """Raise ConfigError for a field of a dataclass that is not from 0 to 1."""
+    """Raise ConfigError for a field of a dataclass that is not from 0 to 1; None is not."""
     for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f'{name} {getattr(config, name)}: a share must be 0 to 1')
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f'{name} {value}: a share must be 0 to 1')
 
 
 def did_you_mean(name: Any, known: Collection[Any]) -> str:

@@ -55,8 +55,14 @@ class ExportConfig:
 
 
 def best_numbers(run: Path) -> dict[str, Any]:
-    """The held-out test that chose the exported weights: of equal ones the last."""
-    tests = [m for m in read_metrics(run / 'metrics.jsonl') if 'held_out_score' in m]
+    """The held-out test that chose the exported weights: of equal ones the last.
+
+    Of a run without tests only the last step.
+    """
+    logged = read_metrics(run / 'metrics.jsonl')
+    tests = [m for m in logged if 'held_out_score' in m]
+    if not tests and any((run / kept).is_dir() for kept in ('model', 'drafter')):
+        return {'step': max((m['step'] for m in logged), default=0)}
     if not tests:
         raise DataError(f'{run}: no held-out test yet, so no model; let the training reach one')
     return max(tests, key=lambda m: (m['held_out_score'], m['step']))
@@ -84,6 +90,14 @@ def card(name: str, run: Path, dtype: str, parameters: int) -> str:
         for k, v in best.items()
         if k.startswith('held_out_')
     )
+    chosen, test = 'the last.', settings['held_out']
+    if numbers:
+        chosen = f"""chosen by the held-out
+test during training:
+
+| held-out test ({test['prompts']} prompts, seed {test['seed']}) | |
+| --- | ---: |
+{numbers.rstrip()}"""
     return f"""---
 library_name: cllm_jax
 ---
@@ -91,12 +105,8 @@ library_name: cllm_jax
 
 A model of {parameters / 1e6:.2f}M parameters ({dtype}), trained by `cllm_jax` with the command
 `python -m cllm_jax.train --config RECIPE --stage {run.name}` and exported by
-`python -m cllm_jax.export`. The weights are those of step {best['step']}, chosen by the held-out
-test during training:
+`python -m cllm_jax.export`. The weights are those of step {best['step']}, {chosen}
 
-| held-out test ({settings['held_out']['prompts']} prompts, seed {settings['held_out']['seed']}) | |
-| --- | ---: |
-{numbers}
 The settings, seed included:
 
 ```yaml

@@ -36,6 +36,7 @@ from cllm_jax.training.config import TrainConfig, architecture, check_architectu
 from cllm_jax.training.data import held_out_rows, inputs_of, prepare, trained_on_too
 from cllm_jax.training.memory import compiled_step, longest, memory_per_device
 from cllm_jax.training.objectives import checked, objective_of
+from cllm_jax.training.packing import Samples
 
 
 def facts_of(settings: TrainConfig, mesh: Mesh) -> dict[str, object]:
@@ -57,7 +58,7 @@ def facts_of(settings: TrainConfig, mesh: Mesh) -> dict[str, object]:
         }
     slots = cache_slots(longest(settings)[0], settings.held_out.max_tokens, drafter.nodes)
     found = memory_per_device(settings, config, mesh)
-    states = settings.noise.windows or 'cover the answer once'
+    states, every = settings.noise.windows or 'cover the answer once', settings.held_out.every
     return {
         'mesh': ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items()),
         'parameters': f'{config.parameters:,}',
@@ -68,7 +69,7 @@ def facts_of(settings: TrainConfig, mesh: Mesh) -> dict[str, object]:
         'states per answer': states if objective.noise(settings, model) else 'none',
         **work,
         'checkpoints': -(-settings.steps // settings.save_every),
-        'held-out tests': max(1, -(-settings.steps // settings.held_out.every)),
+        'held-out tests': max(1, -(-settings.steps // every)) if every else 'none',
     }
 
 
@@ -89,15 +90,10 @@ def plan(settings: TrainConfig, directory: Path, compiled: bool, console: Consol
         console.out.print(table(title, ['', ''], rows))
 
 
-def train_in(
-    directory: Path, settings: TrainConfig, claimed: dict, held_out: Source, console: Console
-) -> None:
-    """Train in a run directory that is open."""
-    from cllm_jax.training.trainer import train  # brings Orbax, which no --help waits for
-
-    mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
-    model, samples = prepare(settings, mesh, console, directory)
-    console.opened(model)
+def tested_rows(
+    held_out: Source, settings: TrainConfig, model: Model, samples: Samples, console: Console
+) -> Source:
+    """The held-out rows that a model has room for, and what there is to say of them."""
     room = model.config.max_positions - settings.held_out.max_tokens
     held_out = drop_prompts_without_room(held_out, model.tokenizer, model.config.bos_id, room)
     console.dropped(held_out)
@@ -106,16 +102,33 @@ def train_in(
             f'warning: {known} of {len(held_out)} held-out prompts are trained on too, so that '
             'the tests say little of others; name another file for task'
         )
+    return held_out
+
+
+def train_in(
+    directory: Path, settings: TrainConfig, claimed: dict, held_out: Source | None, console: Console
+) -> None:
+    """Train in a run directory that is open."""
+    from cllm_jax.training.trainer import train  # brings Orbax, which no --help waits for
+
+    mesh = make_mesh(settings.mesh) if jax.device_count() > 1 else None
+    model, samples = prepare(settings, mesh, console, directory)
+    console.opened(model)
     inputs = inputs_of(settings, model, samples, directory)
-    claim(directory, claimed, inputs | {'held_out': rows_fingerprint(held_out)})
+    if held_out is not None:
+        held_out = tested_rows(held_out, settings, model, samples, console)
+        inputs |= {'held_out': rows_fingerprint(held_out)}
+    claim(directory, claimed, inputs)
     console.note(
         f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '
-        f'of {settings.batch} on {jax.device_count()} {jax.devices()[0].platform} device(s)'
+        f'of {settings.batch} on {jax.device_count()} {jax.devices()[0].platform} device(s), '
+        f'learning rate {settings.optimizer.learning_rate:g}'
     )
     learner = objective_of(settings).learner(settings, model, samples, mesh)
     train(directory, learner, samples, held_out, settings, console.metrics, console.note)
     kept = [name for name in ('model', 'drafter') if (directory / name).is_dir()]
-    console.note(f'done; the best is in {" and ".join(str(directory / k) for k in kept)}')
+    best = 'best' if settings.held_out.every else 'last'
+    console.note(f'done; the {best} is in {" and ".join(str(directory / k) for k in kept)}')
 
 
 def run() -> None:
@@ -128,7 +141,8 @@ def run() -> None:
         pretend(flags.devices)
     settings = checked(settings)
     directory, console = Path(output_of(flags.stage, settings.root)), Console()
-    free = ('mesh', 'remat', 'root', 'log')  # devices may change, and where the directory is
+    # Devices may change, where the directory is, and whether a run that collapsed goes on.
+    free = ('mesh', 'remat', 'root', 'log', 'on_collapse')
     claimed = {k: v for k, v in to_json(settings).items() if k not in free}
     settings = with_names(settings, flags.stage)
     check_architecture(settings)
@@ -137,7 +151,8 @@ def run() -> None:
         return
     check_batch(settings.batch // settings.optimizer.accumulate, make_mesh(settings.mesh))
     held_out = held_out_rows(settings)
-    if held_out.name not in (settings.data, settings.texts):  # else said when it is read
+    said_later = (settings.data, settings.texts)  # when they are read
+    if held_out is not None and held_out.name not in said_later:
         console.dropped(held_out)
     with open_run(directory, claimed, to_json(TrainConfig())):
         train_in(directory, settings, claimed, held_out, console)

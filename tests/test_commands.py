@@ -32,6 +32,7 @@ from cllm_jax.runs.stages import STAGES, exported_run
 from cllm_jax.runtime import backend
 from cllm_jax.training.config import TrainConfig, architecture, quick, with_names
 from cllm_jax.training.data import held_out_rows, inputs_of
+from cllm_jax.training.held_out import HeldOut
 from cllm_jax.training.objectives import checked
 from cllm_jax.trajectories.clean import Cleaning
 from cllm_jax.trajectories.store import open_manifest
@@ -203,6 +204,27 @@ def test_the_plan_of_space_counts_its_states(tmp_path, monkeypatch, capsys):
     assert space == consistency == spans and len(space) == 3
     assert len(set(frozen) - set(space)) == 1 and set(space) < set(frozen)
     assert not set(space) & set(ar)
+
+
+def test_a_run_without_held_out_tests_needs_no_held_out_rows(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'mine.csv').write_text('prompt,answer\nQ1:,one\nQ2:,two\n')
+    base, data = model_directory(tmp_path / 'base'), tmp_path / 'mine.csv'
+    common = ('--stage', 'target', '--model', base, '--data', data, '--max-length', '64')
+    common += ('--steps', '0', '--batch', '8', '--root', tmp_path)
+    with pytest.raises(DataError, match='with --task: another file'):
+        call(monkeypatch, train, *common)
+    for every, told in (('500', 1), ('0', 'none')):
+        task = ('--held-out.every', every, '--task', 'sql', '--plan')
+        call(monkeypatch, train, *common, *task)
+        lines = [line for line in capsys.readouterr().out.splitlines() if 'held-out tests ' in line]
+        assert lines[-1].split()[-1] == str(told)
+    for again in ((), ('--on-collapse', 'warn')):  # which may change
+        call(monkeypatch, train, *common, '--held-out.every', '0', *again)
+    assert f'the last is in {tmp_path}/target/model' in capsys.readouterr().err
+    call(monkeypatch, export, '--root', tmp_path, '--runs', 'target')
+    told = (tmp_path / 'export/target/README.md').read_text()
+    assert 'those of step 0, the last.' in told and '| held-out test' not in told
+    assert not quick(TrainConfig(held_out=HeldOut(every=0))).held_out.every
 
 
 def test_refinement_starts_from_the_cllm_and_is_exported_in_its_place(tmp_path):
@@ -614,7 +636,7 @@ def test_a_mesh_that_one_device_cannot_be_is_refused(monkeypatch, tmp_path):
 OUT_OF_RANGE = {
     train: (
         'save-every 0', 'log-every 0', 'batch 0', 'batch -4', 'seed -1', 'steps -3', 'examples 0',
-        'held-out.every 0', 'held-out.prompts 0', 'held-out.max-tokens 0', 'held-out.block 0',
+        'held-out.every -1', 'held-out.prompts 0', 'held-out.max-tokens 0', 'held-out.block 0',
         'held-out.keep 0', 'new.heads 0', 'noise.windows -2', 'noise.fresh 7.0', 'noise.mask -2',
         'noise.corruption -1.0', 'noise.decay -3.0', 'cleaning.seed -1', 'cleaning.augment 5.0',
         'heads.ahead 0', 'heads.nodes 1', 'loss.local-weight -1.0', 'optimizer.warmup 3.0',

@@ -24,29 +24,33 @@ _HUMAN = ('human', 'user')
 _MODEL = ('gpt', 'chatgpt', 'assistant', 'bing', 'bard')
 
 
-def read_jsonl(path: str | Path) -> list[Example]:
+def read_jsonl(
+    path: str | Path, *, prompt: str = 'prompt', answer: str | None = None
+) -> list[Example]:
     """Rows `{"prompt": str, "answer": str, "id": str}`; answer (then '') and id are optional.
 
     A row may have `messages`, a chat, instead of both; its answer is the last message if that is
     the assistant's. An id may be a whole number too; ids must differ. Prompt and answer are used as
-    they stand.
+    they stand. Fields of other names can be asked for; such an `answer` is not optional, and ''
+    asks for none.
     """
     examples: list[Example] = []
     line_of: dict[str, int] = {}
     for row in rows(path):
-        prompt, answer = _prompt_and_answer(row)
+        texts = _prompt_and_answer(row, prompt, answer)
         name = f'jsonl-{row.number}'
         if 'id' in row.fields:
             name = str(row.fields['id']) if type(row.fields['id']) is int else row.text('id')
         if (first := line_of.setdefault(name, row.number)) != row.number:
             raise row.error(f'id {short(name)} is that of line {first} too; make it unique')
-        examples.append(Example(name, prompt, answer))
+        examples.append(Example(name, *texts))
     return examples
 
 
-def _prompt_and_answer(row: Row) -> tuple[Prompt, str]:
-    if 'messages' not in row.fields:
-        return row.text('prompt'), row.text('answer') if 'answer' in row.fields else ''
+def _prompt_and_answer(row: Row, prompt: str, answer: str | None) -> tuple[Prompt, str]:
+    if 'messages' not in row.fields or (prompt, answer) != ('prompt', None):
+        wanted = 'answer' if answer is None and 'answer' in row.fields else answer
+        return row.text(prompt), row.text(wanted) if wanted else ''
     for name in ('prompt', 'answer'):
         if name in row.fields:
             raise row.error(f"both 'messages' and {name!r}; a chat has its answer as a message")

@@ -82,20 +82,26 @@ class Row:
         return value
 
 
-def rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file with one object per line, numbered by line."""
+def lines(path: str | Path) -> Iterator[tuple[int, str, bytes]]:
+    """The lines of a file with their numbers and places, without a byte order mark."""
     # Unlike Path.expanduser this leaves an unknown user to be a missing file.
-    path, any_row = Path(os.path.expanduser(path)), False
+    path = Path(os.path.expanduser(path))
     with _opened(path) as file:
         for number in count(1):
             where = f'{path} line {number}'
             line = _read(file.readline, MAX_LINE, where)
             if not line:
                 break
-            line = line.removeprefix(_BOM if number == 1 else b'')
-            if line.strip():
-                any_row = True
-                yield Row(_json(line, where), where, number)
+            yield number, where, line.removeprefix(_BOM if number == 1 else b'')
+
+
+def rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a file with one object per line, numbered by line."""
+    any_row = False
+    for number, where, line in lines(path):
+        if line.strip():
+            any_row = True
+            yield Row(_json(line, where), where, number)
     if not any_row:
         raise DataError(f'{path}: only blank lines; every line must be a JSON object')
 
@@ -115,6 +121,15 @@ def expect_object(value: Any, where: str) -> None:
     """Raises DataError unless `value` is a JSON object."""
     if not isinstance(value, dict):
         raise DataError(f'{where}: {_kind(value)}; it must be a JSON object, {{"field": value}}')
+
+
+def utf8(data: bytes, where: str) -> str:
+    """The text of some bytes; DataError if they are not UTF-8."""
+    try:
+        return data.decode('utf-8')
+    except UnicodeDecodeError as error:
+        fault = f'not UTF-8 text (byte {error.start + 1}); convert the file to UTF-8'
+        raise DataError(f'{where}: {fault}') from None
 
 
 def short(value: Any) -> str:
@@ -161,9 +176,7 @@ def _read(method: Callable[[int], bytes], limit: int, where: str) -> bytes:
 
 def _json(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data.decode('utf-8'))
-    except UnicodeDecodeError as error:
-        fault = f'not UTF-8 text (byte {error.start + 1}); convert the file to UTF-8'
+        return json.loads(utf8(data, where))
     except json.JSONDecodeError as error:
         line = f'line {error.lineno} ' if error.lineno > 1 else ''
         fault = f'not JSON ({error.msg}, {line}column {error.colno}); mend it or remove it'

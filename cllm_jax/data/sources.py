@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 
-from cllm_jax.data import formats, tfds
+from cllm_jax.data import fields, formats, hub, tables, tfds
 from cllm_jax.data.chat import opening
 from cllm_jax.errors import ConfigError, DataError, did_you_mean
 from cllm_jax.tasks import arithmetic, grader, sql
@@ -49,20 +49,30 @@ class Source:
 class Format:
     """How a file is read and its answers are checked; `graded` is False where that says little.
 
-    A reader that `drops` rows takes a Counter as well, and counts them there by reason.
+    A reader that `drops` rows takes a Counter as well, and counts them there by reason. `options`
+    are what may be asked for after the path (`PATH?prompt=FIELD`), each an argument of the reader.
     """
 
     read: Callable[..., list[Example]]
     check: Check
     graded: bool = True
     drops: bool = False
+    options: Sequence[str] = ()
+
+
+def _table(read: Callable[..., list[Example]], options: Sequence[str] = fields.OPTIONS) -> Format:
+    return Format(read, grader.same_text, drops=True, options=options)
 
 
 # Modules with generate(index, *, seed, split) -> Example and check(example, text) -> bool.
 GENERATED: Mapping[str, ModuleType] = {'sql': sql, 'arithmetic': arithmetic}
 
 FORMATS: Mapping[str, Format] = {
-    'jsonl': Format(formats.read_jsonl, grader.same_text),
+    'jsonl': Format(formats.read_jsonl, grader.same_text, options=fields.OPTIONS),
+    'csv': _table(tables.read_csv),
+    'tsv': _table(partial(tables.read_csv, delimiter='\t')),
+    'parquet': _table(tables.read_parquet),
+    'hf': _table(hub.read_hf, hub.OPTIONS),
     'gsm8k': Format(formats.read_gsm8k, grader.same_number),
     'gsm8k-plain': Format(partial(formats.read_gsm8k, calculator_marks=False), grader.same_number),
     'wikisql': Format(formats.read_wikisql, grader.same_text),
@@ -70,8 +80,12 @@ FORMATS: Mapping[str, Format] = {
     'codesearchnet': Format(formats.read_codesearchnet, grader.same_text, graded=False),
     'sharegpt': Format(formats.read_sharegpt, grader.same_text, graded=False, drops=True),
     'sharegpt-chat': Format(formats.read_sharegpt_chat, grader.same_text, graded=False, drops=True),
-    'tfds': Format(tfds.read_spec, grader.same_text),
+    'tfds': Format(tfds.read_tfds, grader.same_text, options=tfds.OPTIONS),
 }
+
+SUFFIXES = {f'.{kind}{gz}': kind for kind in ('jsonl', 'csv', 'tsv') for gz in ('', '.gz')}
+SUFFIXES |= {'.parquet': 'parquet'}
+"""How the name of a file may end whose format need not be named."""
 
 
 def rows_fingerprint(source: Source) -> str:
@@ -90,8 +104,9 @@ def open_source(
     - `sql`, `arithmetic`: rows made on demand from (index, seed, split), `limit` of them (10,000
       if None). `sql+arithmetic` takes the tasks in turn; each is told apart by `meta['task']`.
     - `FORMAT:PATH` with a format of `FORMATS`, such as `gsm8k:train.jsonl.gz`; a bare path that
-      ends in .jsonl or .jsonl.gz is `jsonl:PATH`.
-    - `tfds:NAME?split=train&data_dir=DIR&prompt=FIELD&answer=FIELD`, see `tfds.read_spec`.
+      ends like one of `SUFFIXES` has that format.
+    - Formats with options take them after the path: `mine.csv?prompt=FIELD&answer=FIELD`,
+      `hf:OWNER/NAME?split=train`, `tfds:NAME?data_dir=DIR`; see their readers.
 
     Of a file, split 'heldout' has the rows whose prompt's sha256 is divisible by 20 (of a chat what
     is before its first answer) and 'train' the others, so no prompt is in both; a spec that ends in
@@ -113,8 +128,10 @@ def open_source(
         made = _Generated(tuple(names), split, seed, DEFAULT_LIMIT if limit is None else limit)
         return Source(spec, made, made.check)
     kind, path = _kind_and_path(spec)
-    form, dropped = FORMATS[kind], Counter()
-    rows = form.read(path, dropped) if form.drops else form.read(path)
+    form, dropped, options = FORMATS[kind], Counter(), {}
+    if form.options:
+        path, options = fields.read_options(path, form.options)
+    rows = form.read(path, *[dropped] * form.drops, **options)
     if spec == plain:
         rows = _of_split(rows, split, spec)
     if limit is not None and limit < len(rows):
@@ -152,12 +169,13 @@ def _kind_and_path(spec: str) -> tuple[str, str]:
         if not path:
             raise ConfigError(f'{spec!r} names no file; write {kind + ":PATH"!r}')
         return kind, path
-    if file.endswith(('.jsonl', '.jsonl.gz')) and (not path or '/' in kind):
-        return 'jsonl', file
+    bare = fields.without_options(file)
+    if bare.endswith(tuple(SUFFIXES)) and (':' not in bare or '/' in kind):
+        return next(SUFFIXES[s] for s in SUFFIXES if bare.endswith(s)), file
     tasks = [*GENERATED, '+'.join(GENERATED)]
     hint = f'{did_you_mean(kind, [*tasks, *FORMATS])} a dataset is {", ".join(tasks)}'.lstrip()
     raise ConfigError(
-        f'dataset {spec!r} is unknown; {hint}, a path ending in .jsonl or .jsonl.gz, or '
+        f'dataset {spec!r} is unknown; {hint}, a path ending in {", ".join(SUFFIXES)}, or '
         f'FORMAT:PATH with FORMAT one of {", ".join(FORMATS)}'
     )
 
@@ -166,10 +184,16 @@ def _of_split(rows: list[Example], split: Split, spec: str) -> list[Example]:
     heldout = holds_out(split)
     kept = [row for row in rows if (_digest(opening(row.prompt)) % HELDOUT_ONE_IN == 0) == heldout]
     if not kept:
-        trained = ', also those that are trained on' if heldout else ''
-        raise DataError(
+        fault = (
             f'{spec}: none of its {len(rows)} rows is in split {split!r} (1 in {HELDOUT_ONE_IN} '
-            f"is held out); name another file, or write '{spec}#all' to use every row{trained}"
+        )
+        if heldout:
+            raise DataError(
+                f'{fault}is, for tests); name the rows of tests with --task: another file, or '
+                f"'{spec}#all' for all of these, also those that are trained on"
+            )
+        raise DataError(
+            f"{fault}is held out); name another file, or write '{spec}#all' to use every row"
         )
     return kept
 

@@ -7,7 +7,6 @@ downloaded or prepared: the dataset must be on disk.
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 from cllm_jax.errors import ConfigError, DataError, no_such, one_line
 from cllm_jax.tasks.example import Example
@@ -27,13 +26,13 @@ def read_tfds(
     `name` is a TFDS name (`ds`, `ds/config`, `ds:1.0.0`) prepared under `data_dir` (None: TFDS'
     own directory), or the path of a version directory, the one with dataset_info.json. `split` is
     any split TFDS knows, slices included (`train[:10%]`). `prompt` and `answer` name the fields;
-    with `answer` None, answers are ''.
+    without `answer` (None or ''), answers are ''.
 
     Raises DataError if the dataset is absent, damaged, not array_record, or has no such split or
     field, or if a field is not UTF-8 text; ConfigError if tensorflow-datasets is not installed.
     """
     builder = _builder(name, data_dir)
-    fields = [prompt] if answer is None else [prompt, answer]
+    fields = [prompt, answer] if answer else [prompt]
     known = list(builder.info.features)
     for field in fields:
         if field not in known:
@@ -58,22 +57,6 @@ def read_tfds(
     if not examples:
         raise DataError(f'{name}: split {split!r} has no rows; choose another')
     return examples
-
-
-def read_spec(spec: str) -> list[Example]:
-    """`read_tfds` from `NAME?split=train&data_dir=DIR&prompt=FIELD&answer=FIELD`, percent-encoded.
-
-    Every option may be left out; `answer=` without a value means no answers.
-    """
-    name, _, query = spec.partition('?')
-    options: dict[str, str | None] = {}
-    for option, value in parse_qsl(query, keep_blank_values=True):
-        if option not in OPTIONS:
-            raise ConfigError(f'tfds:{spec}: {no_such("option", option, OPTIONS)}')
-        if not value and option != 'answer':
-            raise ConfigError(f'tfds:{spec}: option {option!r} is empty; leave it out or set it')
-        options[option] = value or None
-    return read_tfds(name, **options)
 
 
 def _builder(name: str, data_dir: str | Path | None) -> Any:

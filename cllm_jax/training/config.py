@@ -108,6 +108,9 @@ class TrainConfig:
     """Which trajectories are left out."""
     held_out: HeldOut = HeldOut()
     """The test that chooses the checkpoint."""
+    on_collapse: Literal['stop', 'warn'] = 'stop'
+    """Whether a run ends when two tests in a row find that the model collapsed; that of a new model
+    never does. A run that has ended so goes on with the other."""
     remat: bool = False
     """Compute each layer again in the backward pass instead of keeping its activations."""
     mesh: MeshConfig = MeshConfig()
@@ -131,10 +134,13 @@ def quick(settings: TrainConfig) -> TrainConfig:
         save_every=3,
         log_every=2,
         optimizer=dataclasses.replace(settings.optimizer, accumulate=1),
+        on_collapse='warn',
         # After six steps no answer is right, and few end.
         cleaning=Cleaning(repetitive=False, truncated=False),
         new=dataclasses.replace(settings.new, dim=16 * settings.new.heads, layers=2, mlp_dim=128),
-        held_out=dataclasses.replace(settings.held_out, every=3, prompts=4, max_tokens=48),
+        held_out=dataclasses.replace(
+            settings.held_out, every=settings.held_out.every and 3, prompts=4, max_tokens=48
+        ),
     )
 
 

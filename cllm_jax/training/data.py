@@ -31,7 +31,7 @@ from cllm_jax.runtime.processes import barrier, is_main
 from cllm_jax.tasks.example import Example
 from cllm_jax.training.config import TrainConfig, architecture
 from cllm_jax.training.objectives import objective_of
-from cllm_jax.trajectories.clean import clean
+from cllm_jax.trajectories.clean import clean, cut_warning
 from cllm_jax.trajectories.collector import encode_rows
 from cllm_jax.trajectories.store import read_manifest, read_records
 
@@ -104,8 +104,8 @@ def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) 
     Raises ConfigError if it was made with another tokenizer, DataError for ids outside the table.
     """
     directory = Path(settings.data)
-    made_with = read_manifest(directory)['identity'].get('tokenizer')
-    if not same_tokenizer(made_with, model.tokenizer):
+    made_with = read_manifest(directory)['identity']
+    if not same_tokenizer(made_with.get('tokenizer'), model.tokenizer):
         raise ConfigError(
             f'{directory}: collected with another tokenizer than that of {model.source}; '
             'collect again with this model'
@@ -116,6 +116,10 @@ def trajectory_samples(settings: TrainConfig, model: Model, listener: Listener) 
             for ids in (one.prompt, one.answer, one.states):
                 check_ids(model, ids, f'{directory}: record {one.id}: ', DataError)
     listener.note('trajectories: ' + ', '.join(f'{v} {k}' for k, v in sorted(counts.items())))
+    limit, total = made_with.get('max_tokens', 0), counts.total() - counts['augmented states']
+    cut = (directory, counts['truncated'], total, limit, model.config.max_positions)
+    if warning := cut_warning(*cut):
+        listener.note(warning)
     return kept
 
 
@@ -155,8 +159,8 @@ def text_samples(
     return kept
 
 
-def held_out_rows(settings: TrainConfig) -> Source:
-    """The rows of the held-out tests; ConfigError if there is nothing to learn, either."""
+def held_out_rows(settings: TrainConfig) -> Source | None:
+    """The rows of the held-out tests, None if there are none; ConfigError for nothing to learn."""
     test, objective = settings.held_out, objective_of(settings)
     name = objective.dataset
     dataset = getattr(settings, name)
@@ -164,6 +168,8 @@ def held_out_rows(settings: TrainConfig) -> Source:
         raise ConfigError(
             f'objective {settings.objective!r} without {name}; name a dataset, such as {name}: sql'
         )
+    if not test.every:
+        return None
     task = settings.task or dataset or read_manifest(Path(settings.data))['identity']['data']
     return open_source(task, split='heldout', seed=test.seed, limit=test.prompts)
 

@@ -22,6 +22,10 @@ from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
 
 COLLAPSE = 0.2
 """Share of the held-out answers by which repetition may grow before a warning."""
+OTHERS = 0.1
+"""Agreement with the model before training below which answers are others altogether."""
+ALARMED = -0.5
+"""Score of a test with an alarm: below every other, above that of no test."""
 SLOTS = (1, 4, 8)
 """Slots of a draft whose conditional acceptance is logged."""
 
@@ -35,7 +39,7 @@ class HeldOut:
     """
 
     every: int = 500
-    """Steps between two tests."""
+    """Steps between two tests; 0 for none, and no held-out rows: the last state is kept."""
     prompts: int = 64
     """Held-out prompts per test."""
     seed: int = 1000
@@ -53,7 +57,7 @@ class HeldOut:
     """How many of the best are kept; the best one in RUN/model, all of them in RUN/best/STEP."""
 
     def __post_init__(self):
-        at_least(self, every=1, prompts=1, max_tokens=1, keep=1)
+        at_least(self, every=0, prompts=1, max_tokens=1, keep=1)
         check_seed(self)
         Jacobi(self.block)  # checks it
 
@@ -104,19 +108,25 @@ def score(found: dict, first_quality: float, faster: bool, judged: bool, test: H
     return found['loop_free_tokens_per_forward'] * (1 - lost) ** 20
 
 
-def alarm(found: dict, reference: dict) -> str | None:
-    """What a held-out test says about collapse, for one that repeats itself far more than at first.
+def alarm(found: dict, reference: dict, faster: bool, test: HeldOut) -> str | None:
+    """What a held-out test says of collapse, if it finds any.
 
-    Consistency training on bad trajectories can end in a model that repeats a few tokens, whose
-    loss and tokens/forward look excellent.
+    That is a model that repeats itself far more than before training; or, where the same answers
+    are wanted in fewer forwards, one with other and worse answers. Consistency training on bad
+    trajectories can end in such a model, whose loss and tokens/forward look excellent.
     """
-    if found['repetitive'] <= reference['repetitive'] + COLLAPSE:
-        return None
-    return (
-        f'{found["repetitive"]:.0%} of the held-out answers repeat themselves, '
-        f'{reference["repetitive"]:.0%} before training: the model may be collapsing; the best one '
-        'so far is kept, clean the trajectories or raise loss.ar_weight'
-    )
+    if found['repetitive'] > reference['repetitive'] + COLLAPSE:
+        return (
+            f'{found["repetitive"]:.0%} of the held-out answers repeat themselves, '
+            f'{reference["repetitive"]:.0%} before training'
+        )
+    worse = found['quality'] < reference['quality'] - test.tolerance
+    if faster and worse and found['agreement'] < OTHERS:
+        return (
+            f'{found["agreement"]:.0%} of the held-out answers are as before training, and their '
+            f'quality is {found["quality"]:.0%}, {reference["quality"]:.0%} before'
+        )
+    return None
 
 
 def write_trained(directory: Path, trained: Trained) -> None:

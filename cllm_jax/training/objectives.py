@@ -15,6 +15,7 @@ from cllm_jax.training.objective import (
     LearnTexts,
     Objective,
 )
+from cllm_jax.training.optimizer import with_usual
 
 TO_FIXED_POINTS = tuple(f'loss.{name}_weight' for name in ('global', 'local', 'forced', 'frozen'))
 OF_STATES = (*TO_FIXED_POINTS, 'loss.state_weight')
@@ -50,7 +51,9 @@ def objective_of(settings: TrainConfig) -> Objective:
 
 
 def checked(settings: TrainConfig) -> TrainConfig:
-    """The settings with the losses that the objective has; the tiny version of them if `quick`.
+    """The settings with the losses that the objective has, and a learning rate.
+
+    The tiny version of them if `quick`.
 
     Raises:
       ConfigError: a setting says something and would do nothing, or settings are wrong together.
@@ -64,7 +67,12 @@ def checked(settings: TrainConfig) -> TrainConfig:
     for wrong, message in objective.refused(settings):
         if wrong:
             raise ConfigError(message)
-    settings = dataclasses.replace(settings, loss=objective.loss_weights(settings))
+    knows = settings.model != 'new' and objective.trains_model(settings)
+    settings = dataclasses.replace(
+        settings,
+        loss=objective.loss_weights(settings),
+        optimizer=with_usual(settings.optimizer, 'pretrained' if knows else 'new'),
+    )
     if settings.quick:
         settings = quick(settings)
     batch, accumulate = settings.batch, settings.optimizer.accumulate

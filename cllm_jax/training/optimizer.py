@@ -16,9 +16,10 @@ class OptimizerConfig:
 
     kind: Literal['adamw', 'muon'] = 'adamw'
     """Muon orthogonalises the updates of matrices; norms and embeddings stay with AdamW."""
-    learning_rate: float = 1.0e-3
-    warmup: float = 0.03
-    """Share of the steps in which the learning rate rises."""
+    learning_rate: float | None = None
+    """Its peak. By default that of the kind and of what is trained (docs/training.md)."""
+    warmup: float | None = None
+    """Share of the steps in which the learning rate rises. By default that of what is trained."""
     final: float = 0.1
     """Learning rate at the end, as a share of its peak."""
     beta1: float = 0.9
@@ -37,6 +38,30 @@ class OptimizerConfig:
                 raise ConfigError(f'{name} {getattr(self, name)}: must be from 0 to below 1')
         if not self.clip > 0:
             raise ConfigError(f'clip {self.clip}: must be above 0; 1e9 clips nothing')
+
+
+USUAL = {
+    ('new', 'adamw'): (1.0e-3, 0.03),
+    ('new', 'muon'): (2.0e-3, 0.03),
+    ('pretrained', 'adamw'): (2.0e-5, 0.1),
+    ('pretrained', 'muon'): (4.0e-5, 0.1),
+}
+"""Learning rate and warm-up where none are named, by what is trained and the optimiser's kind.
+
+New is a model or a drafter that starts from random weights, pretrained all of any other model. 2e-5
+is the rate of the CLLM paper (arXiv 2403.00835) and usual for fine-tuning; one that suits a new
+model makes another forget. Muon's are twice as large, as in the recipes here.
+"""
+
+
+def with_usual(config: OptimizerConfig, trained: str = 'new') -> OptimizerConfig:
+    """The same with the usual values of what is `trained` where none are named."""
+    rate, warmup = USUAL[trained, config.kind]
+    return dataclasses.replace(
+        config,
+        learning_rate=rate if config.learning_rate is None else config.learning_rate,
+        warmup=warmup if config.warmup is None else config.warmup,
+    )
 
 
 def matrices(params: Any) -> Any:
@@ -58,8 +83,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Clipped AdamW or Muon; an update with NaN or Inf is skipped and counted in the state.
 
     Muon (arXiv 2502.16982) is scaled to AdamW's update size, so one learning rate serves both the
-    matrices and the rest.
+    matrices and the rest. What a config leaves open is as for a new model.
     """
+    config = with_usual(config)
     peak, warmup = config.learning_rate, int(config.warmup * steps)
     betas, decay = (config.beta1, config.beta2), config.weight_decay
     schedule = optax.warmup_cosine_decay_schedule(

@@ -22,7 +22,14 @@ from cllm_jax.runtime.processes import is_main
 from cllm_jax.runtime.sharding import place_batch, rows_here
 from cllm_jax.training.checkpoint import Checkpoints, open_checkpoints, restore, save
 from cllm_jax.training.config import TrainConfig
-from cllm_jax.training.held_out import alarm, held_out_test, keep_the_best, score
+from cllm_jax.training.held_out import (
+    ALARMED,
+    Trained,
+    alarm,
+    held_out_test,
+    keep_the_best,
+    score,
+)
 from cllm_jax.training.objective import Learner
 from cllm_jax.training.optimizer import make_optimizer
 from cllm_jax.training.packing import Samples, batches
@@ -30,13 +37,15 @@ from cllm_jax.training.step import TrainState, make_step, new_state, state_place
 
 MAX_SKIPPED = 20
 """Updates in a row that may be left out, for NaN or Inf, before a run ends."""
+ALARMS = 2
+"""Held-out tests in a row that find a collapsed model before a run ends."""
 
 
 def train(
     directory: Path,
     learner: Learner,
     samples: Samples,
-    source: Source,
+    source: Source | None,
     settings: TrainConfig,
     report: Callable[[dict], None] = lambda record: None,
     note: Callable[[str], None] = lambda text: None,
@@ -44,13 +53,14 @@ def train(
     """Train until `settings.steps`, continuing from the newest checkpoint in `directory`.
 
     The best model by the score of the held-out prompts of `source` is kept in `directory/model`, or
-    a drafter in `directory/drafter`. Every number is a function of the step, so an interrupted run
-    ends with the metrics of an uninterrupted one. `report` gets each line of them, `note` warnings.
+    a drafter in `directory/drafter`; the last one where `source` is None. Every number is a
+    function of the step, so an interrupted run ends with the metrics of an uninterrupted one.
+    `report` gets each line of them, `note` warnings.
 
     Raises:
       DataError: the run was begun, but its checkpoints are damaged or gone; nothing is replaced.
       NumericalError: too many updates in a row were not finite (`_is_sound`); no checkpoint is
-        overwritten.
+        overwritten. Or the model collapsed, in this call or before (`on_collapse`).
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     log = directory / 'metrics.jsonl'
@@ -59,24 +69,29 @@ def train(
         raise _lost(directory)
     for kept in ('model', 'drafter') if is_main() else ():
         recover_replacement(directory / kept)
+    ended = [m['step'] for m in read_metrics(log) if 'collapsed' in m]
+    if ended and settings.on_collapse == 'stop':
+        raise _collapsed(directory, ended[-1], 'this run ended here before')
     optimizer, mesh = make_optimizer(settings.optimizer, settings.steps), learner.mesh
     shardings = mesh and state_places(optimizer, learner.axes, learner.params, mesh)
     state = new_state(optimizer, learner.params, shardings)
-    reference = held_out_test(learner.trained(learner.params), source, settings.held_out, None)
+    reference = {}
+    if source is not None:
+        reference = held_out_test(learner.trained(learner.params), source, settings.held_out, None)
     step_fn = make_step(learner.loss, optimizer, settings.optimizer.accumulate, shardings)
     run = _Run(directory, learner, samples, source, settings, reference, report, note)
     with open_checkpoints(directory / 'checkpoints', note) as checkpoints, _stop_signals() as stop:
         state, progress = _begin_or_restore(run, checkpoints, state)
         there = any((directory / name).is_dir() for name in ('model', 'drafter'))
         there = multihost_utils.broadcast_one_to_all(np.asarray(there))  # as their writer sees it
-        if lost := progress['best'] >= 0 and not there:
+        if lost := progress['best'] > -1 and not there:
             note(f'{directory}: what was kept is gone; the next test keeps what it finds')
             progress['best'] = -1.0
         with open_logs(settings.log, directory, to_json(settings), note) as also:
             run = dataclasses.replace(run, also=also)
             # No steps: the model as it is, in the form of a run.
             if settings.steps == 0 or (lost and int(state.step) == settings.steps):
-                _test_and_keep(run, state, progress)
+                _test_and_keep(run, state, progress | {'alarms': 0})  # the last test, once more
             if int(state.step) < settings.steps:
                 _iterate(run, step_fn, checkpoints, stop, state, progress)
 
@@ -88,10 +103,10 @@ class _Run:
     directory: Path
     learner: Learner
     samples: Samples
-    source: Source
+    source: Source | None
     settings: TrainConfig
     reference: dict
-    """The held-out test before training."""
+    """The held-out test before training; empty if there are no tests."""
     report: Callable[[dict], None]
     note: Callable[[str], None]
     also: Callable[[dict], None] = lambda line: None
@@ -115,6 +130,17 @@ def _lost(directory: Path) -> DataError:
     return DataError(f'{directory}: {fault}: move or remove it to begin again')
 
 
+def _collapsed(directory: Path, step: int, why: str) -> NumericalError:
+    scores = [m.get('held_out_score', ALARMED) for m in read_metrics(directory / 'metrics.jsonl')]
+    kept = 'model' if (directory / 'model').is_dir() else 'drafter'
+    best = f'the best one is in {directory / kept}' if max(scores) > ALARMED else 'none was sound'
+    return NumericalError(
+        f'step {step}: {why}: {ALARMS} held-out tests in a row found that the model collapsed, and '
+        f'{best}; begin another run (--root) with a lower optimizer.learning_rate, cleaner '
+        'trajectories or a higher loss.ar_weight, or go on in this one with --on-collapse warn'
+    )
+
+
 def _begin_or_restore(
     run: _Run, checkpoints: Checkpoints, state: TrainState
 ) -> tuple[TrainState, dict]:
@@ -129,8 +155,9 @@ def _begin_or_restore(
         raise _lost(run.directory)
     if is_main():
         rewind_metrics(run.log, -1)
-    run.record(0, {k: v for k, v in run.reference.items() if k != 'tokens'})
-    return state, {'first_quality': run.reference['quality'], 'best': -1.0}
+    if run.reference:
+        run.record(0, {k: v for k, v in run.reference.items() if k != 'tokens'})
+    return state, {'first_quality': run.reference.get('quality', 0.0), 'best': -1.0}
 
 
 def _iterate(
@@ -151,7 +178,8 @@ def _iterate(
         state, metrics = step_fn(state, placed, run.learner.frozen)
         tokens += (placed.segment_BT >= 0).sum()
         step += 1
-        tested = step % settings.held_out.every == 0 or step == settings.steps
+        every = settings.held_out.every or settings.steps
+        tested = step % every == 0 or step == settings.steps
         if step % settings.log_every == 0 or tested:
             numbers = {k: round(float(v), 6) for k, v in metrics.items()}
             speed = int(tokens) / (time.perf_counter() - begin)
@@ -189,16 +217,37 @@ def _is_sound(run: _Run, step: int, metrics: dict) -> bool:
 
 def _test_and_keep(run: _Run, state: TrainState, progress: dict) -> None:
     """Test on held-out prompts, and keep what was trained if none so far is better."""
-    step, test, first_quality = int(state.step), run.settings.held_out, progress['first_quality']
+    step, test = int(state.step), run.settings.held_out
     trained = run.learner.trained(jax.tree.map(jnp.copy, state.params))
+    # Of equals the later one is kept.
+    best = 0.0 if run.source is None else _test(run, trained, step, progress)
+    keep_the_best(run.directory, trained, step, best, progress, test.keep)
+
+
+def _test(run: _Run, trained: Trained, step: int, progress: dict) -> float:
+    """The score of what was trained on held-out prompts; logs the test."""
+    test, first_quality = run.settings.held_out, progress['first_quality']
     found = held_out_test(trained, run.source, test, run.reference['tokens'])
     judged = run.source.checkable and test.quality == 'check'
     found['score'] = score(found, first_quality, run.learner.faster, judged, test)
+    why = alarm(found, run.reference, run.learner.faster, test)
+    # A new model says anything at first: it has nothing to lose.
+    collapsed = why is not None and run.settings.model != 'new'
+    if collapsed:
+        found['score'] = ALARMED
     numbers = {k: round(float(v), 6) for k, v in found.items() if k != 'tokens'}
     run.record(step, {f'held_out_{k}': v for k, v in numbers.items()})
-    if warning := alarm(found, run.reference):
-        run.note(f'warning: step {step}: {warning}')
-    keep_the_best(run.directory, trained, step, found['score'], progress, test.keep)
+    progress['alarms'] = progress.get('alarms', 0) + 1 if collapsed else 0
+    if progress['alarms'] >= ALARMS and run.settings.on_collapse == 'stop':
+        # Nothing is saved, and the log keeps the same command from coming here again.
+        run.record(step, {'collapsed': ALARMS})
+        raise _collapsed(run.directory, step, why)
+    if why:
+        run.note(
+            f'warning: step {step}: {why}: the model may be collapsing; the best one so far is '
+            'kept, clean the trajectories or raise loss.ar_weight'
+        )
+    return found['score']
 
 
 @contextmanager

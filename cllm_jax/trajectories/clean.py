@@ -7,12 +7,16 @@ report it, and its authors advise to clean). What is done depends on the records
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.errors import at_least, shares
 from cllm_jax.tasks.quality import is_repetitive
+
+MANY_CUT = 0.2
+"""Share of answers that may be cut before a warning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,27 @@ def clean(records: Iterable[Trajectory], rules: Cleaning) -> tuple[list[Trajecto
             counts['kept'] += 1
             kept.append(augment(record, rules, counts) if rules.augment else record)
     return kept, counts
+
+
+def cut_warning(
+    directory: Path, cut: int, total: int, max_tokens: int, positions: int
+) -> str | None:
+    """What to say of a collection in which many answers did not end within `max_tokens`.
+
+    How long they would have become is not known: twice as long, or half of the model's positions,
+    is what is tried next.
+    """
+    if cut <= MANY_CUT * total:
+        return None
+    longer = min(2 * max_tokens, positions // 2)
+    remedy = f'collect again with --max-tokens {longer}, after removing {directory} or with --out'
+    if longer <= max_tokens:
+        remedy = f'the model has {positions} positions; choose prompts with shorter answers'
+    if cut == total:
+        remedy += '; a model that ends no answer has to learn it first (steps of stage target)'
+    return (
+        f'warning: {cut} of {total} answers were cut, --max-tokens {max_tokens} is short: {remedy}'
+    )
 
 
 def augment(record: Trajectory, rules: Cleaning, counts: Counter) -> Trajectory:

@@ -63,8 +63,14 @@ def test_split_of_a_file_is_by_prompt(rows):
 def test_split_that_is_empty_is_refused(tmp_path):
     path = tmp_path / 'one.jsonl'
     path.write_text('{"prompt": "a"}')
-    with pytest.raises(DataError, match=r"split 'heldout'.*#all"):
+    said = rf"split 'heldout'.*with --task: another file, or '{path}#all'.*trained on"
+    with pytest.raises(DataError, match=said):
         open_source(str(path), split='heldout')
+    assert len(open_source(f'{path}#all', split='heldout')) == 1
+    path.write_text('{"prompt": "p17"}')
+    with pytest.raises(DataError, match=rf"split 'train' .*or write '{path}#all'") as caught:
+        open_source(str(path))
+    assert '--task' not in str(caught.value)
 
 
 def test_limit_is_a_nested_choice_by_seed(rows):

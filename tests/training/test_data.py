@@ -16,6 +16,7 @@ from cllm_jax.hf.write import write_model
 from cllm_jax.training.config import NewModel, TrainConfig, with_names
 from cllm_jax.training.data import prepare, trained_on_too, trajectory_samples
 from cllm_jax.training.packing import SORT_WINDOW, make_batch
+from cllm_jax.trajectories.clean import Cleaning
 from cllm_jax.trajectories.collector import collect
 from cllm_jax.trajectories.store import finish, open_manifest, write_shard
 from tests.tiny import chat_model, larger_tokenizer, model_directory
@@ -38,6 +39,24 @@ def test_trajectories_of_another_tokenizer_are_refused(tmp_path):
     other = train_tokenizer(['some other text'] * 9, len(MODEL.tokenizer))
     with pytest.raises(ConfigError, match='another tokenizer'):
         trajectory_samples(settings, dataclasses.replace(MODEL, tokenizer=other), console)
+
+
+def test_a_collection_of_cut_answers_says_that_its_limit_was_short(tmp_path, capsys):
+    known = identity() | {'block': 4, 'tokenizer': tokenizer_fingerprint(MODEL.tokenizer)}
+    tokens, guesses = [4, 5, 6, 7, 8], [[9] * 4]
+    records = [trajectory(tokens, guesses, id=f'{i}', finished=i > 2) for i in range(10)]
+    for name, rows in (('many', records), ('few', records[2:])):
+        manifest = open_manifest(tmp_path / name, known, 1, [0])
+        write_shard(tmp_path / name, manifest, 0, rows, {})
+        finish(tmp_path / name)
+        rules = Cleaning(augment=1.0)  # what it adds is not an answer
+        trajectory_samples(TrainConfig(data=str(tmp_path / name), cleaning=rules), MODEL, Console())
+    limit, said = SETTINGS.max_tokens, capsys.readouterr().err
+    assert f'3 of 10 answers were cut, --max-tokens {limit} is short: collect' in said
+    assert '7 augmented states' in said and said.count('were cut') == 1
+    rules = Cleaning(truncated=False)  # asked for
+    trajectory_samples(TrainConfig(data=str(tmp_path / 'many'), cleaning=rules), MODEL, Console())
+    assert 'were cut' not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('field', ['prompt', 'answer', 'states'])

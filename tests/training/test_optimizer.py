@@ -1,15 +1,63 @@
 """Which parameters are updated how."""
 
+import dataclasses
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cllm_jax.training.optimizer import OptimizerConfig, decayed, make_optimizer
+from cllm_jax.drafters.trained import HeadsConfig
+from cllm_jax.runs.recipe import from_mapping, to_json
+from cllm_jax.training.config import TrainConfig
+from cllm_jax.training.drafter_objective import LearnDrafter
+from cllm_jax.training.objectives import OBJECTIVES, checked
+from cllm_jax.training.optimizer import USUAL, OptimizerConfig, decayed, make_optimizer
 from tests.tiny import BIASES, shapes, tiny_config
 from tests.tiny_training import params_of
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_what_no_setting_names_follows_what_is_trained(kind):
+    """And is noted in a run, which goes on with it; what is named stays, be it nothing."""
+    models = {
+        'new': 'new',
+        '': 'pretrained',
+        'owner/name': 'pretrained',
+        'runs/x/target': 'pretrained',
+    }
+    joint = HeadsConfig(joint=True)
+    for name, objective in OBJECTIVES.items():
+        for model, trained in models.items():
+            alone = isinstance(objective, LearnDrafter)
+            for heads in (HeadsConfig(), joint) if alone else (HeadsConfig(),):
+                expected = 'new' if alone and heads is not joint else trained
+                one = OptimizerConfig(kind=kind)
+                settings = TrainConfig(objective=name, model=model, heads=heads, optimizer=one)
+                found = checked(settings).optimizer
+                assert (found.learning_rate, found.warmup) == USUAL[expected, kind], (name, model)
+                noted = from_mapping(OptimizerConfig, to_json(found), 'noted')
+                again = dataclasses.replace(settings, optimizer=noted)
+                assert checked(again).optimizer == noted == found
+                named = OptimizerConfig(kind=kind, learning_rate=0.0, warmup=0.0)
+                settings = dataclasses.replace(settings, optimizer=named)
+                assert checked(settings).optimizer == named
+    assert all(USUAL['pretrained', k][0] <= USUAL['new', k][0] / 50 for k in ('adamw', 'muon'))
+
+
+def test_the_documentation_has_the_table_of_usual_values():
+    text = (Path(__file__).parents[2] / 'docs/training.md').read_text()
+    rows = re.findall(
+        r'^\| (new|pretrained)\b.*?\| ([\d.e-]+) \| ([\d.e-]+) \| ([\d.]+) \|', text, re.M
+    )
+    told = {}
+    for trained, adamw, muon, warmup in rows:
+        told[trained, 'adamw'] = float(adamw), float(warmup)
+        told[trained, 'muon'] = float(muon), float(warmup)
+    assert told == USUAL
 
 
 def test_vectors_do_not_decay(mixed_dtypes):

@@ -1,8 +1,10 @@
 """Every record is kept or counted, and corrections are what the augmentation says."""
 
+from pathlib import Path
+
 import numpy as np
 
-from cllm_jax.trajectories.clean import Cleaning, clean
+from cllm_jax.trajectories.clean import Cleaning, clean, cut_warning
 from tests.trajectories.examples import trajectory
 
 RECORDS = [
@@ -26,6 +28,18 @@ def test_cleaning_counts_every_record():
     assert kept(wrong=True) == (['right', 'unknown'], left_out | {'kept': 2, 'wrong': 1})
     everything = ['right', 'unknown', 'wrong', 'cut', 'loop']
     assert kept(repetitive=False, truncated=False) == (everything, {'kept': 5, 'no states': 1})
+
+
+def test_many_cut_answers_are_reported_with_a_longer_limit():
+    def said(cut, total=24, limit=128, positions=2048):
+        return cut_warning(Path('runs/x'), cut, total, limit, positions)
+
+    assert said(0) is said(4) is said(0, 0) is None
+    text = '22 of 24 answers were cut, --max-tokens 128 is short: collect again with --max-tokens '
+    assert text + '256, after removing runs/x or with --out' in said(22)
+    assert '--max-tokens 200,' in said(5, positions=400)  # at most half of the positions
+    assert 'the model has 200 positions; choose' in said(5, positions=200)
+    assert 'stage target' in said(24) and 'stage target' not in said(23)
 
 
 def test_augmented_states_correct_some_wrong_guesses_but_not_the_first():
