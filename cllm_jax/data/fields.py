@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from cllm_jax.data.json_rows import short
-from cllm_jax.errors import ConfigError, DataError, no_such
+from cllm_jax.errors import ConfigError, DataError, no_such, one_line
 from cllm_jax.tasks.example import Example
 
 OPTIONS = ('prompt', 'answer')
@@ -57,7 +57,7 @@ def chosen_fields(
     fields = [prompt, answer] if answer else [prompt]
     for field in fields:
         if field not in names:
-            hint = no_such('field', field, names)
+            hint = one_line(no_such('field', field, names))
             raise DataError(f'{where}: {hint}; ?prompt= and answer= after the name choose fields')
         if names.count(field) > 1:
             raise DataError(f'{where}: two fields are called {short(field)}; rename one')

@@ -43,10 +43,13 @@ def read_hf(
         if getattr(kind := found.features[field], 'dtype', None) not in ('string', 'large_string'):
             kind = getattr(kind, 'dtype', None) or type(kind).__name__
             raise DataError(f'{name}: field {short(field)} is {kind}; only text fields can be used')
-    batches = found.select_columns(fields).iter(1000)
-    rows = (row for batch in batches for row in zip(*(batch[f] for f in fields), strict=True))
     dropped = Counter() if dropped is None else dropped
     try:
+        found = found.select_columns(fields)
+        # Its file is mapped into memory, where an offset that is wrong would end the process.
+        found.data.validate(full=True)
+        columns = ([batch[field] for field in fields] for batch in found.iter(1000))
+        rows = (row for batch in columns for row in zip(*batch, strict=True))
         return examples_of('hf', enumerate(rows, 1), fields, name, dropped)
     except (OSError, ValueError) as error:  # Arrow's errors are among them
         fault = f'cannot be read ({one_line(error, 120)}); write or download it again'

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import struct
 
 import pyarrow as pa
 import pytest
@@ -56,6 +57,8 @@ def test_a_local_copy_is_read_by_split_and_field(saved, form, monkeypatch):
     assert pairs == list(zip(ROWS['question'][100:], ROWS['response'][100:], strict=True))
     assert [r.id for r in rows] == [f'hf-{i}' for i in range(1, 21)]
     monkeypatch.chdir(saved)
+    turned = open_source(f'hf:{form}?prompt=response&answer=question&split=test#all').rows
+    assert [(r.answer, r.prompt) for r in turned] == pairs
     assert len(open_source(f'hf:./{form}?{ASKED}#all')) == 100  # train
     train = open_source(f'hf:{form}?{ASKED}')
     heldout = open_source(f'hf:{form}?{ASKED}', split='heldout')
@@ -140,9 +143,16 @@ def test_damaged_copies_are_refused(saved, tmp_path, damage):
     with pytest.raises(DataError, match='cannot be') as caught:
         open_source(f'hf:{tmp_path}/copy?prompt=question')
     assert '\n' not in str(caught.value)
+    datasets.Dataset.from_dict({'prompt': ['abc', 'de']}).save_to_disk(tmp_path / 'far')
+    (shard,) = (tmp_path / 'far').glob('*.arrow')
+    data = shard.read_bytes()
+    shard.unlink()  # it is mapped
+    shard.write_bytes(data.replace(struct.pack('<3i', 0, 3, 5), struct.pack('<3i', 0, 3, 2**30)))
+    with pytest.raises(DataError, match='far: cannot be read'):
+        open_source(f'hf:{tmp_path}/far')
     raw = pa.array([b'good', b'\xff\xfe']).cast(pa.string(), safe=False)
     datasets.Dataset(pa.table({'prompt': raw})).save_to_disk(tmp_path / 'latin')
-    with pytest.raises(DataError, match=r'latin: cannot be read .*utf-8'):
+    with pytest.raises(DataError, match=r'latin: cannot be read .*UTF8'):
         open_source(f'hf:{tmp_path}/latin')
     (tmp_path / 'copy/dataset_info.json').write_text(json.dumps({'features': 3}))
     with pytest.raises(DataError, match='cannot be'):

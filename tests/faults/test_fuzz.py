@@ -5,7 +5,9 @@
 CLLM_FUZZ_SECONDS sets for how long each reader is tried (20).
 """
 
+import csv
 import gzip
+import io
 import json
 import os
 import resource
@@ -14,10 +16,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from cllm_jax.data.sources import FORMATS, open_source
 from cllm_jax.errors import CllmError
@@ -48,6 +52,7 @@ ROWS = {
 }
 LISTS = ('sharegpt', 'spider')
 """Kinds whose files are one JSON list."""
+TABLE_KINDS = ('csv', 'tsv', 'parquet')
 TABLES = {'db_id': 'd', 'table_names_original': ['t'], 'column_names_original': [[0, 'c']]}
 
 pytestmark = pytest.mark.faults
@@ -181,8 +186,46 @@ def some_rows(row: dict, is_list: bool) -> st.SearchStrategy[bytes]:
     return edited(file([whole] * 3)) | st.lists(changed(row) | st.just(whole), max_size=3).map(file)
 
 
+TABLE = {'prompt': ['a question', 'b,"c"', 'd\n'], 'answer': ['1', '', 'two words']}
+
+
+def table_file(kind: str) -> bytes:
+    """A table in a file of that kind."""
+    if kind == 'parquet':
+        parquet.write_table(pa.table(TABLE), file := io.BytesIO())
+        return file.getvalue()
+    writer = csv.writer(file := io.StringIO(), delimiter=',' if kind == 'csv' else '\t')
+    writer.writerows([TABLE, *zip(*TABLE.values(), strict=True)])
+    return file.getvalue().encode()
+
+
 def test_every_format_has_rows():
-    assert set(ROWS) == set(FORMATS) - {'tfds'}
+    assert {*ROWS, *TABLE_KINDS, 'hf'} == set(FORMATS) - {'tfds'}
+
+
+@pytest.mark.parametrize('kind', TABLE_KINDS)
+def test_tables(kind, tmp_path):
+    path, source = tmp_path / 'table', f'{kind}:{tmp_path / "table"}#all'
+    tried(kind, lambda: open_source(source), edited(table_file(kind)), path.write_bytes)
+
+
+def test_a_copy_of_a_hub_dataset(tmp_path):
+    """Arrow files are mapped into memory, where an offset that is wrong would end the process."""
+    datasets = pytest.importorskip('datasets')
+    datasets.Dataset.from_dict(TABLE).save_to_disk(tmp_path / 'copy')
+    names = sorted(file.name for file in (tmp_path / 'copy').iterdir())
+    valid = {name: (tmp_path / 'copy' / name).read_bytes() for name in names}
+    contents = st.sampled_from(names).flatmap(
+        lambda name: st.tuples(st.just(name), edited(valid[name]))
+    )
+
+    def put(content):
+        shutil.rmtree(tmp_path / 'copy')  # a new file: the one that was mapped stays as it is
+        (tmp_path / 'copy').mkdir()
+        for name, data in (valid | dict([content])).items():
+            (tmp_path / 'copy' / name).write_bytes(data)
+
+    tried('hf', lambda: open_source(f'hf:{tmp_path}/copy#all'), contents, put)
 
 
 @pytest.mark.parametrize('packed', [False, True], ids=['plain', 'gzip'])
