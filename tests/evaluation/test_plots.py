@@ -122,7 +122,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path, monkeypatch):
 
     first = [path.read_bytes() for path in draw_bench(bench_results(), tmp_path / 'a')]
     monkeypatch.setenv('SOURCE_DATE_EPOCH', '1')
-    with matplotlib.rc_context({'lines.linewidth': 9, 'font.size': 20, 'svg.fonttype': 'path'}):
+    with matplotlib.rc_context({'axes.linewidth': 9, 'font.size': 20, 'svg.fonttype': 'path'}):
         again = [path.read_bytes() for path in draw_bench(bench_results(), tmp_path / 'b')]
     assert first == again
     assert not any(b'<dc:date>' in drawn for drawn in first)
