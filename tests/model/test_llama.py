@@ -36,7 +36,7 @@ def test_logits_equal_the_golden_logits(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_matrices_may_stand_on_the_left(name):
     config, params, tokens, logits = golden(name)
-    turned, left = with_outputs_first(params), Llama(config, outputs_first=True)
+    turned, left = with_outputs_first(params, jnp.float32), Llama(config, outputs_first=True)
     assert turned['layers_0']['down'].shape == (config.dim, config.mlp_dim)
     assert off(forward(left, turned, tokens), logits) < 1e-4
 
