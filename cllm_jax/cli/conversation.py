@@ -1,7 +1,11 @@
 """A chat in a terminal: the user's turns from standard input, the answers to standard output."""
 
+import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from threading import Event
+from typing import Any
 
 from cllm_jax.cli.console import Console
 from cllm_jax.errors import CllmError
@@ -21,28 +25,47 @@ def converse(console: Console, answer: Answer, chat: Chat) -> None:
     if typed:
         console.note('An empty line or Ctrl-C ends the chat; Ctrl-C ends an answer first.')
     try:
-        while turn := _asked(console, typed):
-            chat.append({'role': 'user', 'content': turn})
-            try:
-                text = _answered(console, answer(chat))
-            except CllmError as error:
-                if not typed:
-                    raise
-                console.note(f'error: {error}')
-                chat.pop()
-            else:
-                chat.append({'role': 'assistant', 'content': text})
+        with _interrupts() as stopped:
+            while turn := _asked(console, typed, stopped):
+                chat.append({'role': 'user', 'content': turn})
+                try:
+                    text = _answered(console, answer(chat), stopped)
+                except CllmError as error:
+                    if not typed:
+                        raise
+                    console.note(f'error: {error}')
+                    chat.pop()
+                else:
+                    chat.append({'role': 'assistant', 'content': text})
     except (EOFError, KeyboardInterrupt):
         if typed:
             console.note('')  # leaves the line of the prompt
 
 
-def _asked(console: Console, typed: bool) -> str:
+@contextmanager
+def _interrupts() -> Iterator[Event]:
+    """An event that Ctrl-C sets; callbacks may swallow the KeyboardInterrupt that it raises, too."""
+    stopped = Event()
+
+    def interrupt(number: int, frame: Any) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _asked(console: Console, typed: bool, stopped: Event) -> str:
     """The next turn, '' if there is none."""
     if sys.stdin is None:  # closed by whoever started this
         return ''
     if typed:
         console.err.print('> ', end='')
+    if stopped.is_set():
+        raise KeyboardInterrupt
     try:
         return input().strip()
     except UnicodeDecodeError as error:
@@ -50,18 +73,19 @@ def _asked(console: Console, typed: bool) -> str:
         return error.object.decode(errors='surrogateescape').strip()
 
 
-def _answered(console: Console, pieces: Generator[str, None, str]) -> str:
+def _answered(console: Console, pieces: Generator[str, None, str], stopped: Event) -> str:
     """Print an answer as it comes; its text, as far as it came."""
-    text = ''
+    text, cut = '', 'interrupted'
     try:
-        while True:
+        while not stopped.is_set():
             piece = next(pieces)
             text += piece
             print(piece, end='', flush=True)
     except StopIteration as end:
         cut = end.value
     except KeyboardInterrupt:
-        cut = 'interrupted'
+        pass
+    stopped.clear()
     print(flush=True)
     if cut:
         console.note(f'({cut})')

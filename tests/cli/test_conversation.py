@@ -1,5 +1,6 @@
 """A chat in a terminal: who says what, and what Ctrl-C and the end of input do."""
 
+import contextlib
 import io
 import os
 import select
@@ -10,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console as Rich
 
 from cllm_jax.cli.console import Console
 from cllm_jax.cli.conversation import converse
@@ -80,6 +82,31 @@ def test_ctrl_c_ends_the_answer_and_its_text_stays(monkeypatch, capsys):
     assert told.err.count('(interrupted)') == told.err.count('(cut off)') == 1
 
 
+def test_ctrl_c_ends_an_answer_although_its_exception_was_swallowed(monkeypatch, capsys):
+    def deaf(chat):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        while True:
+            yield 'word '
+
+    before = signal.getsignal(signal.SIGINT)
+    said = talk(monkeypatch, ['one', 'two', END], deaf)
+    assert [text for _, text in said] == ['one', 'word ', 'two', 'word ']
+    assert capsys.readouterr().err.count('(interrupted)') == 2
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_before_a_turn_ends_the_chat_although_its_exception_was_swallowed(monkeypatch):
+    """One that comes while the prompt is printed."""
+
+    def prompt(*text, **options):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Rich, 'print', prompt)
+    assert talk(monkeypatch, [], echo) == []
+
+
 def refuse(chat):
     if chat[-1]['content'] == 'bad':
         raise ConfigError('too long; say less')
@@ -141,6 +168,14 @@ class Terminal:
     def interrupt(self) -> None:
         self.command.send_signal(signal.SIGINT)
 
+    def code_after_interrupt(self) -> int:
+        """The exit code; a signal just before a process waits for a line would be seen later."""
+        for within in (30, 60):
+            self.interrupt()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.command.wait(within)
+        raise AssertionError(self.shown)
+
     def close(self) -> None:
         self.command.kill()
         self.command.wait()
@@ -165,8 +200,7 @@ def test_a_chat_in_a_terminal(tmp_path, usual_signals):
         terminal.wait_for('\ufffd'.encode())
         terminal.interrupt()
         terminal.wait_for(b'(interrupted)\r\n> ')
-        terminal.interrupt()
-        assert terminal.command.wait(60) == 0
+        assert terminal.code_after_interrupt() == 0
     finally:
         terminal.close()
     assert b'Traceback' not in terminal.shown and b'error' not in terminal.shown

@@ -109,4 +109,5 @@ def test_a_stream_returns_whether_its_answer_ended():
     short = dataclasses.replace(REQUEST, max_tokens=4)
     assert drained(stream(model, short, 'aababaa!')) == ('aaba', False)
     stopped = dataclasses.replace(REQUEST, stop=('ba',))
-    assert drained(stream(model, stopped, 'aababaa!')) == ('aa', True)
+    endless = echo_model('aababaac')
+    assert drained(stream(endless, stopped, 'aababaac')) == ('aa', True)
