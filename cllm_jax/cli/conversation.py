@@ -44,7 +44,7 @@ def converse(console: Console, answer: Answer, chat: Chat) -> None:
 
 @contextmanager
 def _interrupts() -> Iterator[Event]:
-    """An event that Ctrl-C sets; callbacks may swallow the KeyboardInterrupt that it raises, too."""
+    """An event that Ctrl-C sets; callbacks may swallow the KeyboardInterrupt that it raises."""
     stopped = Event()
 
     def interrupt(number: int, frame: Any) -> None:
