@@ -504,6 +504,7 @@ def test_a_collection_of_an_older_version_goes_on(tmp_path, monkeypatch):
         (train, ['--texts', 'sql', '--noise.pairs', '--root', 'ROOT'], 2, 'no successor'),
         (train, ['--loss.local-weight', '1', '--root', 'ROOT'], 2, 'add noise.pairs'),
         (train, ['--noise.measured', '--root', 'ROOT'], 2, 'noise.measured without texts'),
+        (train, ['--noise.pairs', '--noise.shortest', '2', '--root', 'ROOT'], 2, 'have one length'),
         (train, ['--loss.forced-weight', '-1', '--root', 'ROOT'], 2, 'must be at least 0'),
         (train, ['--objective', 'spans', '--model', 'embedded-target'], 2, 'without texts'),
         (train, ['--objective', 'spans', '--data', 'sql'], 2, 'name it as texts'),

@@ -51,8 +51,10 @@ class MeasuredNoise(Noise):
 
 def measured(noise: Noise, samples: Iterable[Trajectory]) -> Noise:
     """The noise with the share of right guesses at each slot of the states of these samples."""
+    if not noise.measured:
+        return noise
     found = [_right(s, i) for s in samples for i in range(len(s.states))]
-    if not (noise.measured and found):
+    if not found:
         return noise
     right_KW, known_KW = (np.stack(part) for part in zip(*found, strict=True))
     share_W = (right_KW & known_KW).sum(0) / np.maximum(known_KW.sum(0), 1)

@@ -158,6 +158,11 @@ class LearnConsistency(Objective):
             'leave one of them out',
         )
         yield (
+            noise.pairs and noise.shortest,
+            'noise.shortest with noise.pairs: a state and its successor have one length; leave one '
+            'of them out',
+        )
+        yield (
             noise.pairs and (noise.fresh or noise.corruption or noise.mask >= 0),
             'noise.fresh, noise.corruption or noise.mask with noise.pairs: a state that is changed '
             'has no successor; leave them out, or noise.pairs',
