@@ -8,7 +8,7 @@ import numpy as np
 
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import answers, lacks_room, run_until, start, with_more_room
-from cllm_jax.decoding.request import check_ids, encode, row_keys
+from cllm_jax.decoding.request import Texts, check_ids, encode, row_keys
 from cllm_jax.decoding.result import Trajectory
 from cllm_jax.decoding.text import find_stop, text_of
 from cllm_jax.drafters.autoregressive import AutoRegressive
@@ -20,11 +20,12 @@ from cllm_jax.evaluation.speed import Method, plain_methods, seconds_of_each
 from cllm_jax.evaluation.trace import DecodeTrace, Forward, accepted, checked
 from cllm_jax.hf.model import Model
 from cllm_jax.runtime.processes import fetch
+from cllm_jax.tasks.example import Messages
 
 
 def trace_all(
     methods: Sequence[tuple[str, Method]],
-    prompts: Sequence[str],
+    prompts: Texts,
     repeats: int = 3,
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[DecodeTrace]:
@@ -48,7 +49,9 @@ def trace_all(
     return found
 
 
-def trace_decode(name: str, method: Method, prompt: str, row: int = 0) -> DecodeTrace:
+def trace_decode(
+    name: str, method: Method, prompt: str | Messages | Sequence[int], row: int = 0
+) -> DecodeTrace:
     """Decode a prompt as the row of that number is decoded, keeping what each forward verified."""
     model, request = method.model, dataclasses.replace(method.request, trace=True)
     ids, keys = encode(model, prompt), row_keys(request.seed, [row])
@@ -68,7 +71,8 @@ def trace_decode(name: str, method: Method, prompt: str, row: int = 0) -> Decode
         parents = parents if trace.parent_BIN is None else trace.parent_BIN[0, i]
         place = int(trace.position_BI[0, i]) - len(ids)
         forwards.append(_forward(place, draft, (valid, parents), window, tokens[begin:end]))
-    return checked(DecodeTrace(name, model.title, prompt, tuple(forwards), pieces(model, forwards)))
+    asked = prompt if isinstance(prompt, str) else text_of(model, ids)
+    return checked(DecodeTrace(name, model.title, asked, tuple(forwards), pieces(model, forwards)))
 
 
 def trace_of_record(record: Trajectory, mode: str, model: Model) -> DecodeTrace:

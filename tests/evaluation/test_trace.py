@@ -46,7 +46,7 @@ CHANGES = {
     'a forward missing': lambda d: d['decodes'][0]['forwards'].pop(1),
     'words for tokens': lambda d: d['decodes'][0]['forwards'][0].update(tokens=['a'] * 4),
     'a parent that is later': lambda d: d['decodes'][1]['forwards'][1]['parents'].__setitem__(1, 3),
-    'two roots': lambda d: d['decodes'][1]['forwards'][1]['parents'].__setitem__(1, -1),
+    'two roots': lambda d: d['decodes'][1]['forwards'][1]['parents'].__setitem__(3, -1),
     'a window too large': lambda d: d['decodes'][0]['forwards'][1].update(window=5),
     'others accepted': lambda d: d['decodes'][0]['forwards'][3].update(accepted=[1]),
     'seconds': lambda d: d['decodes'][0].update(seconds=0.0),
