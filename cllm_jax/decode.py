@@ -14,12 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from cllm_jax.cli.console import Console, print_plan, size, table
 from cllm_jax.cli.conversation import converse
 from cllm_jax.cli.guard import guard
-from cllm_jax.cli.settings import can_write, parse
+from cllm_jax.cli.settings import can_write_all, parse
 from cllm_jax.data.chat import LONGEST, check_template, user_chat
 from cllm_jax.data.formats import read_jsonl
 from cllm_jax.data.sources import open_source
@@ -33,27 +32,20 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import ConfigError
-from cllm_jax.evaluation.bandwidth import bytes_per_token, memory_bandwidth, weight_bytes
-from cllm_jax.evaluation.speed import (
-    Method,
-    other_precisions,
-    plain_methods,
-    tokens_per_second,
+from cllm_jax.evaluation.bandwidth import (
+    bytes_of_weights,
+    bytes_per_token,
+    memory_bandwidth,
+    weight_bytes,
 )
+from cllm_jax.evaluation.recording import trace_all
+from cllm_jax.evaluation.speed import Method, other_precisions, plain_methods, tokens_per_second
+from cllm_jax.evaluation.trace import write_traces
 from cllm_jax.evaluation.verdict import verdict
 from cllm_jax.evaluation.window import choose, learn
-from cllm_jax.hf.load import (
-    Precision,
-    chosen,
-    load,
-    peek,
-    products_of,
-    storage,
-)
+from cllm_jax.hf.load import Precision, chosen, load, peek, products_of
 from cllm_jax.hf.model import Model, with_tokenizer
-from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.cache import init_cache
-from cllm_jax.model.config import LlamaConfig
 from cllm_jax.runs.atomic import write_atomic
 from cllm_jax.runtime.backend import Exactness, backend_of
 from cllm_jax.runtime.mesh import tensor_mesh
@@ -80,6 +72,9 @@ class DecodeConfig(DrafterConfig):
     """Write one JSON object per prompt to this file: text, tokens, forwards, accepted, seconds
     (from the beginning of its batch to its end, compilation included). It has all of them or is
     not written."""
+    trace: str = ''
+    """Write to this file what every forward verified and committed (docs/view.md): the drafter's
+    and, with compare, AR's, each prompt decoded once more alone and timed."""
     max_tokens: int | None = None
     """Longest answer; 128 if not given, with chat 512."""
     temperature: float = 0.0
@@ -237,24 +232,23 @@ def plan(settings: DecodeConfig, console: Console, prompts: Texts) -> None:
     print_plan(console, settings, facts)
 
 
-def bytes_of_weights(config: LlamaConfig, precision: str, tensor: int) -> tuple[int, int]:
-    """Bytes of a model's weights, and of what the decoding loop has of them once more."""
-    weights = abstract_params(config, storage(precision), products_of(precision))
-    layers = [leaf for name, leaf in weights.items() if name.startswith('layers_')]
-    left = backend_of((), tensor).weights_left and products_of(precision) == jnp.bfloat16
-    return weight_bytes(weights), weight_bytes(layers) if left else 0
-
-
 def check_files(settings: DecodeConfig) -> None:
-    """Raise ConfigError if the answers could not be written, or would replace the prompts."""
-    if settings.output and settings.talks:
-        raise ConfigError(f'output {settings.output!r}: of a chat in the terminal; give prompts')
-    if settings.output and settings.stream:
-        raise ConfigError('both stream and output are given; leave stream out to write a file')
-    can_write('output', settings.output)
-    for path in (settings.input, *settings.reference) if settings.output else ():
-        if path and Path(path).resolve() == Path(settings.output).resolve():
-            raise ConfigError(f'output {settings.output!r}: is read too; name another file')
+    """Raise ConfigError if a file could not be written, or would replace another one."""
+    written = {'output': settings.output, 'trace': settings.trace}
+    for name, path in written.items():
+        if path and settings.talks:
+            raise ConfigError(f'{name} {path!r}: of a chat in the terminal; give prompts')
+        if path and settings.stream:
+            raise ConfigError(f'both stream and {name} are given; leave stream out to write a file')
+    can_write_all(written, (settings.input, *settings.reference))
+
+
+def write_trace(console: Console, path: Path, named: dict[str, Method], prompts: Texts) -> None:
+    """Write what --trace holds."""
+    with console.progress('trace', len(prompts)) as bar:
+        traces = trace_all(list(named.items()), prompts, progress=bar)
+    write_traces(path, traces)
+    console.note(f'{path}: {len(traces)} decodes, which python -m cllm_jax.view --trace shows')
 
 
 def check_chats(settings: DecodeConfig, model: Model, console: Console) -> None:
@@ -315,9 +309,14 @@ def run() -> None:
         console.note(f'{settings.output}: {len(prompts)} answers')
     else:
         show(console, prompts, result)
-    if settings.compare and settings.drafter != 'ar':
-        name += ' (LOSSY)' if settings.typical else ''
+    name += ' (LOSSY)' if settings.typical else ''
+    compared = settings.compare and settings.drafter != 'ar'
+    if compared:
         compare(console, name, drafted, Method(model, request), prompts, result)
+    if settings.trace:
+        plain = Method(model, reference(drafted.request, request.drafter))
+        named = {AutoRegressive.title: plain} if compared else {}
+        write_trace(console, Path(settings.trace), named | {name: drafted}, prompts)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ PAGES = ['README.md', 'CONTRIBUTING.md', 'launch/README.md']
 PAGES += sorted(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md'))
 
 api = cllm_jax.decode
-NAMES = ('decode', 'collect', 'train', 'evaluate', 'export', 'bench')
+NAMES = ('decode', 'collect', 'train', 'evaluate', 'export', 'bench', 'view')
 COMMANDS = {name: import_module(f'cllm_jax.{name}') for name in NAMES}
 cllm_jax.decode = api  # importing the command hides the function of that name; put it back
 

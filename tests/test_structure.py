@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / 'cllm_jax'
 FILES = sorted(path for path in PACKAGE.rglob('*.py'))
 
 CHAIN = (
-    {'decode', 'collect', 'train', 'evaluate', 'export', 'bench', ''},
+    {'decode', 'collect', 'train', 'evaluate', 'export', 'bench', 'view', ''},
     {'evaluation', 'training'},
     {'trajectories'},
     {'drafters'},

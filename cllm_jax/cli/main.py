@@ -13,6 +13,7 @@ from cllm_jax.errors import ConfigError, no_such
 
 COMMANDS = {
     'decode': 'decode prompts, and compare with one token at a time',
+    'view': 'a page that plays decodes, forward by forward',
     'evaluate': 'quality, speed and identity on held-out prompts',
     'train': 'a target, a CLLM, or a drafter',
     'collect': 'Jacobi trajectories of a model',

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
@@ -110,6 +110,21 @@ def installed(what: str, package: str, extra: str) -> None:
     found = find_spec(package)
     if not (found and found.origin):  # a directory of that name would be found, without an origin
         raise ConfigError(f"{what}: needs the package {package}; pip install 'cllm_jax[{extra}]'")
+
+
+def can_write_all(written: Mapping[str, str], read: Iterable[str]) -> None:
+    """Raise ConfigError, before the work, if a file cannot be written, or is read or written too.
+
+    Args:
+      written: files by the name of their setting; '' is not a file, here and among those read.
+    """
+    taken = dict.fromkeys(filter(None, read), 'read')
+    for name, path in written.items():
+        can_write(name, path)
+        for other, how in taken.items() if path else ():
+            if Path(path).resolve() == Path(other).resolve():
+                raise ConfigError(f'{name} {path!r}: is {how} too; name another file')
+        taken |= {path: 'written'} if path else {}
 
 
 def _defaults(config_class: type[C], path: str | None, stage: str) -> C:

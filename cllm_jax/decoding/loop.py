@@ -110,7 +110,6 @@ def prefill(
     tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, prompts.tokens_BP, (0, 0))
     sequences = Sequences(tokens_BS, length_B, prompts.length_B, prompts.keys_B, width)
     draft, drafter_state = drafter.draft(drafter.init(sequences), sequences, decoder.sampling)
-    drafts_BIN = jnp.zeros((batch, buffers.steps, nodes), jnp.int32)
     state = DecodeState(
         cache=decoder.model.new_cache(batch, buffers.room or buffers.slots, one_query=nodes == 1),
         sequences=sequences,
@@ -120,7 +119,7 @@ def prefill(
         forwards_B=jnp.zeros_like(length_B),
         emitted_BI=jnp.zeros((batch, buffers.steps), jnp.int32),
         iteration=jnp.int32(0),
-        trace=Trace(drafts_BIN, drafts_BIN[:, :, 0]) if buffers.trace else None,
+        trace=_room_to_trace(draft, buffers.steps) if buffers.trace else None,
     )
     where, everywhere = tree.layout(draft), jnp.ones_like(draft.valid_BN)
     tokens_BT = jnp.pad(prompts.tokens_BP, ((0, 0), (0, nodes - 1)))
@@ -213,13 +212,7 @@ def _commit(
     count_B = jnp.where(state.finished_B, 0, count_B)
 
     now_B, live_B1 = state.forwards_B, ~state.finished_B[:, None]
-    trace = state.trace
-    if trace is not None:
-        flat_BX, drafted_BN = trace.tokens_BIN.reshape(len(now_B), -1), draft.tokens_BN
-        live_BN = jnp.broadcast_to(live_B1, drafted_BN.shape)
-        flat_BX = put(flat_BX, now_B * drafted_BN.shape[1], drafted_BN, live_BN)
-        position_BI = put(trace.position_BI, now_B, seq.length_B[:, None], live_B1)
-        trace = Trace(flat_BX.reshape(trace.tokens_BIN.shape), position_BI)
+    trace = state.trace and _traced(state, draft, live_B1)
     verdict = Verdict(y_BN, logits_BNV, hidden_BND, path_BP, count_B, prompt_BTD)
     is_new_BP = jnp.arange(length, dtype=jnp.int32)[None] < count_B[:, None]
     tokens_BS = put(seq.tokens_BS, seq.length_B + 1, chosen_BP, is_new_BP)
@@ -234,6 +227,30 @@ def _commit(
         iteration=state.iteration + 1,
         trace=trace,
     )
+
+
+def _room_to_trace(draft: Draft, steps: int) -> Trace:
+    """A trace of so many forwards, before the first one."""
+    rows, nodes = draft.tokens_BN.shape
+    tokens_BIN = jnp.zeros((rows, steps, nodes), jnp.int32)
+    parent_BIN = None if draft.parent_BN is None else tokens_BIN
+    return Trace(tokens_BIN, tokens_BIN[:, :, 0], tokens_BIN > 0, parent_BIN)
+
+
+def _traced(state: DecodeState, draft: Draft, live_B1: jax.Array) -> Trace:
+    """The trace with the draft of this forward, of rows that are not finished."""
+    trace, now_B = state.trace, state.forwards_B
+
+    def put_draft(old_BIN: jax.Array, new_BN: jax.Array) -> jax.Array:
+        (rows, nodes), live_BN = new_BN.shape, jnp.broadcast_to(live_B1, new_BN.shape)
+        flat_BX = put(old_BIN.reshape(rows, -1), now_B * nodes, new_BN, live_BN)
+        return flat_BX.reshape(old_BIN.shape)
+
+    drafts = trace.tokens_BIN, trace.valid_BIN, trace.parent_BIN
+    drafted = draft.tokens_BN, draft.valid_BN, draft.parent_BN
+    tokens_BIN, *others = jax.tree.map(put_draft, drafts, drafted)
+    position_BI = put(trace.position_BI, now_B, state.sequences.length_B[:, None], live_B1)
+    return Trace(tokens_BIN, position_BI, *others)
 
 
 def _finish(

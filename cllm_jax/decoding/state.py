@@ -17,6 +17,9 @@ class Trace:
 
     tokens_BIN: jax.Array
     position_BI: jax.Array
+    valid_BIN: jax.Array
+    parent_BIN: jax.Array | None = None
+    """None for chains."""
 
 
 @struct.dataclass

@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cllm_jax.runtime.backend import Backend, cores
+from cllm_jax.hf.load import products_of, storage
+from cllm_jax.hf.weights import abstract_params
+from cllm_jax.model.config import LlamaConfig
+from cllm_jax.runtime.backend import Backend, backend_of, cores
 
 SIZE = 1 << 30
 """Bytes that are read: more than any cache holds."""
@@ -76,3 +79,11 @@ def bytes_per_token(params: Any) -> int:
     output's too, a row, which is left out here."""
     table = weight_bytes(params['embed']) if 'head' in params else 0
     return weight_bytes(params) - table
+
+
+def bytes_of_weights(config: LlamaConfig, precision: str, tensor: int) -> tuple[int, int]:
+    """Bytes of a model's weights, and of what the decoding loop has of them once more."""
+    weights = abstract_params(config, storage(precision), products_of(precision))
+    layers = [leaf for name, leaf in weights.items() if name.startswith('layers_')]
+    left = backend_of((), tensor).weights_left and products_of(precision) == jnp.bfloat16
+    return weight_bytes(weights), weight_bytes(layers) if left else 0

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypeVar
 
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import decode_batch
@@ -20,6 +21,7 @@ from cllm_jax.hf.model import Model
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.runtime.backend import Backend
 
+K = TypeVar('K')
 IN_CLASS = 'in its class'
 """What is said of AR with as many rows as it takes to round like a draft."""
 MOST_COPIED = 4 << 30
@@ -83,13 +85,18 @@ def tokens_per_second(
     batch: int = 1,
 ) -> dict[str, float]:
     """The speed of each method, prefill included (`time_in_turn`); a call has `batch` prompts."""
+    return time_in_turn(_calls(methods, prompts, batch), len(prompts), repeats, progress, batch)
 
-    def decode(method: Method, rows: range) -> tuple[int, float]:
-        result, seconds = _once(method, prompts, rows, batch)
-        return sum(map(len, result.tokens)), seconds
 
-    calls = {name: partial(decode, method) for name, method in methods.items()}
-    return time_in_turn(calls, len(prompts), repeats, progress, batch)
+def seconds_of_each(
+    methods: Mapping[K, Method],
+    prompts: Texts,
+    repeats: int = 3,
+    progress: Callable[[int], None] = lambda prompts: None,
+) -> dict[K, list[float]]:
+    """The seconds that each method takes for each prompt, alone, as `tokens_per_second` times."""
+    timed = each_in_turn(_calls(methods, prompts, 1), len(prompts), repeats, progress)
+    return {name: [seconds for _, seconds in found] for name, found in timed.items()}
 
 
 def time_in_turn(
@@ -99,7 +106,22 @@ def time_in_turn(
     progress: Callable[[int], None] = lambda rows: None,
     batch: int = 1,
 ) -> dict[str, float]:
-    """Tokens per second of wall-clock of everything that is compared.
+    """Tokens per second of wall-clock of everything that is compared; see `each_in_turn`."""
+    speed = {}
+    for name, found in each_in_turn(calls, count, repeats, progress, batch).items():
+        seconds = sum(seconds for _, seconds in found)
+        speed[name] = sum(tokens for tokens, _ in found) / max(seconds, 1e-9)
+    return speed
+
+
+def each_in_turn(
+    calls: Mapping[K, Callable[[range], tuple[int, float]]],
+    count: int,
+    repeats: int = 3,
+    progress: Callable[[int], None] = lambda rows: None,
+    batch: int = 1,
+) -> dict[K, list[tuple[int, float]]]:
+    """The tokens and the seconds of everything that is compared, call by call.
 
     Args:
       calls: decode some of the rows; return the tokens and the seconds that it took.
@@ -107,15 +129,27 @@ def time_in_turn(
       repeats: times each call is timed, in turn, after a first one that compiles and whose tokens
         count; the median of its times counts.
     """
-    tokens, seconds = dict.fromkeys(calls, 0), dict.fromkeys(calls, 0.0)
+    found = {name: [] for name in calls}
     for begin in range(0, count, batch):
         rows = range(begin, min(begin + batch, count))
         first, *timed = [{n: call(rows) for n, call in calls.items()} for _ in range(repeats + 1)]
         for name in calls:
-            tokens[name] += first[name][0]
-            seconds[name] += statistics.median(found[name][1] for found in timed)
+            seconds = statistics.median(each[name][1] for each in timed)
+            found[name].append((first[name][0], seconds))
         progress(len(rows))
-    return {name: tokens[name] / max(seconds[name], 1e-9) for name in calls}
+    return found
+
+
+def _calls(
+    methods: Mapping[K, Method], prompts: Texts, batch: int
+) -> dict[K, Callable[[range], tuple[int, float]]]:
+    """What `each_in_turn` calls to decode some of the prompts with each method."""
+
+    def decode(method: Method, rows: range) -> tuple[int, float]:
+        result, seconds = _once(method, prompts, rows, batch)
+        return sum(map(len, result.tokens)), seconds
+
+    return {name: partial(decode, method) for name, method in methods.items()}
 
 
 def _once(method: Method, prompts: Texts, rows: range, batch: int) -> tuple[DecodeResult, float]:

@@ -61,6 +61,7 @@ STAGES = {
     'space': Stage('train', 'space', 'space', 'target', 'collect', drafter='SPACE'),
     'bench': Stage('bench', '', others=('export', 'draft')),
     'decode': Stage('decode', ''),
+    'view': Stage('view', ''),
 }
 """In an order in which they can run. Bench also reads every stage with a `drafter`."""
 

@@ -197,9 +197,16 @@ def first(case: Case, drafter: Drafter, sampling: Sampling, trace=False) -> Deco
 def begin(case: Case, drafter: Drafter, sampling: Sampling) -> DecodeState:
     """AR's prefill, compiled once per sampling rule, then the drafter's state and room to trace."""
     state = first(case, AR, sampling)
-    trace = Trace(
-        jnp.zeros((ROWS, STEPS, drafter.nodes), jnp.int32), jnp.zeros((ROWS, STEPS), jnp.int32)
-    )
+
+    def draft(sequences):
+        return drafter.draft(drafter.init(sequences), sequences, sampling)[0]
+
+    def none(dtype, *nodes):
+        return jnp.zeros((ROWS, STEPS, *nodes), dtype)
+
+    n, is_chain = drafter.nodes, jax.eval_shape(draft, state.sequences).parent_BN is None
+    parents = None if is_chain else none(jnp.int32, n)
+    trace = Trace(none(jnp.int32, n), none(jnp.int32), none(bool, n), parents)
     return state.replace(drafter=drafter.init(state.sequences), trace=trace)
 
 
@@ -309,6 +316,27 @@ def test_trace_starts_random_and_converges(drafter, sampling):
                 assert all(a < b for a, b in itertools.pairwise(right)), 'prefixes must grow'
                 if block + 1 in blocks:
                     assert (states[-1] == truth).all(), 'a block ends at its fixed point'
+
+
+@pytest.mark.parametrize(('drafter', 'sampling'), RUNS, ids=name)
+def test_a_trace_tells_why_so_many_tokens_were_committed(drafter, sampling):
+    """They are the longest path of valid nodes that spells the answer, and one more."""
+    for case, state in runs(drafter, sampling):
+        trace = jax.tree.map(np.asarray, state.trace)
+        for row, (tokens, accepted) in enumerate(zip(*answers(state, ROWS), strict=True)):
+            for i in range(1, len(accepted)):
+                at = int(trace.position_BI[row, i]) - len(case.prompts[row])
+                chain = trace.parent_BIN is None
+                parents = np.arange(-1, drafter.nodes - 1) if chain else trace.parent_BIN[row, i]
+                right = {0: 0}
+                for node in range(1, drafter.nodes):
+                    depth = right.get(int(parents[node]), -1) + 1
+                    said = tokens[at + depth : at + depth + 1] if depth else []
+                    found = [trace.tokens_BIN[row, i, node]]
+                    if said == found and trace.valid_BIN[row, i, node]:
+                        right[node] = depth
+                longest, last = max(right.values()), i == len(accepted) - 1
+                assert accepted[i] == longest + 1 or (last and accepted[i] >= longest)
 
 
 def test_initial_guesses_are_prompt_tokens_chosen_by_the_row_key():

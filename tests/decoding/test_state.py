@@ -48,7 +48,9 @@ def state_of(rows: int, seed: int = 0, slots: int = SLOTS) -> DecodeState:
         forwards_B=some(rows),
         emitted_BI=some(rows, 6),
         iteration=jnp.int32(seed),
-        trace=Trace(some(rows, 6, NODES), some(rows, 6)),
+        trace=Trace(
+            some(rows, 6, NODES), some(rows, 6), some(rows, 6, NODES) % 2 > 0, some(rows, 6, NODES)
+        ),
     )
 
 
