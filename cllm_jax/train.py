@@ -119,14 +119,15 @@ def train_in(
         held_out = tested_rows(held_out, settings, model, samples, console)
         inputs |= {'held_out': rows_fingerprint(held_out)}
     claim(directory, claimed, inputs)
+    adapter = f', LoRA of rank {settings.lora.rank}' if settings.lora.rank else ''
     console.note(
-        f'{directory}: {model.config.parameters / 1e6:.2f}M parameters, {settings.steps} steps '
-        f'of {settings.batch} on {jax.device_count()} {jax.devices()[0].platform} device(s), '
+        f'{directory}: {model.config.parameters / 1e6:.2f}M parameters{adapter}, {settings.steps} '
+        f'steps of {settings.batch} on {jax.device_count()} {jax.devices()[0].platform} device(s), '
         f'learning rate {settings.optimizer.learning_rate:g}'
     )
     learner = objective_of(settings).learner(settings, model, samples, mesh)
     train(directory, learner, samples, held_out, settings, console.metrics, console.note)
-    kept = [name for name in ('model', 'drafter') if (directory / name).is_dir()]
+    kept = [name for name in ('model', 'adapter', 'drafter') if (directory / name).is_dir()]
     best = 'best' if settings.held_out.every else 'last'
     console.note(f'done; the {best} is in {" and ".join(str(directory / k) for k in kept)}')
 

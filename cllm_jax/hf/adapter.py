@@ -131,12 +131,12 @@ def read_deltas(
         factors = {
             name: f.get_tensor(name).astype(np.float32)
             for module in modules
-            for name in _names(module)
+            for name in tensor_names(module)
         }
     return {
         module: partial(
             _product,
-            *(factors[n] for n in _names(module)),
+            *(factors[n] for n in tensor_names(module)),
             adapter.scale_of(module),
             f'{path}: {module}',
         )
@@ -152,8 +152,8 @@ def _product(a: np.ndarray, b: np.ndarray, scale: float, where: str) -> np.ndarr
     return delta
 
 
-def _names(module: str) -> list[str]:
-    """The two tensors of a module."""
+def tensor_names(module: str) -> list[str]:
+    """The two tensors of a module: A of shape (rank, inputs), B of shape (outputs, rank)."""
     return [f'base_model.model.{module}.lora_{half}.weight' for half in 'AB']
 
 
@@ -220,7 +220,7 @@ def _check_tensors(
         )
     chosen = _chosen(adapter.chosen, matrices.keys())
     wanted = modules if chosen is None else chosen
-    if missing := sorted({n for m in wanted for n in _names(m)} - found.keys()):
+    if missing := sorted({n for m in wanted for n in tensor_names(m)} - found.keys()):
         raise DataError(f'{path}: missing tensors: {listed(missing)}; fetch the adapter again')
     if extra := sorted(modules - wanted):
         fault = f'modules that {SETTINGS} does not name: {listed(extra)}'
@@ -230,7 +230,7 @@ def _check_tensors(
     differ = []
     for module in sorted(modules):
         rank, (outputs, inputs) = adapter.rank_of(module), matrices[module]
-        shapes = zip(_names(module), ((rank, inputs), (outputs, rank)), strict=True)
+        shapes = zip(tensor_names(module), ((rank, inputs), (outputs, rank)), strict=True)
         differ += [f'{n} is {found[n].shape} and not {s}' for n, s in shapes if found[n].shape != s]
     if differ:
         raise DataError(f'{path}: {listed(differ)}; {belongs}')

@@ -1,6 +1,6 @@
 """The weights of a GGUF file, dequantised into those of a model of Hugging Face's layout."""
 
-from collections.abc import KeysView
+from collections.abc import KeysView, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from cllm_jax.hf.adapter import Adapter
 from cllm_jax.hf.gguf_config import EMBED, HEAD, ROPE_FACTORS, config_of
 from cllm_jax.hf.gguf_file import AGAIN, Gguf
 from cllm_jax.hf.weights import (
     TOP_NAMES,
     abstract_params,
     check_tensors,
+    deltas_of,
     named,
     params_of,
     tensor_shapes,
@@ -30,7 +32,11 @@ PARTS = {
 
 
 def read_gguf(
-    file: Gguf, dtype: jnp.dtype, mesh: Mesh | None, matrices: jnp.dtype | None = None
+    file: Gguf,
+    dtype: jnp.dtype,
+    mesh: Mesh | None,
+    matrices: jnp.dtype | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> tuple[LlamaConfig, Any]:
     """The config and the parameters of a file, as `read_model` gives those of a directory.
 
@@ -49,7 +55,8 @@ def read_gguf(
     check_tensors(file.path, stored, shapes, shapes, f'{own} has not', AGAIN)
     file.check_kinds(file.tensors)
     abstract = abstract_params(config, dtype, matrices)
-    return config, params_of(config, abstract, mesh, [nullcontext(tensors)])
+    deltas = deltas_of(config, adapters)
+    return config, params_of(config, abstract, mesh, [nullcontext(tensors)], deltas)
 
 
 def names_of(config: LlamaConfig) -> tuple[dict[str, str], dict[str, int]]:

@@ -138,6 +138,12 @@ def base_of(directory: Path) -> tuple[Path, Adapter | None]:
     return base, adapter
 
 
+def base_name(model: Model) -> str:
+    """What an adapter calls its base: the directory of the model, or its hub id."""
+    here = model.source in EMBEDDED or Path(model.source).expanduser().exists()
+    return str(model.directory.absolute()) if model.directory and here else model.source
+
+
 def _local_bases(adapter: Adapter) -> list[Path]:
     """The directories that the name of its base may mean."""
     name = adapter.base
@@ -192,7 +198,9 @@ def _home_of_tokenizer(directory: Path) -> Path:
     return directory if own else base_of(directory)[0]
 
 
-def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
+def load(
+    name: str, dtype: str = 'auto', mesh: Mesh | None = None, adapter: str | Sequence[str] = ()
+) -> Model:
     """Open a model: `embedded`, `embedded-target`, a directory, a run, a GGUF file, or a hub id.
 
     A LoRA adapter of PEFT is merged into its base (`base_of`), in float32. End tokens are those of
@@ -203,29 +211,47 @@ def load(name: str, dtype: str = 'auto', mesh: Mesh | None = None) -> Model:
       dtype: 'float32', 'bfloat16', 'float16', or 'mixed': bfloat16 matrices, cache and products,
         float32 everywhere else. 'auto' is what suits the device.
       mesh: devices that share the weights (`runtime/mesh.py`); None for one device.
+      adapter: directories of LoRA adapters that are merged too, whatever base they name; of a run
+        that trained one.
 
     Raises:
       ConfigError, DataError: see `resolve`, `base_of`, `read_config`, `read_model` and `open_gguf`,
         `read_gguf`, `tokenizer_of`.
     """
     dtype = chosen(dtype, 1 if mesh is None else mesh.shape.get('tensor', 1))
+    more = [_named_adapter(each) for each in ([adapter] if isinstance(adapter, str) else adapter)]
     directory = resolve(name)
     if directory.is_file():
         file = open_gguf(directory)
-        config, params = read_gguf(file, storage(dtype), mesh, products_of(dtype))
+        config, params = read_gguf(file, storage(dtype), mesh, products_of(dtype), more)
         tokenizer, lacks = tokenizer_of(file)
         config = with_turn_end(config, tokenizer)
-        return Model(config, params, tokenizer, name, '', directory, lacks)
-    base, adapter = base_of(directory)
-    config, params = read_model(base, storage(dtype), mesh, adapter, products_of(dtype))
-    merged = ''
-    if adapter is not None:
-        into = base if base == directory else one_line(adapter.base)
-        merged = f'{adapter.title} merged into {into}'
+        return Model(config, params, tokenizer, name, _merged(None, more, name), directory, lacks)
+    base, own = base_of(directory)
+    adapters = [own, *more] if own else more
+    config, params = read_model(base, storage(dtype), mesh, adapters, products_of(dtype))
+    into = base if own is None or base == directory else own.base
     lacks = lacks_package(home := _home_of_tokenizer(directory))
     tokenizer = None if lacks else read_tokenizer(home)
     config = with_turn_end(config, tokenizer)
+    merged = _merged(own, more, one_line(str(into)))
     return Model(config, params, tokenizer, name, merged, directory, lacks)
+
+
+def _merged(own: Adapter | None, more: Sequence[Adapter], into: str) -> str:
+    """What to say of the adapters that were merged, if any."""
+    titles = [own.title] if own else []
+    titles += [f'{adapter.title} of {adapter.directory}' for adapter in more]
+    return f'{" and ".join(titles)} merged into {into}' if titles else ''
+
+
+def _named_adapter(name: str) -> Adapter:
+    """The adapter of a directory, or of a run; ConfigError if there is none."""
+    place = Path(name).expanduser()
+    place = next((p for p in (place / 'adapter', place) if p.is_dir()), place)
+    if (found := find_adapter(place)) is None:
+        raise ConfigError(f'adapter {name}: no {SETTINGS} there; name the directory of an adapter')
+    return found
 
 
 def with_turn_end(config: LlamaConfig, tokenizer: Any) -> LlamaConfig:

@@ -112,7 +112,7 @@ def read_model(
     directory: Path,
     dtype: jnp.dtype = jnp.float32,
     mesh: Mesh | None = None,
-    adapter: Adapter | None = None,
+    adapters: Sequence[Adapter] = (),
     matrices: jnp.dtype | None = None,
 ) -> tuple[LlamaConfig, Any]:
     """Read a model directory: its config and its parameters, cast to `dtype`.
@@ -125,7 +125,7 @@ def read_model(
       dtype, matrices: of the parameters, see `abstract_params`.
       mesh: devices that share the weights; each process reads only what its own devices hold. None
         leaves the choice to JAX.
-      adapter: merged into the weights before they are cast.
+      adapters: merged into the weights before they are cast.
 
     Raises:
       DataError: a missing or damaged file; pickled weights; missing, extra or ill-shaped tensors,
@@ -137,16 +137,29 @@ def read_model(
     _check(directory, config, found)
     if config.tied and HEAD in found:
         _check_tied(directory, found)
-    deltas = {}
-    if adapter is not None:
-        shapes = {n: s for n, s in tensor_shapes(config).items() if len(s) == 2 and n != EMBED}
-        modules = {n.removesuffix('.weight'): s for n, s in shapes.items()}
-        deltas = read_deltas(adapter, modules)
-    for place in {directory, adapter.directory if adapter else directory}:
+    deltas = deltas_of(config, adapters)
+    for place in {directory, *(adapter.directory for adapter in adapters)}:
         check_sums(place)
     files = dict.fromkeys(stored.file for stored in found.values())
     abstract = abstract_params(config, dtype, matrices)
     return config, params_of(config, abstract, mesh, map(open_tensors, files), deltas)
+
+
+def deltas_of(
+    config: LlamaConfig, adapters: Sequence[Adapter]
+) -> dict[str, Callable[[], np.ndarray]]:
+    """What adapters add to matrices, by module, as `params_of` takes it; see `read_deltas`."""
+    shapes = {n: s for n, s in tensor_shapes(config).items() if len(s) == 2 and n != EMBED}
+    modules, found = {n.removesuffix('.weight'): s for n, s in shapes.items()}, {}
+    for adapter in adapters:
+        for module, delta in read_deltas(adapter, modules).items():
+            before = found.get(module)
+            found[module] = functools.partial(_sum, before, delta) if before else delta
+    return found
+
+
+def _sum(*deltas: Callable[[], np.ndarray]) -> np.ndarray:
+    return sum(delta() for delta in deltas)
 
 
 def params_of(

@@ -78,7 +78,12 @@ class Block(nn.Module):
             w = self.get_variable('params', name)
             return linear(x, w, self.compute, 'OI', self.backend, on_the_left=True)
         w = self._weight(name, axes, *shape).reshape(x.shape[-1], -1)
-        return linear(x, w, self.compute, 'IO', self.backend)
+        how = (self.compute, 'IO', self.backend)
+        y = linear(x, w, *how)
+        if not self.has_variable('params', f'{name}_a'):
+            return y
+        a, b = (self.get_variable('params', f'{name}_{half}') for half in 'ab')  # LoRA's factors
+        return y + linear(linear(x, a, *how), b, *how)
 
     def _mlp(self, name: str, x: jax.Array, axes: tuple[str, str], outputs: int) -> jax.Array:
         y = self._linear(name, x, axes, x.shape[-1], outputs)

@@ -14,6 +14,7 @@ from cllm_jax.runs.logs import LogName
 from cllm_jax.runs.stages import EMBEDDED_ROOT, STAGES, model_of, tokenizer_of, trajectories_of
 from cllm_jax.runtime.mesh import MeshConfig
 from cllm_jax.training.held_out import HeldOut
+from cllm_jax.training.lora import LoraConfig
 from cllm_jax.training.noise import Noise
 from cllm_jax.training.optimizer import OptimizerConfig
 from cllm_jax.training.step import LossWeights
@@ -102,6 +103,8 @@ class TrainConfig:
     """How the losses are added up."""
     noise: Noise = Noise()
     """Which trajectory states are trained on."""
+    lora: LoraConfig = LoraConfig()
+    """An adapter, trained in place of the whole model."""
     heads: HeadsConfig = HeadsConfig()
     """Sizes of the drafter, if one is trained."""
     cleaning: Cleaning = Cleaning()

@@ -19,6 +19,7 @@ from cllm_jax.hf.model import Model
 from cllm_jax.hf.write import write_model
 from cllm_jax.runtime.processes import fetch, is_main
 from cllm_jax.tasks.quality import is_repetitive, share_right, token_agreement
+from cllm_jax.training.lora import Adapter
 
 COLLAPSE = 0.2
 """Share of the held-out answers by which repetition may grow before a warning."""
@@ -73,6 +74,8 @@ class Trained:
     drafter: Drafter
     new_model: bool = True
     """Whether the model is another than before the run, so that it is kept too."""
+    adapter: Adapter | None = None
+    """What changed it, if that is an adapter; it is kept too."""
 
 
 def held_out_test(
@@ -130,7 +133,7 @@ def alarm(found: dict, reference: dict, faster: bool, test: HeldOut) -> str | No
 
 
 def write_trained(directory: Path, trained: Trained) -> None:
-    """Write what was trained to `directory/model` and `directory/drafter`.
+    """Write what was trained to `directory/model`, `directory/adapter` and `directory/drafter`.
 
     Every process calls it, as weights may be spread over all of them; the first one writes.
     """
@@ -144,6 +147,10 @@ def write_trained(directory: Path, trained: Trained) -> None:
         write_model(directory / 'model', model, dtype=dtype, sums=True)
     if has_weights and is_main():
         write_drafter(directory / 'drafter', drafter, model)
+    if trained.adapter:
+        factors = fetch(trained.adapter.factors)
+        if is_main():
+            dataclasses.replace(trained.adapter, factors=factors).write(directory / 'adapter')
 
 
 def keep_the_best(

@@ -17,9 +17,10 @@ from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.runtime.backend import backend_for
-from cllm_jax.runtime.sharding import batch_sharding
+from cllm_jax.runtime.sharding import batch_sharding, param_shardings
 from cllm_jax.training.config import TrainConfig
 from cllm_jax.training.data import without_states
+from cllm_jax.training.lora import adapted, factor_axes, first_factors
 from cllm_jax.training.objectives import objective_of
 from cllm_jax.training.optimizer import make_optimizer
 from cllm_jax.training.packing import Batch, make_batch
@@ -52,13 +53,27 @@ def abstract_batch(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Ba
 
 
 def abstract_state(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> TrainState:
-    """Shapes and places of the training state of a whole model; nothing is computed."""
+    """Shapes and places of the training state of a whole model, or of its adapter."""
     optimizer = make_optimizer(settings.optimizer, settings.steps)
-    params = abstract_params(config, DTYPES[settings.dtype])
+    params, axes = abstract_params(config, DTYPES[settings.dtype]), param_axes(config)
+    if settings.lora.rank:
+        params = jax.eval_shape(partial(first_factors, settings.lora, params, settings.seed))
+        axes = factor_axes(params)
     state = jax.eval_shape(partial(new_state, optimizer), params)
-    places = state_places(optimizer, param_axes(config), params, mesh)
+    return _placed(state, state_places(optimizer, axes, params, mesh))
+
+
+def abstract_frozen(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Any:
+    """Shapes and places of the weights that are read but not trained; () for none."""
+    if not (settings.lora.rank or settings.loss.frozen_weight):
+        return ()
+    params = abstract_params(config, DTYPES[settings.dtype])
+    return _placed(params, param_shardings(param_axes(config), params, mesh))
+
+
+def _placed(tree: Any, places: Any) -> Any:
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
     )
 
 
@@ -92,9 +107,9 @@ def activation_bytes(settings: TrainConfig, config: LlamaConfig, batch: Batch, m
 def memory_per_device(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> dict[str, int]:
     """Bytes on each device, by what they are for."""
     state, batch = abstract_state(settings, config, mesh), abstract_batch(settings, config, mesh)
-    frozen = {'weights before training': bytes_here(state.params)}
+    frozen = bytes_here(abstract_frozen(settings, config, mesh))
     return {
-        **(frozen if settings.loss.frozen_weight else {}),
+        **({'weights before training': frozen} if frozen else {}),
         'weights': bytes_here(state.params),
         'gradients': bytes_here(state.params),
         'optimiser state': bytes_here(state.opt_state),
@@ -136,11 +151,12 @@ def compiled_step(settings: TrainConfig, config: LlamaConfig, mesh: Mesh) -> Com
     dtype, compute = DTYPES[settings.dtype], DTYPES[settings.compute]
     module = Llama(config, dtype, compute, settings.remat, mesh, backend_for(mesh.devices.flat))
     loss, optimizer = partial(text_loss, module, settings.loss), settings.optimizer
+    loss = adapted(loss, settings.lora) if settings.lora.rank else loss
     places = jax.tree.map(lambda x: x.sharding, state)
     rule = make_optimizer(optimizer, settings.steps)
     step = make_step(loss, rule, optimizer.accumulate, places)
     begin = time.perf_counter()
-    frozen = state.params if settings.loss.frozen_weight else ()
+    frozen = abstract_frozen(settings, config, mesh)
     compiled = step.lower(state, batch, frozen).compile()
     seconds, found = time.perf_counter() - begin, compiled.memory_analysis()
     sizes = {

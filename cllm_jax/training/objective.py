@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.drafters.jacobi import Jacobi
 from cllm_jax.drafters.trained import TrainedDrafter
-from cllm_jax.hf.load import DTYPES
+from cllm_jax.hf.load import DTYPES, base_name
 from cllm_jax.hf.model import Model
 from cllm_jax.model.llama import Llama, param_axes
 from cllm_jax.training.config import TrainConfig
 from cllm_jax.training.held_out import Trained
+from cllm_jax.training.lora import Adapter, adapted, factor_axes, first_factors, merged
 from cllm_jax.training.noise import Noise, measured
 from cllm_jax.training.packing import Samples
 from cllm_jax.training.step import (
@@ -77,10 +78,21 @@ class Objective:
             yield 'examples', 'without texts, whose rows they would be'
         if settings.model != 'new':
             yield 'new', f'with model {settings.model or "(default)"}, which is not new'
+        if not settings.lora.rank:
+            yield 'lora', 'without lora.rank, which asks for an adapter'
 
     def refused(self, settings: TrainConfig) -> Iterator[tuple[Any, str]]:
         """Whether settings are wrong together, and what then is said."""
-        named, model = settings.tokenizer, settings.model
+        named, model, rank = settings.tokenizer, settings.model, settings.lora.rank
+        yield (
+            rank and model == 'new',
+            f'lora.rank {rank} with model new: random weights are nothing to keep; leave it out',
+        )
+        yield (
+            rank and settings.optimizer.kind == 'muon',
+            f'optimizer.kind muon with lora.rank {rank}: the factors of LoRA are trained by AdamW; '
+            'leave it out',
+        )
         yield (
             named and model != 'new',
             f'tokenizer {named} with model {model or "(default)"}, which has its own: only a new '
@@ -110,7 +122,7 @@ class Objective:
     ) -> Learner:
         """What the run trains, starting from a model."""
         drafter, noise = self.drafter(settings, model), self.noise(settings, model)
-        return Learner(
+        learner = Learner(
             params=model.params,
             axes=param_axes(model.config),
             loss=partial(text_loss, module_of(settings, model, mesh), settings.loss),
@@ -120,6 +132,26 @@ class Objective:
             faster=noise is not None,
             mesh=mesh,
         )
+        return with_adapter(learner, settings, model) if settings.lora.rank else learner
+
+
+def with_adapter(learner: Learner, settings: TrainConfig, model: Model) -> Learner:
+    """What a run trains that would train all of a model: LoRA factors in its place."""
+    config, base = settings.lora, base_name(model)
+    factors = first_factors(config, model.params, settings.seed)
+
+    def trained(factors: Any) -> Trained:
+        whole = learner.trained(merged(config, model.params, factors))
+        return dataclasses.replace(whole, adapter=Adapter(factors, config, base))
+
+    return dataclasses.replace(
+        learner,
+        params=factors,
+        axes=factor_axes(factors),
+        loss=adapted(learner.loss, config),
+        trained=trained,
+        frozen=model.params,
+    )
 
 
 class LearnTexts(Objective):

@@ -26,7 +26,7 @@ def _drafting(name: str, drafter: type[TrainedDrafter]) -> Objective:
     if drafter.trains_model:
         changed = ('noise.fresh', *OF_TRAJECTORIES, 'noise.mask', 'heads.joint', 'held_out.block')
         return LearnMasks(name, (*changed, *TO_FIXED_POINTS), drafting=drafter)
-    return LearnDrafter(name, ('noise', 'held_out.block', *OF_STATES), drafting=drafter)
+    return LearnDrafter(name, ('noise', 'held_out.block', 'lora', *OF_STATES), drafting=drafter)
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -67,11 +67,13 @@ def checked(settings: TrainConfig) -> TrainConfig:
     for wrong, message in objective.refused(settings):
         if wrong:
             raise ConfigError(message)
-    knows = settings.model != 'new' and objective.trains_model(settings)
+    trained = 'new'
+    if settings.model != 'new' and objective.trains_model(settings):
+        trained = 'adapter' if settings.lora.rank else 'pretrained'
     settings = dataclasses.replace(
         settings,
         loss=objective.loss_weights(settings),
-        optimizer=with_usual(settings.optimizer, 'pretrained' if knows else 'new'),
+        optimizer=with_usual(settings.optimizer, trained),
     )
     if settings.quick:
         settings = quick(settings)

@@ -45,12 +45,14 @@ USUAL = {
     ('new', 'muon'): (2.0e-3, 0.03),
     ('pretrained', 'adamw'): (2.0e-5, 0.1),
     ('pretrained', 'muon'): (4.0e-5, 0.1),
+    ('adapter', 'adamw'): (2.0e-4, 0.03),
 }
 """Learning rate and warm-up where none are named, by what is trained and the optimiser's kind.
 
 New is a model or a drafter that starts from random weights, pretrained all of any other model. 2e-5
 is the rate of the CLLM paper (arXiv 2403.00835) and usual for fine-tuning; one that suits a new
-model makes another forget. Muon's are twice as large, as in the recipes here.
+model makes another forget. An adapter is LoRA's, at ten times that rate, as is usual for it. Muon's
+are twice as large, as in the recipes here.
 """
 
 

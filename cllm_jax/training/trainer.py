@@ -67,7 +67,7 @@ def train(
     # Opening makes the directory: after that, one without checkpoints is that of an early kill.
     if not (directory / 'checkpoints').is_dir() and any(m['step'] for m in read_metrics(log)):
         raise _lost(directory)
-    for kept in ('model', 'drafter') if is_main() else ():
+    for kept in ('model', 'adapter', 'drafter') if is_main() else ():
         recover_replacement(directory / kept)
     ended = [m['step'] for m in read_metrics(log) if 'collapsed' in m]
     if ended and settings.on_collapse == 'stop':
