@@ -6,7 +6,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cllm_jax.decoding.promise import promise as _promise
 from cllm_jax.decoding.request import Request, Texts, bucket, encode, token_array
 from cllm_jax.decoding.result import DecodeResult, Trajectory
 from cllm_jax.decoding.sampling import Sampling
+from cllm_jax.decoding.steps import Step, decode_steps
 from cllm_jax.decoding.stream import stream as _stream
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.checkpoint import read_drafter
@@ -43,7 +44,8 @@ from cllm_jax.tasks.example import Messages
 
 __all__ = [
     'AutoRegressive', 'CllmError', 'ConfigError', 'DataError', 'DecodeResult', 'Drafter', 'Jacobi',
-    'JacobiTree', 'LlamaConfig', 'Lookahead', 'Model', 'PromptLookup', 'Sampling', 'Trajectory',
+    'JacobiTree', 'LlamaConfig', 'Lookahead', 'Model', 'PromptLookup', 'Sampling', 'Step',
+    'Trajectory',
     'chat', 'decode', 'draft_model', 'forward', 'load', 'load_drafter', 'promise',
     'stream', 'with_references',
 ]  # fmt: skip
@@ -80,6 +82,7 @@ def decode(
     typical: float = 0.0,
     exact: Exactness = 'auto',
     commit: int = 0,
+    on_step: Callable[[Step], object] | None = None,
 ) -> DecodeResult:
     """Decode prompts, in the given order, whatever the drafter.
 
@@ -104,6 +107,8 @@ def decode(
         'auto': 'class' where that is known to hold, else 'off'.
       commit: most tokens that a forward commits, 0 for all that are right; 1 decodes
         autoregressively, by the drafter's own program.
+      on_step: is called with a `Step` after every call of the model, which then runs one iteration
+        at a time. That is slower; the answers are the same.
 
     Raises:
       ConfigError: a setting or a prompt that cannot be decoded.
@@ -112,7 +117,10 @@ def decode(
     how = (max_tokens, sampling, seed, _stops(stop), batch, trace, exact, commit)
     asked = Request(drafter or Jacobi(), *how)
     request = choose(model, asked, prompts).request
-    result = decode_all(model, request, prompts)
+    if on_step is None:
+        result = decode_all(model, request, prompts)
+    else:
+        result = decode_steps(model, request, prompts, on_step)
     learn(model, asked, request, result)
     return result
 

@@ -3,6 +3,7 @@
     python -m cllm_jax.decode                                    a demonstration, no network needed
     python -m cllm_jax.decode --model DIR --prompts 'Once upon'  your model, your prompt
     python -m cllm_jax.decode --model DIR --chat                 a chat with your model
+    python -m cllm_jax.decode --watch                            a race in the terminal
     python -m cllm_jax.decode --input prompts.jsonl --output answers.jsonl --no-compare
 
 With --compare both decode, and the verdict tells whether their tokens are the same.
@@ -32,14 +33,10 @@ from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.open import open_drafter
 from cllm_jax.drafters.registry import DrafterConfig
 from cllm_jax.errors import ConfigError
-from cllm_jax.evaluation.bandwidth import (
-    bytes_of_weights,
-    bytes_per_token,
-    memory_bandwidth,
-    weight_bytes,
-)
+from cllm_jax.evaluation.bandwidth import bytes_of_weights, read_per_second, weight_bytes
 from cllm_jax.evaluation.recording import trace_all
 from cllm_jax.evaluation.speed import Method, other_precisions, plain_methods, tokens_per_second
+from cllm_jax.evaluation.terminal import watch
 from cllm_jax.evaluation.trace import write_traces
 from cllm_jax.evaluation.verdict import verdict
 from cllm_jax.evaluation.window import choose, learn
@@ -51,6 +48,8 @@ from cllm_jax.runtime.backend import Exactness, backend_of
 from cllm_jax.runtime.mesh import tensor_mesh
 
 DEMO_PROMPTS = 6
+WATCHED_PROMPTS = 2
+"""One of each embedded task."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +93,10 @@ class DecodeConfig(DrafterConfig):
     """Prompts decoded together."""
     stream: bool = False
     """Print the text as it is produced; for one prompt, without output."""
+    watch: bool = False
+    """Show AR and the drafter next to each other, forward by forward (docs/view.md); with
+    --no-compare the drafter alone. One prompt after the other, and two if none is given. Where no
+    terminal is, the last frame is printed."""
     compare: bool = True
     """Decode autoregressively too, and time both."""
     tensor: int = 1
@@ -132,7 +135,8 @@ def read_prompts(settings: DecodeConfig) -> Texts:
         found = [e.prompt for e in read_jsonl(settings.input)] if settings.input else ()
         given = [*settings.prompts, *found]
         return [user_chat(p, settings.system) for p in given] if settings.chat else given
-    source = open_source('sql+arithmetic', split='heldout', seed=settings.seed, limit=DEMO_PROMPTS)
+    limit = WATCHED_PROMPTS if settings.watch else DEMO_PROMPTS
+    source = open_source('sql+arithmetic', split='heldout', seed=settings.seed, limit=limit)
     return [row.prompt for row in source.rows]
 
 
@@ -184,17 +188,6 @@ def compare(
         console.result(line)
 
 
-def read_per_second(name: str, model: Model, tokens_per_second: float) -> str:
-    """How near autoregressive decoding comes to its limit, which is to read all weights."""
-    weights, limit = bytes_per_token(model.params), memory_bandwidth(model.backend)
-    read = weights * tokens_per_second
-    share = f'{read / limit:.0%}' if read < limit else 'less, for they lie in a cache'
-    return (
-        f'{name} reads {size(weights)} of weights per token, {size(read)}/s, prefills included in '
-        f"the time; this machine's memory gives {size(limit)}/s: {share}"
-    )
-
-
 def show(console: Console, prompts: Texts, result: DecodeResult) -> None:
     """Prompts and answers, and what each answer took."""
     for i, prompt in enumerate(prompts):
@@ -238,8 +231,13 @@ def check_files(settings: DecodeConfig) -> None:
     for name, path in written.items():
         if path and settings.talks:
             raise ConfigError(f'{name} {path!r}: of a chat in the terminal; give prompts')
-        if path and settings.stream:
-            raise ConfigError(f'both stream and {name} are given; leave stream out to write a file')
+        for way in ('stream', 'watch') if path else ():
+            if getattr(settings, way):
+                rule = f'leave {way} out to write a file'
+                raise ConfigError(f'both {way} and {name} are given; {rule}')
+    if settings.watch and (settings.stream or settings.talks):
+        other = 'stream' if settings.stream else 'chat without prompts'
+        raise ConfigError(f'both watch and {other} are given; leave one of them out')
     can_write_all(written, (settings.input, *settings.reference))
 
 
@@ -301,7 +299,14 @@ def run() -> None:
             print(piece, end='', flush=True)
         print()
         return
-    name = settings.drafter_title
+    name = settings.drafter_title + (' (LOSSY)' if settings.typical else '')
+    compared = settings.compare and settings.drafter != 'ar'
+    if settings.watch:
+        plain = Method(model, dataclasses.replace(request, exact='off'))
+        watch(
+            console, ({AutoRegressive.title: plain} if compared else {}) | {name: drafted}, prompts
+        )
+        return
     result = decode_many(console, name, drafted, prompts)
     learn(model, asked, drafted.request, result)
     if settings.output:
@@ -309,8 +314,6 @@ def run() -> None:
         console.note(f'{settings.output}: {len(prompts)} answers')
     else:
         show(console, prompts, result)
-    name += ' (LOSSY)' if settings.typical else ''
-    compared = settings.compare and settings.drafter != 'ar'
     if compared:
         compare(console, name, drafted, Method(model, request), prompts, result)
     if settings.trace:

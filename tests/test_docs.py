@@ -20,7 +20,9 @@ import pytest
 import yaml
 
 import cllm_jax
+from cllm_jax.evaluation.race import Runner
 from cllm_jax.runs.stages import STAGES
+from tests.evaluation.traces import jacobi, plain
 
 ROOT = Path(__file__).parents[1]
 PAGES = ['README.md', 'CONTRIBUTING.md', 'launch/README.md']
@@ -228,9 +230,9 @@ def test_english_is_plain(page):
     assert re.findall(rf'\b(?:{banned})\b', text_of(page), re.I) == []
 
 
-def make_window_svg():
-    """The script that draws the picture."""
-    spec = importlib.util.spec_from_file_location('picture', ROOT / 'docs/make_window_svg.py')
+def script(name: str):
+    """A script of the docs, as a module."""
+    spec = importlib.util.spec_from_file_location('picture', ROOT / f'docs/{name}.py')
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
@@ -238,7 +240,7 @@ def make_window_svg():
 def test_the_picture_shows_a_trajectory():
     answer = [1, 2, 3, 4, 5, 6]
     states = np.array([[1, 2, 9, 4], [3, 4, 8, 8], [5, 6, 7, 7]])
-    picture = make_window_svg()
+    picture = script('make_window_svg')
     start = np.array([0, 2, 4])
     kinds = [[kind[0] for _, _, kind in row] for row in picture.windows(answer, states, start)]
     # committed, wrong, right ahead (a); after the first window a token is random
@@ -255,3 +257,16 @@ def test_the_readme_shows_the_picture():
     assert ElementTree.fromstring(file.read_text('utf-8')).tag.endswith('svg')
     assert file.stat().st_size < 40_000
     assert 'url(' not in file.read_text('utf-8'), 'it loads nothing'
+
+
+def test_the_picture_of_a_race_loads_nothing_and_tells_no_time():
+    text = script('make_watch_svg').picture([Runner(plain(), False), Runner(jacobi(), True)])
+    file = (ROOT / 'docs/watch.svg').read_text('utf-8')
+    for drawn in (text, file):
+        words = ''.join(ElementTree.fromstring(drawn).itertext()).replace('\xa0', ' ')
+        assert 'tokens/forward' in words and ' ms' not in words
+        assert not re.search(r'url\((?!#)|href|font-face', drawn)
+    assert '8 tokens, 5 forwards' in ''.join(ElementTree.fromstring(text).itertext()).replace(
+        '\xa0', ' '
+    )
+    assert '](watch.svg)' in text_of('docs/view.md')

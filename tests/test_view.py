@@ -81,6 +81,20 @@ def test_methods_of_several_files_are_told_apart(tmp_path, monkeypatch):
     assert names == [f'AR, {files[0]}', f'Jacobi, {files[0]}', f'Jacobi, {files[1]}']
 
 
+def test_decode_shows_a_race_of_each_prompt(model, monkeypatch, capsys):
+    """Without a terminal: the prompt, the last picture, and what each took."""
+    call(monkeypatch, decode, '--watch', '--model', model, *PROMPTS, *SMALL)
+    text = capsys.readouterr().out
+    for prompt, part in zip(PROMPTS[1:], text.split('╭')[::2], strict=False):
+        assert part.endswith(f'{prompt}\n')
+    lines = [line.partition(', 1.00 tokens/forward, ')[0] for line in text.splitlines()]
+    assert lines.count('AR: 6 tokens, 6 forwards') == 2
+    assert sum(line.startswith('Jacobi: 6 tokens, ') for line in lines) == 2
+    call(monkeypatch, decode, '--watch', '--model', model, '--prompts', 'a', *SMALL, '--no-compare')
+    text = capsys.readouterr().out
+    assert 'Jacobi: 6' in text and 'AR' not in text
+
+
 @pytest.mark.parametrize(
     ('arguments', 'told'),
     [

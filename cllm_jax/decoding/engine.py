@@ -280,14 +280,14 @@ def decode_all(
     encoded = encode_each(model, prompts)
     check(model, request, encoded)
     found: dict[int, Answer] = {}
-    for rows in _groups([len(ids) for ids in encoded], request.batch):
+    for rows in by_length([len(ids) for ids in encoded], request.batch):
         ids, keys = [encoded[i] for i in rows], row_keys(request.seed, rows)
         some = decode_side_by_side(model, request, ids, keys, progress)
         found |= dict(zip(rows, some, strict=True))
     return DecodeResult.of([found[i] for i in range(len(encoded))])
 
 
-def _groups(lengths: Sequence[int], batch: int) -> list[list[int]]:
+def by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
     """Indices by length, in groups of a batch or more that end where the padded width grows."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):

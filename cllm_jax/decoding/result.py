@@ -1,12 +1,16 @@
 """What a decode reports, per prompt."""
 
 import dataclasses
+import html
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from cllm_jax.tasks.quality import is_repetitive
 
+SHOWN, LETTERS, ROWS = 3, 40, 20
+"""Texts that a `repr` shows and how much of each, and rows of a notebook's table."""
 UNKNOWN = -1
 """`Trajectory.right` where nobody can tell."""
 
@@ -82,6 +86,42 @@ class DecodeResult:
     @property
     def tokens_per_forward(self) -> list[float]:
         return [len(t) / len(a) for t, a in zip(self.tokens, self.accepted, strict=True)]
+
+    def __repr__(self) -> str:
+        more = ', ...' if len(self.tokens) > SHOWN else ''
+        texts = ', '.join(
+            repr(_cut(self._text(i), LETTERS)) for i in range(len(self.tokens))[:SHOWN]
+        )
+        return f'<DecodeResult: {self._summary()}: {texts}{more}>'
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = []
+        columns = zip(self.tokens, self.forwards, self.tokens_per_forward, strict=True)
+        for i, (tokens, forwards, each) in itertools.islice(enumerate(columns), ROWS):
+            text = html.escape(self._text(i))
+            cells = f'<td style="text-align: left; white-space: pre-wrap">{text}</td>'
+            cells += ''.join(f'<td>{cell}</td>' for cell in (len(tokens), forwards, f'{each:.2f}'))
+            rows.append(f'<tr><th>{i}</th>{cells}</tr>')
+        names = ('', 'text', 'tokens', 'forwards', 'tokens/forward')
+        head = ''.join(f'<th>{name}</th>' for name in names)
+        more = f', of which the first {ROWS}' if len(self.tokens) > ROWS else ''
+        return f'<p>{self._summary()}{more}</p><table><tr>{head}</tr>{"".join(rows)}</table>'
+
+    def _summary(self) -> str:
+        count, tokens, forwards = len(self.tokens), sum(map(len, self.tokens)), sum(self.forwards)
+        prompts = '1 prompt' if count == 1 else f'{count} prompts'
+        each = tokens_per_forward(self)
+        return f'{prompts}, {tokens} tokens in {forwards} forwards, {each:.2f} tokens/forward'
+
+    def _text(self, i: int) -> str:
+        """The text of an answer; of a model without a tokenizer its token ids."""
+        text = self.texts[i]
+        return ' '.join(map(str, self.tokens[i])) if text is None else text
+
+
+def _cut(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: letters - 3] + '...'
 
 
 def tokens_per_forward(result: DecodeResult) -> float:

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cllm_jax.cli import console
 from cllm_jax.hf.load import products_of, storage
+from cllm_jax.hf.model import Model
 from cllm_jax.hf.weights import abstract_params
 from cllm_jax.model.config import LlamaConfig
 from cllm_jax.runtime.backend import Backend, backend_of, cores
@@ -87,3 +89,15 @@ def bytes_of_weights(config: LlamaConfig, precision: str, tensor: int) -> tuple[
     layers = [leaf for name, leaf in weights.items() if name.startswith('layers_')]
     left = backend_of((), tensor).weights_left and products_of(precision) == jnp.bfloat16
     return weight_bytes(weights), weight_bytes(layers) if left else 0
+
+
+def read_per_second(name: str, model: Model, tokens_per_second: float) -> str:
+    """How near autoregressive decoding comes to its limit, which is to read all weights."""
+    weights, limit = bytes_per_token(model.params), memory_bandwidth(model.backend)
+    read = weights * tokens_per_second
+    share = f'{read / limit:.0%}' if read < limit else 'less, for they lie in a cache'
+    return (
+        f'{name} reads {console.size(weights)} of weights per token, {console.size(read)}/s, '
+        "prefills included in the time; this machine's memory gives "
+        f'{console.size(limit)}/s: {share}'
+    )

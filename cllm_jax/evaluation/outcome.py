@@ -6,6 +6,7 @@ wrong, and stays as it is until it is committed.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from cllm_jax.decoding.result import DecodeResult, acceptance, tokens_per_forward
@@ -16,17 +17,23 @@ COMMITTED, FORWARDED, STATIONARY, PASSING, WRONG, RANDOM = OUTCOMES = (
 )  # fmt: skip
 AFTER = ''
 """Of a node after the end of the answer."""
+OPEN = AFTER
+"""Of a node after the end of an answer that goes on: nobody can tell yet what becomes of it."""
 
 
-def outcomes(trace: DecodeTrace) -> list[list[str]]:
+def outcomes(trace: DecodeTrace, finished: bool = True) -> list[list[str]]:
     """What became of every node of every forward, one of `OUTCOMES` or `AFTER`.
 
     A guess that no forward has computed yet is random, whatever it is, unless it is accepted. On a
     branch that the model did not take a right token is passing at most: it is not kept.
+
+    Args:
+      finished: whether the answer has ended. While it goes on, what is told but for `OPEN` stays.
     """
     answer, computed, found = trace.answer, -1, []
+    end = len(answer) if finished else math.inf
     for forward in trace.forwards:
-        found.append(_outcomes(forward, answer, computed))
+        found.append(_outcomes(forward, answer, computed, end))
         computed = max(computed, forward.start + forward.window)
     changed: set[int] = set()
     for forward, row in zip(reversed(trace.forwards), reversed(found), strict=True):
@@ -38,11 +45,12 @@ def outcomes(trace: DecodeTrace) -> list[list[str]]:
     return found
 
 
-def _outcomes(forward: Forward, answer: Sequence[int], computed: int) -> list[str]:
+def _outcomes(forward: Forward, answer: Sequence[int], computed: int, last: float) -> list[str]:
     """As `outcomes`, without looking at later forwards: what is passing may be stationary.
 
     Args:
       computed: the last place of which a forward has said something.
+      last: the place at which the answer ends.
     """
     row, end = [], forward.start + 1 + len(forward.committed)
     for node, (token, place) in enumerate(zip(forward.tokens, forward.places, strict=True)):
@@ -51,10 +59,12 @@ def _outcomes(forward: Forward, answer: Sequence[int], computed: int) -> list[st
             row.append(COMMITTED)
         elif node in forward.accepted:
             row.append(FORWARDED)
-        elif place >= len(answer):
+        elif place >= last:
             row.append(AFTER)
         elif in_window and place > computed:
             row.append(RANDOM)
+        elif place >= len(answer):
+            row.append(OPEN)
         elif token == answer[place] and (in_window or place >= end):
             row.append(PASSING)
         else:

@@ -10,6 +10,7 @@ from cllm_jax.decoding.drafter import Drafter
 from cllm_jax.decoding.engine import answers, lacks_room, run_until, start, with_more_room
 from cllm_jax.decoding.request import Texts, check_ids, encode, row_keys
 from cllm_jax.decoding.result import Trajectory
+from cllm_jax.decoding.state import DecodeState
 from cllm_jax.decoding.text import find_stop, text_of
 from cllm_jax.drafters.autoregressive import AutoRegressive
 from cllm_jax.drafters.jacobi import Jacobi
@@ -58,8 +59,26 @@ def trace_decode(
     state = start(model, request, [ids], keys, to_the_end=True)
     if lacks_room(request, state):
         state = run_until(model, request, with_more_room(state))
+    return trace_of_state(name, method, prompt, ids, state)[0]
+
+
+def trace_of_state(
+    name: str,
+    method: Method,
+    prompt: str | Messages | Sequence[int],
+    ids: Sequence[int],
+    state: DecodeState,
+) -> tuple[DecodeTrace, bool]:
+    """The decode of a batch of one as far as it got, and whether it has ended.
+
+    Args:
+      ids: the prompt's tokens.
+      state: of a request with `trace`.
+    """
+    model, request = method.model, method.request
     [tokens], [accepted] = answers(state, 1)
-    if found := request.stop and find_stop(model, tokens, request.stop):
+    found = request.stop and find_stop(model, tokens, request.stop)
+    if found:
         tokens = tokens[: found[1]]
     trace, window = fetch(state.trace), window_of(request.drafter)
     forwards, ends = [], list(itertools.accumulate(accepted))
@@ -72,7 +91,8 @@ def trace_decode(
         place = int(trace.position_BI[0, i]) - len(ids)
         forwards.append(_forward(place, draft, (valid, parents), window, tokens[begin:end]))
     asked = prompt if isinstance(prompt, str) else text_of(model, ids)
-    return checked(DecodeTrace(name, model.title, asked, tuple(forwards), pieces(model, forwards)))
+    known = DecodeTrace(name, model.title, asked, tuple(forwards), pieces(model, forwards))
+    return checked(known), bool(found) or bool(fetch(state.finished_B)[0])
 
 
 def trace_of_record(record: Trajectory, mode: str, model: Model) -> DecodeTrace:

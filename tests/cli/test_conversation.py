@@ -2,12 +2,8 @@
 
 import contextlib
 import io
-import os
-import select
 import signal
-import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +13,7 @@ from cllm_jax.cli.console import Console
 from cllm_jax.cli.conversation import converse
 from cllm_jax.errors import ConfigError
 from cllm_jax.hf.write import write_model
+from tests.terminal import Terminal
 from tests.tiny import chat_model
 
 END = EOFError()
@@ -141,45 +138,6 @@ def test_lines_of_a_pipe_are_turns(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stdin', io.StringIO('one\ntwo\n'))
     converse(Console(), echo, chat := [])
     assert len(chat) == 4 and capsys.readouterr() == ('you said one\nyou said two\n', '')
-
-
-class Terminal:
-    """A command in a terminal of its own."""
-
-    def __init__(self, *arguments):
-        self.here, there = os.openpty()
-        ends = {'stdin': there, 'stdout': there, 'stderr': there}
-        self.command = subprocess.Popen([sys.executable, *map(str, arguments)], **ends)
-        os.close(there)
-        self.shown, self.seen = b'', 0
-
-    def wait_for(self, words: bytes, within: float = 120) -> None:
-        """Until the words are shown, after those of the last call."""
-        end = time.monotonic() + within
-        while (at := self.shown.find(words, self.seen)) < 0:
-            assert time.monotonic() < end, self.shown
-            if select.select([self.here], [], [], 1)[0]:
-                self.shown += os.read(self.here, 4096)
-        self.seen = at + len(words)
-
-    def type(self, line: str) -> None:
-        os.write(self.here, f'{line}\n'.encode())
-
-    def interrupt(self) -> None:
-        self.command.send_signal(signal.SIGINT)
-
-    def code_after_interrupt(self) -> int:
-        """The exit code; a signal just before a process waits for a line would be seen later."""
-        for within in (30, 60):
-            self.interrupt()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return self.command.wait(within)
-        raise AssertionError(self.shown)
-
-    def close(self) -> None:
-        self.command.kill()
-        self.command.wait()
-        os.close(self.here)
 
 
 @pytest.mark.slow
