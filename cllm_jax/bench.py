@@ -239,6 +239,9 @@ def run() -> None:
     console = Console()
     dtype = chosen(settings.dtype)
     settings.check_plots()
+    if settings.redraw and flags.plan:
+        print_plan(console, settings, {'draws into': settings.plots})
+        return
     if settings.redraw:
         console.drawn(redraw(settings.json, draw_bench, Path(settings.plots)))
         return

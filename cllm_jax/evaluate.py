@@ -235,6 +235,9 @@ def run() -> None:
     can_write('json', path)
     settings.check_plots()
     console = Console()
+    if settings.redraw and flags.plan:
+        print_plan(console, settings, {'draws into': settings.plots})
+        return
     if settings.redraw:
         draw(settings, given, None, console)
         return

@@ -149,6 +149,9 @@ def test_what_was_measured_is_drawn_and_can_be_drawn_again(tmp_path, monkeypatch
     assert 'drew again/speedup-sql.svg, ' in capsys.readouterr().err
 
     Path('bench.json').write_text(json.dumps(bench_results()))
+    call(monkeypatch, bench, '--json', 'bench.json', '--plots', 'none', '--redraw', '--plan')
+    call(monkeypatch, evaluate, '--root', 'mine', '--plots', 'none', '--redraw', '--plan')
+    assert not Path('none').exists()
     call(monkeypatch, bench, '--json', 'bench.json', '--plots', 'bench', '--redraw')
     assert len(list(Path('bench').iterdir())) == 3
 
