@@ -1,4 +1,4 @@
-"""What commands print: notes, progress, metrics, plans. Nothing below a command imports this."""
+"""What commands print: notes, progress, metrics, plans."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
