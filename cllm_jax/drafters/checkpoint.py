@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from cllm_jax.drafters.registry import TRAINED
 from cllm_jax.drafters.trained import TrainedDrafter, tables_of
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf.files import listed, make_readable, open_tensors, read_json
+from cllm_jax.hf.files import check_replaceable, make_readable, open_tensors, read_json
 from cllm_jax.hf.model import Model
 from cllm_jax.hf.tokenizer import same_tokenizer, tokenizer_fingerprint
 from cllm_jax.runs.atomic import replace_directory, temporary, write_atomic
@@ -83,10 +83,7 @@ def read_drafter(directory: Path, model: Model, kind: str = '') -> TrainedDrafte
 
 
 def _write(directory: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    kept = sorted(p.name for p in directory.glob('*') if p.name not in (SETTINGS, WEIGHTS, SUMS))
-    if kept:
-        fault = f'holds {listed(kept)}, which is not part of a drafter and would be lost'
-        raise DataError(f'{directory}: {fault}; choose another directory')
+    check_replaceable(directory, (SETTINGS, WEIGHTS, SUMS), 'a drafter')
     temp = temporary(directory)
     save_file(arrays, temp / WEIGHTS)
     write_atomic(temp / SETTINGS, (json.dumps(about, indent=2) + '\n').encode())

@@ -5,14 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from cllm_jax.errors import DataError, one_line
 from cllm_jax.hf.adapter import SETTINGS, TENSORS, tensor_names
-from cllm_jax.hf.files import make_readable
+from cllm_jax.hf.files import check_replaceable, written_whole
 from cllm_jax.hf.weights import BLOCK_NAMES
-from cllm_jax.runs.atomic import recover_replacement, replace_directory, temporary
 
 
 def write_adapter(
@@ -50,19 +47,7 @@ def write_adapter(
         'use_rslora': False,
     }
     directory = directory.resolve()
-    known = {SETTINGS, TENSORS}
-    if directory.exists() and (other := sorted({p.name for p in directory.iterdir()} - known)):
-        fault = f'holds {other[0]}, which is no part of an adapter and would be lost'
-        raise DataError(f'{directory}: {fault}; choose another directory')
-    try:
-        temp = temporary(directory)
+    check_replaceable(directory, {SETTINGS, TENSORS}, 'an adapter')
+    with written_whole(directory) as temp:
         (temp / SETTINGS).write_text(json.dumps(settings, indent=2) + '\n', 'utf-8')
         save_file(tensors, temp / TENSORS, metadata={'format': 'pt'})
-        make_readable(temp)
-        replace_directory(temp, directory)
-    except (OSError, SafetensorError) as e:
-        raise DataError(
-            f'{directory}: not written ({one_line(e)}); free some space or choose another directory'
-        ) from None
-    finally:
-        recover_replacement(directory)

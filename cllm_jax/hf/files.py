@@ -5,13 +5,14 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from cllm_jax.errors import DataError, one_line
+from cllm_jax.runs.atomic import recover_replacement, replace_directory, temporary
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
@@ -208,3 +209,35 @@ def make_readable(directory: Path) -> None:
     for path in directory.rglob('*'):
         if path.is_file():
             path.chmod(mode)
+
+
+def check_replaceable(directory: Path, known: Collection[str], what: str) -> None:
+    """Raise DataError if a directory that is to be written holds files that would be lost.
+
+    Args:
+      known: names of the files of `what`, which are written again.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise DataError(f'{directory}: is a file; choose another directory')
+    if kept := sorted(path.name for path in directory.glob('*') if path.name not in known):
+        fault = f'holds {listed(kept)}, which is not part of {what} and would be lost'
+        raise DataError(f'{directory}: {fault}; choose another directory')
+
+
+@contextlib.contextmanager
+def written_whole(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory, to be filled, which then replaces `directory` at once.
+
+    Raises DataError if that cannot be written.
+    """
+    try:
+        temp = temporary(directory)
+        yield temp
+        make_readable(temp)
+        replace_directory(temp, directory)
+    except (OSError, SafetensorError) as e:
+        raise DataError(
+            f'{directory}: not written ({one_line(e)}); free some space or choose another directory'
+        ) from None
+    finally:
+        recover_replacement(directory)

@@ -9,16 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from cllm_jax.errors import ConfigError, DataError, one_line
+from cllm_jax.errors import ConfigError, DataError
 from cllm_jax.hf.config import config_json, parse_config
-from cllm_jax.hf.files import INDEX, listed, make_readable
+from cllm_jax.hf.files import INDEX, listed, written_whole
 from cllm_jax.hf.model import Model
 from cllm_jax.hf.tokenizer import write_tokenizer
 from cllm_jax.hf.weights import DTYPES, abstract_params, cast, hf_tensor, named
-from cllm_jax.runs.atomic import recover_replacement, replace_directory, temporary
 from cllm_jax.runs.checksums import write_sums
 
 SHARD_BYTES = 4 << 30
@@ -67,8 +65,7 @@ def write_model(
     raw = config_json(config, dtype)
     if parse_config(directory / 'config.json', raw) != config:
         raise ConfigError(f'{directory}: no {config.family} model is {config}; correct its family')
-    try:
-        temp = temporary(directory)
+    with written_whole(directory) as temp:
         _check_replaceable(directory, extra)
         (temp / 'config.json').write_text(json.dumps(raw, indent=2) + '\n', 'utf-8')
         if model.tokenizer is not None:
@@ -78,14 +75,6 @@ def write_model(
         _write_weights(temp, model.params, jnp.dtype(dtype), shard_bytes)
         if sums:
             write_sums(temp)
-        make_readable(temp)
-        replace_directory(temp, directory)
-    except (OSError, SafetensorError) as e:
-        raise DataError(
-            f'{directory}: not written ({one_line(e)}); free some space or choose another directory'
-        ) from None
-    finally:
-        recover_replacement(directory)
 
 
 def _check_replaceable(directory: Path, rewritten: Collection[str]) -> None:

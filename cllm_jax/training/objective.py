@@ -91,7 +91,7 @@ class Objective:
         yield (
             rank and settings.optimizer.kind == 'muon',
             f'optimizer.kind muon with lora.rank {rank}: the factors of LoRA are trained by AdamW; '
-            'leave it out',
+            'set it to adamw',
         )
         yield (
             named and model != 'new',

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from cllm_jax.errors import ConfigError, DataError
-from cllm_jax.hf import write
+from cllm_jax.hf import files, write
 from cllm_jax.hf.model import Model
 from cllm_jax.hf.tokenizer import read_tokenizer
 from cllm_jax.hf.weights import read_model, tensor_shapes
@@ -76,7 +76,7 @@ def test_a_failed_write_keeps_the_old_model(tmp_path, monkeypatch, step):
     def full(*args, **kwargs):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(write, step, full)
+    monkeypatch.setattr(write if step == 'save_file' else files, step, full)
     with pytest.raises(DataError, match=r'not written.*No space left'):
         write_model(tmp_path / 'm', OTHER, dtype='float32')
     assert [p.name for p in tmp_path.iterdir()] == ['m']
@@ -102,9 +102,8 @@ def test_a_killed_write_leaves_a_model_and_the_next_one_nothing_else(tmp_path, m
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, 'rename', killed)
-        patched.setattr(
-            write, 'recover_replacement', lambda directory: None
-        )  # killed, nothing cleans up
+        # Killed: nothing cleans up.
+        patched.setattr(files, 'recover_replacement', lambda directory: None)
         if moment == 'after':
             patched.setattr(atomic.shutil, 'rmtree', kill)
         with pytest.raises(KeyboardInterrupt):

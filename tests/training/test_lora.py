@@ -119,6 +119,8 @@ def test_an_adapter_is_not_written_over_something_else(tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     with pytest.raises(CllmError, match=r'holds notes\.txt'):
         Adapter(random_factors(), LORA, 'base').write(tmp_path)
+    with pytest.raises(CllmError, match='is a file'):
+        Adapter(random_factors(), LORA, 'base').write(tmp_path / 'notes.txt')
     assert (tmp_path / 'notes.txt').read_text() == 'mine'
 
 
